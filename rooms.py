@@ -1,0 +1,328 @@
+"""
+A small procedural world: furnished rooms, a walk through each, and a ray-caster.
+
+Nothing can be assumed on a newcomer's machine, so the project carries its own data.
+A room is a box with textured walls and up to ten pieces of furniture (boxes,
+ellipsoids, cylinders, of eight categories); a walk is a noisy loop of views around
+it. `render` casts one ray per pixel, for a batch of rooms and views at once, in
+plain torch on any device, and returns what a real data set would have to measure:
+colour, depth, object id, camera.
+
+World: metres, z up, origin on the floor in the middle of the room. Cameras: OpenCV
+axes, extrinsics world-to-camera, intrinsics in pixels. The same seed gives the same
+rooms; training and validation seeds never meet (`room_seed`).
+
+    python rooms.py            # draws out/rooms.png: what the world looks like
+
+R rooms   V views   K furniture slots a room   S = 6 + K surfaces (x-, x+, y-, y+ walls, floor, ceiling, furniture)
+"""
+import math
+import os
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+
+from model import camera_rays
+
+# name: (shape, half sizes in metres (x, y, z) from .. to, colour). A range of None copies x: the piece is round.
+FURNITURE = {
+    'table':   ('box',       ((0.45, 0.80), (0.30, 0.50), (0.30, 0.42)), (0.55, 0.35, 0.15)),
+    'cabinet': ('box',       ((0.25, 0.45), (0.20, 0.30), (0.55, 0.75)), (0.85, 0.80, 0.70)),
+    'bed':     ('box',       ((0.80, 1.00), (0.45, 0.80), (0.20, 0.30)), (0.25, 0.35, 0.75)),
+    'ball':    ('ellipsoid', ((0.20, 0.40), None,         None),         (0.85, 0.15, 0.15)),
+    'pouf':    ('ellipsoid', ((0.35, 0.60), (0.35, 0.60), (0.20, 0.30)), (0.75, 0.30, 0.70)),
+    'barrel':  ('cylinder',  ((0.25, 0.40), None,         (0.40, 0.60)), (0.20, 0.60, 0.30)),
+    'lamp':    ('cylinder',  ((0.06, 0.10), None,         (0.60, 0.80)), (0.95, 0.85, 0.20)),
+    'bin':     ('cylinder',  ((0.15, 0.25), None,         (0.20, 0.30)), (0.30, 0.75, 0.80)),
+}
+CATEGORIES = list(FURNITURE)
+CLASSES = ['floor', 'ceiling', 'wall'] + CATEGORIES                       # what a pixel can show
+SLOTS = [('box', 4), ('ellipsoid', 3), ('cylinder', 3)]                   # the furniture slots of every room, by shape
+K = sum(count for _, count in SLOTS)
+FIELD_OF_VIEW = math.radians(80)
+EYE_HEIGHT = (1.5, 1.75)                                                  # metres
+FAR = 1e9
+
+
+@dataclass
+class Rooms:
+    """R rooms as tensors; slot k of room r is there only if present[r, k]."""
+    size: torch.Tensor        # (R, 3) metres: x, y, height
+    category: torch.Tensor    # (R, K) index into CATEGORIES
+    present: torch.Tensor     # (R, K) bool
+    center: torch.Tensor      # (R, K, 3) metres
+    half: torch.Tensor        # (R, K, 3) metres, along the piece's own axes
+    yaw: torch.Tensor         # (R, K) radians, about z
+    colors: torch.Tensor      # (R, S, 2, 3) the two colours of each surface
+    texture: torch.Tensor     # (R, S, 4) frequency and phase along the surface's u and v
+    pattern: torch.Tensor     # (R, S) 0 checks, 1 and 2 stripes, 3 soft
+    light: torch.Tensor       # (R, 3) unit vector towards the light
+
+    def to(self, device):
+        return Rooms(*(getattr(self, f.name).to(device) for f in fields(self)))
+
+    def objects(self, room):
+        """The furniture of one room: a list of {category, center, size, yaw} in metres and radians."""
+        return [dict(category=CATEGORIES[self.category[room, k]], center=self.center[room, k].tolist(),
+                     size=(2 * self.half[room, k]).tolist(), yaw=self.yaw[room, k].item())
+                for k in range(K) if self.present[room, k]]
+
+
+def room_seed(split, seed, index):
+    """A seed for block `index` of rooms: even for training, odd for validation, so that no room is ever in both."""
+    return 2 * (seed * 1_000_003 + index) + (split != 'train')
+
+
+def make_rooms(num_rooms, seed):
+    """`num_rooms` random rooms, a pure function of the arguments. -> Rooms on the CPU."""
+    g = torch.Generator().manual_seed(seed)
+    rand = lambda *shape, low=0.0, high=1.0: low + (high - low) * torch.rand(*shape, generator=g)
+    R = num_rooms
+    size = torch.stack([rand(R, low=3.5, high=8.0), rand(R, low=3.5, high=8.0), rand(R, low=2.4, high=3.2)], -1)
+
+    # what stands in the room, and how large it is
+    shape_of = [shape for shape, _, _ in FURNITURE.values()]
+    choices = [torch.tensor([c for c, s in enumerate(shape_of) if s == shape]) for shape, _ in SLOTS]
+    category = torch.cat([choice[torch.randint(len(choice), (R, count), generator=g)]
+                          for choice, (_, count) in zip(choices, SLOTS)], 1)              # (R, K)
+    ranges = torch.tensor([[extent or extents[0] for extent in extents] for _, extents, _ in FURNITURE.values()])
+    is_copy = torch.tensor([[extent is None for extent in extents] for _, extents, _ in FURNITURE.values()])
+    draw = rand(R, K, 3)
+    draw = torch.where(is_copy[category], draw[..., :1], draw)
+    half = ranges[category][..., 0] + draw * (ranges[category][..., 1] - ranges[category][..., 0])
+    yaw = rand(R, K, high=math.pi)
+    present = rand(R, K) < 0.7
+    first = torch.tensor([0, *torch.tensor([count for _, count in SLOTS]).cumsum(0)[:-1]])
+    present[:, first] = True                                                              # one of each shape at least
+
+    # place one piece after the other: of 24 random spots the first one clear of all earlier pieces, else none
+    radius = half[..., :2].norm(dim=-1)
+    center = torch.cat([torch.zeros(R, K, 2), half[..., 2:]], -1)                         # all stand on the floor
+    for k in range(K):
+        spot = (2 * rand(R, 24, 2) - 1) * (size[:, None, :2] / 2 - radius[:, k, None, None] - 0.05)
+        gap = (spot[:, :, None] - center[:, None, :k, :2]).norm(dim=-1) - radius[:, None, :k] - radius[:, k, None, None]
+        gap = gap.masked_fill(~present[:, None, :k], FAR).amin(-1) if k else torch.full((R, 24), FAR)
+        best = (gap > 0.1).float().argmax(1)                                              # the first clear one
+        pick = torch.arange(R), best
+        present[:, k] &= gap[pick] > 0.1
+        center[:, k, :2] = spot[pick]
+
+    # paint: walls of any colour, furniture near its category's
+    S = 6 + K
+    base = rand(R, S, 3, low=0.2, high=0.9)
+    paint = torch.tensor([colour for _, _, colour in FURNITURE.values()])
+    base[:, 6:] = (paint[category] + 0.12 * torch.randn(R, K, 3, generator=g)).clamp(0.05, 1)
+    second = (base + 0.7 * (rand(R, S, 3) - 0.5)).clamp(0.02, 1)
+    second[:, 6:] = base[:, 6:] * rand(R, K, 1, low=0.35, high=0.8)
+    frequency = rand(R, S, 2, low=2.0, high=6.0)
+    frequency[:, 6:] = rand(R, K, 2, low=4.0, high=11.0)
+    texture = torch.cat([frequency, rand(R, S, 2, high=2 * math.pi)], -1)
+    pattern = torch.randint(0, 4, (R, S), generator=g)
+    azimuth = rand(R, high=2 * math.pi)
+    light = F.normalize(torch.stack([0.43 * azimuth.cos(), 0.43 * azimuth.sin(), torch.full((R,), 0.9)], -1), dim=-1)
+    return Rooms(size, category, present, center, half, yaw, torch.stack([base, second], 2), texture, pattern, light)
+
+
+# -----------------------------------------------------------------------------
+# cameras
+
+def make_walk(rooms, num_views, seed):
+    """A walk around each room: `num_views` views in walking order. -> extrinsics (R, V, 3, 4), world-to-camera.
+
+    A noisy loop that looks inward, a quarter of the views turned away by 30 to 100 degrees; cameras keep 0.3 m from
+    furniture that reaches their height.
+    """
+    g = torch.Generator().manual_seed(seed)
+    rand = lambda *shape, low=0.0, high=1.0: low + (high - low) * torch.rand(*shape, generator=g)
+    sign = lambda *shape: 1.0 - 2.0 * torch.randint(0, 2, shape, generator=g)
+    R, V, tries = len(rooms.size), num_views, 8
+    limit = rooms.size[:, :2] / 2 - 0.35                                                  # (R, 2)
+
+    # where: along a loop, of a few radii the first that is clear of tall furniture
+    angle = rand(R, 1, high=2 * math.pi) + sign(R, 1) * rand(R, V, low=math.radians(15), high=math.radians(60)).cumsum(1)
+    direction = torch.stack([angle.cos(), angle.sin()], -1)
+    spot = direction[:, :, None] * rand(R, V, tries, 1, low=0.5, high=1.0) * 1.1 * limit[:, None, None]
+    spot = torch.maximum(torch.minimum(spot, limit[:, None, None]), -limit[:, None, None])  # (R, V, tries, 2)
+    tall = rooms.present & (rooms.center[..., 2] + rooms.half[..., 2] > EYE_HEIGHT[0] - 0.4)
+    gap = (spot[..., None, :] - rooms.center[:, None, None, :, :2]).norm(dim=-1) - rooms.half[:, None, None, :, :2].norm(dim=-1)
+    gap = gap.masked_fill(~tall[:, None, None], FAR).amin(-1)                             # (R, V, tries)
+    best = torch.where((gap > 0.3).any(-1), (gap > 0.3).float().argmax(-1), gap.argmax(-1))
+    xy = spot.gather(2, best[..., None, None].expand(-1, -1, 1, 2))[:, :, 0]
+    z = rand(R, 1, 1, low=EYE_HEIGHT[0], high=EYE_HEIGHT[1]) + 0.04 * torch.randn(R, V, 1, generator=g)
+    position = torch.cat([xy, z], -1)                                                     # (R, V, 3)
+
+    # whereto: a point near the middle, or away from it
+    aim = 0.12 * rooms.size[:, None, :2] * torch.randn(R, V, 2, generator=g) - xy
+    turn = torch.where(rand(R, V) < 0.25, sign(R, V) * rand(R, V, low=math.radians(30), high=math.radians(100)),
+                       0.1 * torch.randn(R, V, generator=g))
+    yaw = torch.atan2(aim[..., 1], aim[..., 0]) + turn
+    pitch = rand(R, V, low=math.radians(-28), high=math.radians(-4))
+    roll = math.radians(2) * torch.randn(R, V, 1, generator=g)
+    forward = torch.stack([yaw.cos() * pitch.cos(), yaw.sin() * pitch.cos(), pitch.sin()], -1)
+    right = F.normalize(torch.cross(forward, torch.tensor([0., 0., 1.]).expand_as(forward), dim=-1), dim=-1)
+    down = torch.cross(forward, right, dim=-1)
+    right, down = roll.cos() * right + roll.sin() * down, roll.cos() * down - roll.sin() * right
+    rotation = torch.stack([right, down, forward], -2)                                    # (R, V, 3, 3), rows: camera axes
+    return torch.cat([rotation, -rotation @ position[..., None]], -1)
+
+
+def make_intrinsics(size, *batch):
+    """Pinhole of FIELD_OF_VIEW across the shorter side, square pixels. -> (*batch, 3, 3) for `size` = (H, W)."""
+    H, W = size
+    focal = min(H, W) / 2 / math.tan(FIELD_OF_VIEW / 2)
+    return torch.tensor([[focal, 0, W / 2], [0, focal, H / 2], [0, 0, 1]]).expand(*batch, 3, 3).clone()
+
+
+# -----------------------------------------------------------------------------
+# the ray-caster. Coordinates come as three tensors (x, y, z) rather than as a last axis of three: ray-casting is
+# bound by memory traffic, and this keeps every operation on long contiguous rows.
+
+def away_from_zero(x, eps=1e-6):
+    """Keeps the sign: a clamp that turned -1e-9 into +1e-6 would send a ray backwards."""
+    return torch.where(x >= 0, x.clamp(min=eps), x.clamp(max=-eps))
+
+
+def hit_box(o, d):
+    """First hit of o + t d with the cube [-1, 1]^3, seen from outside. o: 3 x (..., 1), d: 3 x (..., n) -> t (..., n)."""
+    near, far = -FAR, FAR
+    for oi, di in zip(o, d):
+        inverse = 1 / away_from_zero(di)
+        middle, reach = -oi * inverse, inverse.abs()
+        near, far = (middle - reach).clamp(min=near), (middle + reach).clamp(max=far)
+    return torch.where((near < far) & (near > 0), near, FAR)
+
+
+def hit_round(o, d):
+    """... with the unit sphere in as many dimensions as `o` has: a sphere of three, an endless upright tube of two."""
+    a, b, c = sum(di * di for di in d), sum(di * oi for di, oi in zip(d, o)), sum(oi * oi for oi in o) - 1
+    root = b * b - a * c
+    t = (-b - root.clamp(min=0).sqrt()) / a.clamp(min=1e-9)
+    return torch.where((root > 0) & (t > 0), t, FAR)
+
+
+def hit_cylinder(o, d):
+    """... with the upright cylinder of radius 1 and height [-1, 1]: its side or its top (it stands on the floor)."""
+    side = hit_round(o[:2], d[:2])
+    side = torch.where((o[2] + side * d[2]).abs() < 1, side, FAR)
+    top = (1 - o[2]) / away_from_zero(d[2])
+    on_top = (o[0] + top * d[0]).square() + (o[1] + top * d[1]).square() < 1
+    return torch.minimum(side, torch.where(on_top & (top > 0), top, FAR))
+
+
+HIT = {'box': hit_box, 'ellipsoid': hit_round, 'cylinder': hit_cylinder}
+
+
+def render(rooms, extrinsics, intrinsics, size):
+    """Casts one ray per pixel. extrinsics (R, V, 3, 4), intrinsics (R, V, 3, 3), `size` = (H, W) pixels, one device.
+
+    -> dict of image (R, V, 3, H, W) uint8; depth (R, V, H, W) metres along the optical axis;
+       surface (R, V, H, W) uint8: 0-3 walls, 4 floor, 5 ceiling, 6 + k the furniture in slot k.
+    """
+    (H, W), (R, V) = size, extrinsics.shape[:2]
+    rays = camera_rays(intrinsics, size, size).transpose(-1, -2)                          # (R, V, 3, n), n = H W
+    rotation = extrinsics[..., :3].transpose(-1, -2)                                      # camera -> world
+    eye = -rotation @ extrinsics[..., 3:]                                                 # (R, V, 3, 1)
+    d = rotation @ rays                                                                   # (R, V, 3, n) in the world
+    dx, dy, dz = d.unbind(2)                                                              # (R, V, n)
+    ox, oy, oz = eye.unbind(2)                                                            # (R, V, 1)
+
+    # the room itself: of the three planes that the ray heads for, the nearest
+    hx, hy, hz = (rooms.size / rooms.size.new_tensor([2, 2, 1])).T[..., None, None]       # (R, 1, 1)
+    tx = (torch.where(dx >= 0, hx, -hx) - ox) / away_from_zero(dx)
+    ty = (torch.where(dy >= 0, hy, -hy) - oy) / away_from_zero(dy)
+    tz = (torch.where(dz >= 0, hz, torch.zeros_like(hz)) - oz) / away_from_zero(dz)
+    t = torch.minimum(torch.minimum(tx, ty), tz)
+    surface = torch.where(t == tx, (dx >= 0).int(), torch.where(t == ty, 2 + (dy >= 0).int(), 4 + (dz >= 0).int()))
+
+    # the furniture: each piece sees the rays in its own frame, where it is a unit shape; t stays the same
+    cos, sin, zero, one = rooms.yaw.cos(), rooms.yaw.sin(), torch.zeros_like(rooms.yaw), torch.ones_like(rooms.yaw)
+    turn = torch.stack([cos, sin, zero, -sin, cos, zero, zero, zero, one], -1).view(R, K, 3, 3)  # world -> piece
+    to_unit = (turn / rooms.half[..., None]).transpose(0, 1)                              # (K, R, 3, 3)
+    start = 0
+    for shape, count in SLOTS:
+        for k in range(start, start + count):
+            d_k = (to_unit[k, :, None] @ d).unbind(2)                                     # 3 x (R, V, n)
+            o_k = (to_unit[k, :, None] @ (eye - rooms.center[:, None, k, :, None])).unbind(2)  # 3 x (R, V, 1)
+            t_k = HIT[shape](o_k, d_k)
+            nearer = (t_k < t) & rooms.present[:, k, None, None]
+            t, surface = torch.where(nearer, t_k, t), torch.where(nearer, 6 + k, surface)
+        start += count
+    point = [ox + t * dx, oy + t * dy, oz + t * dz]
+    image = shade(rooms, surface.flatten(1).long(), [p.flatten(1) for p in point], t.flatten(1))
+    return dict(image=image.view(R, 3, V, H, W).transpose(1, 2).contiguous(), depth=t.view(R, V, H, W),
+                surface=surface.view(R, V, H, W).to(torch.uint8))
+
+
+def shade(rooms, surface, point, depth):
+    """Colour of every hit: two colours mixed in the surface's own coordinates, lit from one side.
+
+    surface (R, n), point 3 x (R, n), depth (R, n) -> (R, 3, n) uint8.
+    """
+    def of(table, index=surface):                                                         # rows of (R, S, c) per hit, c x (R, n)
+        return table.transpose(1, 2).gather(2, index[:, None].expand(-1, table.shape[2], -1)).unbind(1)
+
+    # on the room's faces: the normal points inward, the texture runs along the other two axes
+    x, y, z = point
+    on_x, on_y = surface < 2, surface < 4                                                 # on_y: given not on_x
+    side = 1.0 - 2.0 * (surface % 2)
+    none = torch.zeros_like(x)
+    normal = [torch.where(on_x, side, none), torch.where(on_y & ~on_x, side, none), torch.where(on_y, none, side)]
+    u, v = torch.where(on_x, y, x), torch.where(on_y, z, y)
+
+    # on furniture: in the piece's own frame
+    slot = (surface - 6).clamp(min=0)
+    cos, sin = of(torch.stack([rooms.yaw.cos(), rooms.yaw.sin()], -1), slot)
+    (cx, cy, cz), (hx, hy, hz) = of(rooms.center, slot), of(rooms.half, slot)
+    lx, ly, lz = cos * (x - cx) + sin * (y - cy), cos * (y - cy) - sin * (x - cx), z - cz  # metres
+    ux, uy, uz = lx / hx, ly / hy, lz / hz                                                # in units of the half size
+    boxes, balls = SLOTS[0][1], SLOTS[0][1] + SLOTS[1][1]
+    is_box, is_ball = slot < boxes, (slot >= boxes) & (slot < balls)
+    face_x = (ux.abs() >= uy.abs()) & (ux.abs() >= uz.abs())
+    face_z = (uz.abs() > uy.abs()) & ~face_x
+    face_y = ~face_x & ~face_z
+    top = uz > 0.999
+    gx, gy, gz = ux / hx, uy / hy, uz / hz                                                # normal of an ellipsoid
+    nx = torch.where(is_box, face_x * ux, torch.where(is_ball, gx, torch.where(top, none, gx)))
+    ny = torch.where(is_box, face_y * uy, torch.where(is_ball, gy, torch.where(top, none, gy)))
+    nz = torch.where(is_box, face_z * uz, torch.where(is_ball, gz, top.float()))
+    length = (nx * nx + ny * ny + nz * nz).sqrt().clamp(min=1e-6)
+    is_piece = surface >= 6
+    normal = [torch.where(is_piece, a / length, b) for a, b in zip([cos * nx - sin * ny, sin * nx + cos * ny, nz], normal)]
+    u = torch.where(is_piece, torch.where(is_box, torch.where(face_x, ly, lx), 0.4 * torch.atan2(uy, ux)), u)
+    v = torch.where(is_piece, torch.where(is_box & face_z, ly, lz), v)
+
+    # checks, stripes along u or v, or soft
+    fu, fv, pu, pv = of(rooms.texture)
+    pattern, = of(rooms.pattern[..., None])
+    wave_u, wave_v = (u * fu + pu).sin(), (v * fv + pv).sin()
+    stripe_u, stripe_v = (4 * wave_u).clamp(-1, 1), (4 * wave_v).clamp(-1, 1)
+    mix = torch.where(pattern == 0, stripe_u * stripe_v, torch.where(pattern == 1, stripe_u,
+                      torch.where(pattern == 2, stripe_v, 0.5 * (wave_u + wave_v))))
+    lx, ly, lz = rooms.light.T[..., None]                                                 # (R, 1)
+    light = 0.72 + 0.28 * (normal[0] * lx + normal[1] * ly + normal[2] * lz)
+    light = 255 * light / (1 + 0.01 * depth.square())
+    first, second = of(rooms.colors[:, :, 0]), of(rooms.colors[:, :, 1])
+    mix = 0.5 + 0.5 * mix
+    return torch.stack([((a + (b - a) * mix) * light).clamp(0, 255).to(torch.uint8) for a, b in zip(first, second)], 1)
+
+
+def surface_classes(rooms, surface):
+    """surface ids (R, ...) -> indices into CLASSES (floor, ceiling, wall, then the furniture's categories), long."""
+    flat = surface.flatten(1).long()
+    category = rooms.category.to(flat.device).gather(1, (flat - 6).clamp(min=0)) + 3
+    room = torch.where(flat == 4, 0, torch.where(flat == 5, 1, 2))
+    return torch.where(flat >= 6, category, room).view(surface.shape)
+
+
+if __name__ == '__main__':
+    from PIL import Image
+    rooms = make_rooms(5, seed=room_seed('val', 0, 0))
+    views = render(rooms, make_walk(rooms, 8, seed=1), make_intrinsics((128, 128), 5, 8), (128, 128))
+    picture = views['image'].permute(0, 3, 1, 4, 2).reshape(5 * 128, 8 * 128, 3)
+    os.makedirs('out', exist_ok=True)
+    Image.fromarray(picture.numpy()).save('out/rooms.png')
+    for item in rooms.objects(0):
+        print(f"{item['category']:8s} at {item['center'][0]:5.2f} {item['center'][1]:5.2f}  size "
+              + ' x '.join(f'{s:.2f}' for s in item['size']) + ' m')
+    print('room 0 is the first row of out/rooms.png')
