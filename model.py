@@ -14,6 +14,8 @@ Shapes, in every file:
     B scenes   V views   Vc context views   h x w = N patches a view   P = N + special tokens a view
     Q latents  D width   C backbone width   H x W pixels   nh heads    d channels a head
 """
+import functools
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -21,6 +23,15 @@ import torch.nn.functional as F
 
 class InputError(Exception):
     """What the user gave is at fault: scripts print the sentence and stop; a traceback is for bugs only."""
+
+
+def full_precision(function):
+    """Decorator: no autocast inside. Geometry in bf16 is wrong in the third digit."""
+    @functools.wraps(function)
+    def wrapped(*args, **kwargs):
+        with torch.autocast('cuda', enabled=False), torch.autocast('cpu', enabled=False):
+            return function(*args, **kwargs)
+    return wrapped
 
 
 # -----------------------------------------------------------------------------
@@ -33,12 +44,14 @@ def to_4x4(matrix):
     return torch.cat([matrix, bottom], dim=-2)
 
 
+@full_precision
 def invert_pose(extrinsics):
     """Inverse of rigid motions, (..., 3, 4) -> (..., 3, 4): [R | t] -> [R^T | -R^T t]. No linear solve."""
     Rt = extrinsics[..., :3].transpose(-1, -2)
     return torch.cat([Rt, -Rt @ extrinsics[..., 3:]], dim=-1)
 
 
+@full_precision
 def relative_pose(extrinsics, reference):
     """Extrinsics (..., 3, 4) in the world frame of the camera `reference` (..., 3, 4)."""
     return (to_4x4(extrinsics) @ to_4x4(invert_pose(reference)))[..., :3, :]
@@ -199,11 +212,33 @@ class Transformer(nn.Module):
         return self.norm(x[:, self.num_registers:][:, keep])
 
 
+def take_views(x, index):
+    """x (B, V, ...), index (B, K) -> (B, K, ...): for each sample its own views."""
+    return x[torch.arange(len(x), device=x.device)[:, None], index]
+
+
 def init_linear(module):
     """ViT initialisation (timm's): small normal weights, zero biases. Use with module.apply."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
+
+
+def load_strictly(module, state, source, skip=(), assign=False):
+    """Loads `state` (name -> tensor) into `module`; every name must match, but for those that begin with one of `skip`.
+
+    Raises InputError with the names that are missing or unexpected. `source` is what the message calls the weights.
+    """
+    state = {name: tensor for name, tensor in state.items() if not name.startswith(tuple(skip))}
+    own = {name for name in module.state_dict() if not name.startswith(tuple(skip))}
+    some = lambda names: ', '.join(sorted(names)[:4]) + (f', ... ({len(names)} in all)' if len(names) > 4 else '') or 'none'
+    missing, unexpected = own - state.keys(), state.keys() - own
+    if missing or unexpected:
+        raise InputError(f'{source} does not fit this {type(module).__name__}: missing {some(missing)}; unexpected {some(unexpected)}')
+    shapes = {name for name in own if state[name].shape != module.state_dict()[name].shape}
+    if shapes:
+        raise InputError(f'{source} does not fit this {type(module).__name__}: other shapes for {some(shapes)}')
+    module.load_state_dict(state, strict=False, assign=assign)
 
 
 # -----------------------------------------------------------------------------

@@ -26,13 +26,14 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from data import RoomPool, step_generator, views_per_scene
+from data import Batches, RoomPool, make_source, step_generator
+from eval import draw_field, evaluate_field, field_line, field_table
 from model import InputError
-from vggt import MiniVGGTTrainer, area_under_curve, pose_encoding_to_cameras, pose_errors, scene_extrinsics, SCENE_UNIT
+from psfm import build_psfm, compile_blocks
+from vggt import MINI, MiniVGGTTrainer, area_under_curve, pose_errors, scene_extrinsics, SCENE_UNIT
 
 
 def opt(default, help):
@@ -43,12 +44,29 @@ def opt(default, help):
 class Config:
     # what is trained
     task: str = opt('psfm', 'psfm | mini-vggt')
+    backbone: str = opt('weights/mini_vggt.safetensors', 'the frozen VGGT: a file, a folder, or a hub id')
+    # the field
+    width: int = opt(128, 'D, of encoder and decoder')
+    encoder_depth: int = opt(3, 'blocks')
+    decoder_depth: int = opt(3, 'blocks')
+    num_heads: int = opt(4, 'attention heads')
+    num_latents: int = opt(32, 'Q, the size of z')
+    num_registers: int = opt(4, 'register tokens')
+    mask_ratio: float = opt(0.5, 'share of the views that are hidden: targets')
+    context: str = opt('asymmetric', 'asymmetric (one pass, context views see only each other) | separate (two passes)')
+    cameras: str = opt('predicted', "predicted by the backbone (the paper) | given by the source (rooms have them)")
+    standardised: bool = opt(True, 'standardise features per channel (the release does not)')
+    teacher: str = opt('', "a second teacher for the 'sem' head, a hub id of transformers (the paper: DINOv3 ViT-L)")
+    depth_probe: bool = opt(False, "also train a probe that reads the backbone's depth off the field")
     # data
     data: str = opt('rooms', 'rooms, or a folder of photographs: one sub-folder a scene, or one flat folder = one scene')
     image_width: int = opt(64, 'pixels; pictures are resized to it and cropped to multiples of the patch size')
     min_views: int = opt(4, 'views a sample, drawn anew for each batch between this ..')
     max_views: int = opt(8, '.. and this')
     images_per_batch: int = opt(72, 'scenes a batch = this // views')
+    min_gap: int = opt(1, 'photographs: frames between neighbouring views, at least ..')
+    max_gap: int = opt(4, '.. and at most')
+    workers: int = opt(2, 'photographs: processes that read them')
     num_rooms: int = opt(400, 'rooms: how many are kept in memory')
     new_rooms: float = opt(1.0, 'rooms: how many of them are replaced at each step')
     val_rooms: int = opt(96, 'rooms: held-out rooms to evaluate on')
@@ -75,9 +93,23 @@ class Config:
 
 
 PRESETS = {
-    'mini-vggt': dict(task='mini-vggt', num_rooms=1600, new_rooms=2.0, val_rooms=100, steps=8000, lr=1e-3, muon_lr=2e-3,
-                      min_lr=0.02, decay_from=0.55, clip=2.0, eval_every=1000, log_every=50),
+    # any laptop: procedural rooms, the mini backbone
+    'small': dict(muon_lr=2e-3, min_lr=0.03),
+    # one consumer GPU: VGGT-1B at 224 pixels
+    'medium': dict(backbone='facebook/VGGT-1B', width=384, encoder_depth=4, decoder_depth=4, num_heads=6, num_latents=64,
+                   image_width=224, min_views=4, max_views=8, images_per_batch=24, min_gap=2, max_gap=10, workers=4,
+                   steps=20_000, lr=1e-3, warmup=500, eval_every=1000),
+    # the paper: 8 GPUs x 24 images x 2, 80 k steps
+    'base': dict(backbone='facebook/VGGT-1B', width=768, encoder_depth=6, decoder_depth=6, num_heads=12, num_latents=256,
+                 teacher='facebook/dinov3-vitl16-pretrain-lvd1689m', depth_probe=True, data='', image_width=518, min_views=4,
+                 max_views=12, images_per_batch=24, min_gap=2, max_gap=6, workers=8, steps=80_000, accumulate=2, lr=2e-3,
+                 warmup=0, weight_decay=1e-4, beta2=0.999, eval_every=2000, log_every=50),
+    # makes weights/mini_vggt.safetensors
+    'mini-vggt': dict(task='mini-vggt', num_rooms=1600, new_rooms=2.0, val_rooms=100, steps=8000, muon_lr=2e-3, min_lr=0.02,
+                      decay_from=0.55, clip=2.0, eval_every=1000, log_every=50),
 }
+CHOICES = dict(task=('psfm', 'mini-vggt'), context=('asymmetric', 'separate'), cameras=('predicted', 'given'),
+               dtype=('auto', 'float32', 'bfloat16'))
 
 
 class Parser(argparse.ArgumentParser):
@@ -106,6 +138,20 @@ def parse_config(argv=None):
     for key in ('steps', 'images_per_batch', 'accumulate', 'eval_every', 'log_every', 'min_views'):
         if getattr(config, key) < 1:
             raise InputError(f'--{key.replace("_", "-")} must be at least 1, not {getattr(config, key)}')
+    for key, choices in CHOICES.items():
+        if getattr(config, key) not in choices:
+            raise InputError(f'--{key} takes {" or ".join(choices)}, not {getattr(config, key)}')
+    if config.task == 'psfm':
+        if config.min_views > config.max_views or config.min_views < 2:
+            raise InputError(f'--min-views {config.min_views} --max-views {config.max_views}: at least 2, and in this order')
+        if not 0 < config.mask_ratio < 1:
+            raise InputError(f'--mask-ratio {config.mask_ratio} must lie between 0 and 1: some views are context, some are targets')
+        if config.width % config.num_heads or config.width // config.num_heads % 8:
+            raise InputError(f'--width {config.width} over --num-heads {config.num_heads}: a head needs a multiple of 8 channels')
+        if config.cameras == 'given' and config.data != 'rooms':
+            raise InputError('--cameras given: only rooms come with cameras; photographs have them predicted')
+        if config.data == 'rooms' and config.max_views > RoomPool.VIEWS:
+            raise InputError(f'--max-views {config.max_views}: a room has {RoomPool.VIEWS} views')
     return name, config
 
 
@@ -291,9 +337,27 @@ def export_mini_vggt(model, path, config, metrics):
 
 # -----------------------------------------------------------------------------
 
+@torch.no_grad()
+def measure_statistics(psfm, source, config, device, autocast, num_batches=4):
+    """Mean and deviation of every feature channel, from a few training batches, into the model's buffers."""
+    geo, sem = [], []
+    for step in range(num_batches):
+        images = source.batch(step, max(1, config.images_per_batch // config.min_views), config.min_views)['images'].to(device)
+        with autocast:
+            views = psfm.backbone(images)
+            geo.append(views.features.float().flatten(0, 2))
+            if psfm.teacher is not None:
+                sem.append(psfm.teacher(images, views.grid).float().flatten(0, 2))
+    psfm.set_statistics('geo', torch.cat(geo))
+    if sem:
+        psfm.set_statistics('sem', torch.cat(sem))
+
+
 def main(argv=None):
     name, config = parse_config(argv)
-    # one process a GPU: torchrun sets these
+    began = time.time()
+
+    # the machine: one process a GPU, started by torchrun
     rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     device = pick_device(config.device)
     if world_size > 1:
@@ -303,77 +367,117 @@ def main(argv=None):
         dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
     is_main = rank == 0
     say = tqdm.write if is_main else lambda text: None
-    os.makedirs(config.out, exist_ok=True)
-    torch.manual_seed(config.seed)
     dtype, reason = pick_dtype(config.dtype, device)
-    autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    torch.manual_seed(config.seed)
+    os.makedirs(config.out, exist_ok=True)
 
-    # model and data
-    source = RoomPool('train', config.seed, config.num_rooms, config.new_rooms, device=device, rank=rank, world_size=world_size)
-    held_out = RoomPool('val', 0, config.val_rooms, device=device)
-    model = MiniVGGTTrainer().to(device)
-    make_batch = lambda step: mini_vggt_batch(source, step, config)
-    evaluate = lambda: evaluate_mini_vggt(model, held_out, autocast)
+    # data and model
+    is_mini = config.task == 'mini-vggt'
+    if is_mini:
+        model, multiple = MiniVGGTTrainer(), MINI.patch_size
+    else:
+        model = build_psfm(config, dtype)
+        multiple = model.backbone.config.patch_size
+    model.to(device)
+    source = make_source(config, 'train', multiple, device, rank, world_size, say)
+    held_out = make_source(config, 'val', multiple, device, say=lambda text: None)
     optimizers = make_optimizers(model, config, device)
     peaks = [group['lr'] for optimizer in optimizers for group in optimizer.param_groups]
     checkpoint = os.path.join(config.out, 'checkpoint')
     first = load_checkpoint(checkpoint, model, optimizers, config) if config.resume else 0
-
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    say(f'{name}: {trainable / 1e6:.2f} M parameters to train, {frozen / 1e6:.2f} M frozen, on {device} in {dtype} ({reason}), writing to {config.out}/')
+    count = lambda grad: sum(p.numel() for p in model.parameters() if p.requires_grad == grad) / 1e6
+    say(f'{name}: {count(True):.2f} M parameters to train, {count(False):.2f} M frozen | {device}, {dtype} ({reason}) | writing to {config.out}/')
+    if config.data != 'rooms':
+        say(f'{len(source.scenes)} scenes of {config.data}; held out: {held_out.held_out}')
     source.advance(first, lambda blocks: tqdm(blocks, 'rendering rooms', leave=False, disable=not is_main))
-
+    if is_mini:
+        loader = (mini_vggt_batch(source, step, config) for step in range(first * config.accumulate, config.steps * config.accumulate))
+    else:
+        if not config.resume:
+            measure_statistics(model, source, config, device, autocast)
+        loader = iter(torch.utils.data.DataLoader(
+            Batches(source, config), batch_size=None, sampler=range(first * config.accumulate, config.steps * config.accumulate),
+            num_workers=0 if config.data == 'rooms' else config.workers, pin_memory=device.type == 'cuda' and config.data != 'rooms'))
+    if config.compile if config.compile is not None else device.type == 'cuda':
+        compile_blocks(model)
     ddp = torch.nn.parallel.DistributedDataParallel(model) if world_size > 1 else model
     model.train()
+
     log = open(os.path.join(config.out, 'log.jsonl'), 'a' if first else 'w')
-    start, views_done, metrics = time.time(), 0, {}
+    metrics, busy, views_done, logged = {}, 0.0, 0, first
     for step in range(first, config.steps + 1):
         # evaluate and save
-        if step % config.eval_every == 0 and step > first or step == config.steps:
-            model.eval()
-            metrics, line = evaluate()
-            model.train()
+        if step == config.steps or step > first and step % config.eval_every == 0:
+            if is_mini:
+                metrics, line = evaluate_mini_vggt(model, held_out, autocast)
+            else:
+                metrics = evaluate_field(model, source, held_out, config, device, autocast)
+                line = field_line(metrics)
             say(f'step {step:05d}/{config.steps:05d} | {line}')
             if is_main:
                 save_checkpoint(checkpoint, model, optimizers, step, config, metrics)
         if step == config.steps:
             break
 
-        # the learning rate of this step
-        share = learning_rate(step, config)
-        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-        for group, peak in zip(groups, peaks):
+        # this step's learning rate
+        start, share = time.time(), learning_rate(step, config)
+        for group, peak in zip([group for optimizer in optimizers for group in optimizer.param_groups], peaks):
             group['lr'] = share * peak
 
         # forward, backward, update
         for micro in range(config.accumulate):
-            batch = make_batch(step * config.accumulate + micro)
-            sync = contextlib.nullcontext() if world_size == 1 or micro == config.accumulate - 1 else ddp.no_sync()
-            with sync:
+            batch = {key: x.to(device, non_blocking=True) if torch.is_tensor(x) else x for key, x in next(loader).items()}
+            if is_mini:
+                inputs = batch
+            else:
+                seed = step_generator(config.seed, step * config.accumulate + micro, rank, 3).initial_seed()
+                inputs = dict(images=batch['images'], generator=torch.Generator(device).manual_seed(seed))
+                if config.cameras == 'given':
+                    inputs.update(extrinsics=scene_extrinsics(batch['extrinsics']), intrinsics=batch['intrinsics'])
+            last = micro == config.accumulate - 1
+            with contextlib.nullcontext() if last or world_size == 1 else ddp.no_sync():
                 with autocast:
-                    losses = ddp(**batch)
+                    losses = ddp(**inputs)
                 (losses['loss'] / config.accumulate).backward()
             views_done += batch['images'].shape[0] * batch['images'].shape[1] * world_size
         norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], config.clip)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        busy += time.time() - start
 
         # log
-        if step % config.log_every == 0 or step == first:
+        if step == first or (step + 1) % config.log_every == 0:
             values = {key: value.item() for key, value in losses.items()}
             if not math.isfinite(values['loss']):
-                raise InputError(f'the loss is {values["loss"]} at step {step}: lower --lr, or --dtype float32')
-            seconds = time.time() - start
-            record = dict(step=step, **values, lr=share * config.lr, grad_norm=norm.item(), seconds=seconds, views=views_done)
+                raise InputError(f'the loss is {values["loss"]} at step {step}: try a lower --lr, or --dtype float32; '
+                                 f'the last checkpoint is in {checkpoint}')
+            steps_done, r2 = step + 1 - logged, metrics.get('psfm', {}).get('r2')
+            record = dict(step=step, **values, r2=r2, lr=share * config.lr, grad_norm=norm.item(), step_ms=1e3 * busy / steps_done,
+                          views_per_second=views_done / busy, memory_gb=peak_memory(device) / 2 ** 30, seconds=time.time() - began)
             log.write(json.dumps(record) + '\n')
             log.flush()
             parts = ' '.join(f'{key} {value:.3f}' for key, value in values.items() if key != 'loss')
-            say(f'step {step:05d}/{config.steps:05d} | loss {values["loss"]:.4f} {parts} | lr {share * config.lr:.1e} | gnorm {norm:.2f} | '
-                f'{1e3 * seconds / (step - first + 1):.0f} ms | {views_done / seconds:.0f} views/s | mem {peak_memory(device) / 2 ** 30:.1f} GB')
-    if config.task == 'mini-vggt' and is_main:
-        export_mini_vggt(model, 'weights/mini_vggt.safetensors', config, metrics)
+            say(f'step {step:05d}/{config.steps:05d} | loss {values["loss"]:.4f} {parts} | ' + (f'R2 {r2:.3f} | ' if r2 is not None else '')
+                + f'lr {record["lr"]:.1e} | gnorm {norm:.2f} | {record["step_ms"]:.0f} ms | {record["views_per_second"]:.0f} views/s | '
+                  f'mem {record["memory_gb"]:.1f} GB')
+            busy, views_done, logged = 0.0, 0, step + 1
+
+    # what came of it
+    if is_main:
+        metrics.update(step=config.steps, seconds=time.time() - began, peak_memory_gb=peak_memory(device) / 2 ** 30)
+        with open(os.path.join(config.out, 'metrics.json'), 'w') as file:
+            json.dump(metrics, file, indent=1)
+        say(f'\n{name} took {metrics["seconds"] / 60:.1f} minutes and {metrics["peak_memory_gb"]:.1f} GB')
+        if is_mini:
+            export_mini_vggt(model, 'weights/mini_vggt.safetensors', config, metrics)
+            say('wrote weights/mini_vggt.safetensors\nnext: python train.py --config small')
+        else:
+            draw_field(model, held_out, config, device, autocast, os.path.join(config.out, 'field.png'))
+            say(f'{field_table(metrics)}\nwrote {config.out}/field.png (look at it), metrics.json, log.jsonl, checkpoint/')
+    if world_size > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == '__main__':

@@ -27,7 +27,8 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from model import MLP, Block, InputError, RoPE2D, camera_rays, init_linear, invert_pose, relative_pose
+from model import (MLP, Block, InputError, RoPE2D, camera_rays, full_precision, init_linear, invert_pose, load_strictly,
+                   relative_pose, take_views)
 
 
 @dataclass(frozen=True)
@@ -383,21 +384,22 @@ class VGGT(nn.Module):
         outputs = self.aggregator.attend(take_views(patches, order), grid, num_context, layers)
         return {layer: take_views(tokens, back) for layer, tokens in outputs.items()}
 
+    @full_precision
     def read(self, tokens, grid):
         """Last layer's tokens (B, V, P, 2C) -> Views. Heads run in fp32: poses are too delicate for bf16."""
-        with torch.autocast(tokens.device.type, enabled=False):
-            pose = self.camera_head(tokens[:, :, 0].float())[-1]
-            size = grid[0] * self.config.patch_size, grid[1] * self.config.patch_size
-            extrinsics, intrinsics = pose_encoding_to_cameras(pose, size)
+        pose = self.camera_head(tokens[:, :, 0].float())[-1]
+        size = grid[0] * self.config.patch_size, grid[1] * self.config.patch_size
+        extrinsics, intrinsics = pose_encoding_to_cameras(pose, size)
         return Views(tokens[:, :, self.aggregator.num_special:], extrinsics, intrinsics, grid)
 
-    def depth(self, images):
-        """DPT depth: images (B, V, 3, H, W) -> depth, confidence (B, V, H, W), in the units of the cameras' translations."""
-        patches, grid = self.aggregator.embed(images)
-        layers = self.aggregator.attend(patches, grid, layers=self.config.dpt_layers)
-        with torch.autocast(images.device.type, enabled=False):
-            skip = self.aggregator.num_special
-            out = self.depth_head({layer: tokens[:, :, skip:].float() for layer, tokens in layers.items()}, grid)
+    @full_precision
+    def depth(self, layers, grid):
+        """Depth by the DPT head: {layer: tokens (B, V, P, 2C)} for the layers of config.dpt_layers -> depth, confidence.
+
+        Both (B, V, H, W); depth is along the optical axis, in the unit of the cameras' translations.
+        """
+        patches = {layer: layers[layer][:, :, self.aggregator.num_special:].float() for layer in self.config.dpt_layers}
+        out = self.depth_head(patches, grid)
         return out[:, :, 0].exp(), 1 + out[:, :, 1].exp()
 
     def read_out(self, features, grid):
@@ -406,6 +408,14 @@ class VGGT(nn.Module):
         -> depth (B, V, 2h, 2w) in units of SCENE_UNIT metres, class logits (B, V, 2h, 2w, classes of rooms.CLASSES).
         """
         return self.depth_cells(features, grid)[..., 0].exp(), self.class_cells(features, grid)
+
+    def patch_depth(self, layers, grid):
+        """Mean depth of every patch, {layer: tokens (B, V, P, 2C)} -> (B, V, N), by whichever depth head there is."""
+        if 'cells' in self.config.heads:
+            depth = self.read_out(layers[-1][:, :, self.aggregator.num_special:], grid)[0]
+        else:
+            depth = self.depth(layers, grid)[0]
+        return F.adaptive_avg_pool2d(depth, grid).flatten(2)
 
     def freeze(self, dtype=torch.float32):
         """Makes it a teacher for good: eval mode that train() cannot undo, no gradients, matrices kept in `dtype`.
@@ -444,26 +454,14 @@ class VGGT(nn.Module):
         if heads is not None:
             config = VGGTConfig(**{**asdict(config), 'heads': tuple(heads)})
         model = cls(config)
-        model.load_strictly({name: tensor.float() for name, tensor in load_file(path).items()}, path)
+        model.load({name: tensor.float() for name, tensor in load_file(path).items()}, path)
         return model
 
-    def load_strictly(self, state, source, assign=False):
-        """Every name must match but those of heads that this model was built without, the track head's among them."""
-        optional = {'track_head': 'track', 'point_head': 'point', 'depth_head': 'depth', 'camera_head': 'camera',
-                    'depth_cells': 'cells', 'class_cells': 'cells'}
-        unwanted = {name for name, head in optional.items() if head not in self.config.heads}
-        state = {name: tensor for name, tensor in state.items() if name.split('.')[0] not in unwanted}
-        missing = sorted(self.state_dict().keys() - state.keys())
-        unexpected = sorted(state.keys() - self.state_dict().keys())
-        if missing or unexpected:
-            some = lambda names: ', '.join(names[:4]) + (f', ... ({len(names)} in all)' if len(names) > 4 else '') or 'none'
-            raise InputError(f'{source} does not hold this VGGT: missing {some(missing)}; unexpected {some(unexpected)}')
-        self.load_state_dict(state, assign=assign)
-
-
-def take_views(x, index):
-    """x (B, V, ...), index (B, K) -> (B, K, ...): for each sample its own views."""
-    return x[torch.arange(len(x), device=x.device)[:, None], index]
+    def load(self, state, source, assign=False):
+        """Strict, but for the heads that this model was built without, the track head always among them."""
+        names = {'camera_head.': 'camera', 'depth_head.': 'depth', 'point_head.': 'point', 'depth_cells.': 'cells', 'class_cells.': 'cells'}
+        skip = ['track_head.'] + [name for name, head in names.items() if head not in self.config.heads]
+        load_strictly(self, state, source, skip, assign)
 
 
 def find_weights(source):
@@ -513,6 +511,11 @@ class MiniVGGTTrainer(nn.Module):
         self.gravity_head = nn.Sequential(nn.LayerNorm(dim), MLP(dim, config.width, 6))
         nn.init.normal_(self.vggt.aggregator.camera_token, std=0.3)
         nn.init.normal_(self.vggt.aggregator.register_token, std=0.3)
+        # poses start at the identity: from a random start, the first view's quaternion can settle half a turn away for good
+        last = self.vggt.camera_head.pose_branch.fc2
+        nn.init.normal_(last.weight, std=0.002)
+        with torch.no_grad():
+            last.bias.copy_(torch.tensor([0, 0, 0, 0, 0, 0, 1.0, 1.4, 1.4]) / config.camera_iterations)
 
     def forward(self, images, depth, classes, extrinsics, intrinsics, match_shift):
         """A batch of data.RoomPool; `match_shift` in 1 .. V - 1. -> losses, unweighted, and 'loss', their weighted sum."""
@@ -521,8 +524,7 @@ class MiniVGGTTrainer(nn.Module):
         patches, grid = vggt.aggregator.embed(images)
         tokens = vggt.aggregator.attend(patches, grid)[-1]                                # (B, V, P, 2C)
         features, camera_tokens = tokens[:, :, vggt.aggregator.num_special:], tokens[:, :, 0]
-        with torch.autocast(tokens.device.type, enabled=False):
-            poses = vggt.camera_head(camera_tokens.float())
+        poses = full_precision(vggt.camera_head)(camera_tokens.float())
         log_depth, logits = vggt.depth_cells(features, grid)[..., 0], vggt.class_cells(features, grid)
         points = self.point_cells(features, grid)                                         # (B, V, 2h, 2w, 3)
         descriptors = F.normalize(self.match_head(features, grid), dim=-1).flatten(2, 3)  # (B, V, N, 32)
@@ -533,7 +535,8 @@ class MiniVGGTTrainer(nn.Module):
         for i, pose in enumerate(reversed(poses)):                                        # the last iteration counts most
             predicted, _ = pose_encoding_to_cameras(pose, size)
             error = (predicted - truth['extrinsics']).abs()
-            losses['rotation'] += 0.6 ** i / total * error[..., :3].mean()                # of matrices: q and -q are one rotation
+            # of matrices, for q and -q are one rotation; the length of q says nothing, and is kept near 1
+            losses['rotation'] += 0.6 ** i / total * (error[..., :3].mean() + 0.1 * (pose[..., 3:7].norm(dim=-1) - 1).square().mean())
             losses['translation'] += 0.6 ** i / total * error[..., 3].mean()
             losses['field_of_view'] += 0.6 ** i / total * (pose[..., 7:] - truth['field_of_view']).abs().mean()
         losses['depth'] = (log_depth - truth['depth'].log()).abs().mean()
@@ -544,6 +547,7 @@ class MiniVGGTTrainer(nn.Module):
         losses['loss'] = sum(weight * losses[name] for name, weight in self.WEIGHTS.items())
         return losses
 
+    @full_precision
     def truth(self, depth, room_extrinsics, intrinsics, size):
         """Targets in the first camera's frame and in SCENE_UNITs, from cameras and depth in the room's frame."""
         extrinsics = scene_extrinsics(room_extrinsics)

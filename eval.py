@@ -1,0 +1,262 @@
+"""
+What has the field learned? Measures and pictures for a trained PSFM.
+
+    python eval.py field --run out/small            # metrics.json and field.png of a run, anew
+
+Everything is asked of *target views of held-out scenes*: views that the encoder did
+not see, of places that training did not see. A number means something only beside
+what it costs nothing to reach, so `evaluate_field` measures these too:
+
+    mean      the training mean of all features
+    position  the training mean at each place in the image
+    nearest   the features of the context view whose camera is turned most alike
+    shuffled  our prediction from another scene's latents
+    camera    our prediction from the average latents: what the camera alone tells
+
+cos is the cosine, centred_cos the cosine after the training mean is taken off, r2 the
+share of the (standardised) variance around that mean that is explained.
+"""
+import argparse
+import json
+import os
+import sys
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+
+from data import make_source, step_generator
+from model import InputError, take_views
+from psfm import context_index, load_psfm, random_view_mask
+from vggt import SCENE_UNIT, scene_extrinsics
+
+
+def field_batches(psfm, source, config, num_batches, num_scenes, device):
+    """The evaluation's samples: the same scenes, views and masks every time. Yields (batch, view_mask, num_context)."""
+    num_views = (config.min_views + config.max_views) // 2
+    for step in range(num_batches):
+        batch = {name: x.to(device) for name, x in source.batch(step, num_scenes, num_views).items()}
+        B, V = batch['images'].shape[:2]
+        mask, num_context = random_view_mask(B, V, psfm.mask_ratio, step_generator(1, step))
+        yield batch, mask.to(device), num_context
+
+
+def look(psfm, batch, view_mask, num_context, config):
+    """-> context features (B, Vc, N, 2C), all features (B, V, N, 2C), extrinsics, intrinsics, grid, as in training."""
+    context, views, _ = psfm.observe(batch['images'], view_mask, num_context)
+    extrinsics, intrinsics = views.extrinsics, views.intrinsics
+    if config.cameras == 'given':
+        extrinsics, intrinsics = scene_extrinsics(batch['extrinsics']), batch['intrinsics']
+    return context, views.features, extrinsics, intrinsics, views.grid
+
+
+class Score:
+    """Running cosine, centred cosine and R2 of predicted features (..., 2C)."""
+
+    def __init__(self, psfm):
+        self.mean, self.std, self.sums = psfm.geo_mean, psfm.geo_std, torch.zeros(5, dtype=torch.float64)
+
+    def add(self, predicted, target):
+        predicted, target = predicted.float(), target.float()
+        p, t = (predicted - self.mean) / self.std, (target - self.mean) / self.std
+        centred = F.cosine_similarity(predicted - self.mean, target - self.mean, dim=-1)
+        self.sums += torch.stack([F.cosine_similarity(predicted, target, dim=-1).sum(), centred.sum(), (p - t).square().sum(),
+                                  t.square().sum(), torch.tensor(float(centred.numel()), device=t.device)]).double().cpu()
+
+    def result(self):
+        cos, centred, error, variance, count = self.sums.tolist()
+        return dict(cos=cos / count, centred_cos=centred / count, r2=1 - error / variance)
+
+
+class ReadOut:
+    """Running quality of what the backbone's own frozen heads read off features: R2 alone hides forgotten furniture."""
+
+    def __init__(self):
+        self.sums = torch.zeros(5, dtype=torch.float64)
+
+    def add(self, backbone, features, grid, batch, index):
+        depth, logits = backbone.read_out(features.float(), grid)
+        true_depth, classes = take_views(batch['depth'], index) / SCENE_UNIT, take_views(batch['classes'], index)
+        right, furniture = logits.argmax(-1) == classes, classes >= 3
+        self.sums += torch.stack([((depth - true_depth).abs() / true_depth).sum(), right.sum(), right.new_tensor(right.numel(), dtype=torch.float32),
+                                  (right & furniture).sum(), furniture.sum()]).double().cpu()
+
+    def result(self):
+        depth, right, count, found, furniture = self.sums.tolist()
+        return dict(depth_abs_rel=depth / count, class_accuracy=right / count, object_recall=found / max(1, furniture))
+
+
+@torch.no_grad()
+def evaluate_field(psfm, train_source, held_out, config, device, autocast, num_batches=4, num_scenes=24):
+    """-> dict name -> {cos, centred_cos, r2} for 'psfm', the baselines and 'context' (ours, on views that it did see);
+    on rooms also 'read_out' -> {true, psfm, camera, shuffled} -> {depth_abs_rel, class_accuracy, object_recall}.
+    """
+    was_training = psfm.training
+    psfm.eval()
+    # from training scenes: the average latents, and the mean features at each place of the image
+    latents, place = [], {}
+    with autocast:
+        for batch, mask, num_context in field_batches(psfm, train_source, config, num_batches, num_scenes, device):
+            context, features, _, _, grid = look(psfm, batch, mask, num_context, config)
+            latents.append(psfm.encode(context, grid).float().mean(0))
+            total, count = place.get(grid, (0, 0))
+            place[grid] = total + features.float().sum((0, 1)), count + features.shape[0] * features.shape[1]
+    average = torch.stack(latents).mean(0)                                                # (Q, D)
+    place = {grid: total / count for grid, (total, count) in place.items()}               # (N, 2C)
+
+    names = ['psfm', 'mean', 'position', 'nearest', 'shuffled', 'camera', 'context']
+    scores = {name: Score(psfm) for name in names}
+    on_rooms = 'cells' in psfm.backbone.config.heads and config.data == 'rooms'
+    read_outs = {name: ReadOut() for name in ('true', 'psfm', 'camera', 'shuffled')} if on_rooms else {}
+    for batch, mask, num_context in field_batches(psfm, held_out, config, num_batches, num_scenes, device):
+        size, V = batch['images'].shape[-2:], batch['images'].shape[1]
+        seen = context_index(mask, num_context)
+        unseen = context_index(~mask, V - num_context)
+        with autocast:
+            context, features, extrinsics, intrinsics, grid = look(psfm, batch, mask, num_context, config)
+            z = psfm.encode(context, grid)
+            ask = lambda z, index: psfm.decode(z, take_views(extrinsics, index), take_views(intrinsics, index), size, grid)
+            predicted = {'psfm': ask(z, unseen), 'shuffled': ask(z.roll(1, 0), unseen),
+                         'camera': ask(average.to(z.dtype).expand_as(z), unseen)}
+            of_seen = ask(z, seen)
+        target = take_views(features, unseen)
+        rotation = extrinsics[..., :3]
+        alike = torch.einsum('bvij,bwij->bvw', take_views(rotation, unseen), take_views(rotation, seen)).argmax(-1)
+        nowhere = psfm.geo_mean.expand_as(target)
+        baselines = dict(mean=nowhere, position=place[grid].expand_as(target) if grid in place else nowhere,
+                         nearest=take_views(context, alike))
+        for name, prediction in {**predicted, **baselines}.items():
+            scores[name].add(prediction, target)
+        scores['context'].add(of_seen, take_views(features, seen))
+        for name, read_out in read_outs.items():
+            read_out.add(psfm.backbone, target if name == 'true' else predicted[name], grid, batch, unseen)
+    psfm.train(was_training)
+    metrics = {name: score.result() for name, score in scores.items()}
+    if read_outs:
+        metrics['read_out'] = {name: read_out.result() for name, read_out in read_outs.items()}
+    return metrics
+
+
+def field_line(metrics):
+    """One line for the log."""
+    order = ['camera', 'shuffled', 'nearest', 'position', 'mean']
+    line = f"unseen views: R2 {metrics['psfm']['r2']:.3f} | " + ' '.join(f"{name} {metrics[name]['r2']:.3f}" for name in order)
+    if 'read_out' in metrics:
+        ours, true = metrics['read_out']['psfm'], metrics['read_out']['true']
+        line += (f" | read-out: depth abs-rel {ours['depth_abs_rel']:.3f} (true features {true['depth_abs_rel']:.3f}), "
+                 f"objects found {ours['object_recall']:.2f} ({true['object_recall']:.2f})")
+    return line
+
+
+def field_table(metrics):
+    """The whole comparison, for a person."""
+    notes = dict(psfm='our prediction', context='ours, on views it saw', mean='training mean', position='training mean per place in the image',
+                 nearest='nearest context view', shuffled="from another scene's latents", camera='from the average latents')
+    rows = [f'{"on unseen views of held-out scenes":44s}{"cos":>9s}{"centred":>9s}{"R2":>9s}']
+    for name in ('mean', 'position', 'nearest', 'shuffled', 'camera', 'psfm', 'context'):
+        m = metrics[name]
+        rows.append(f'  {name:9s} {notes[name]:32s}{m["cos"]:9.3f}{m["centred_cos"]:9.3f}{m["r2"]:9.3f}')
+    if 'read_out' in metrics:
+        rows.append(f'{"read off these features by the frozen heads":44s}{"abs-rel":>9s}{"classes":>9s}{"objects":>9s}')
+        for name, note in (('true', "the backbone's own features"), ('psfm', notes['psfm']), ('camera', notes['camera']), ('shuffled', notes['shuffled'])):
+            m = metrics['read_out'][name]
+            rows.append(f'  {name:9s} {note:32s}{m["depth_abs_rel"]:9.3f}{m["class_accuracy"]:9.3f}{m["object_recall"]:9.3f}')
+    return '\n'.join(rows)
+
+
+# -----------------------------------------------------------------------------
+# field.png
+
+def to_colours(features, basis=None):
+    """The three main directions of features (V, N, C) as red, green and blue. -> colours (V, N, 3) in [0, 1], basis."""
+    x = features.float().flatten(0, 1)
+    if basis is None:
+        mean = x.mean(0)
+        directions = torch.linalg.svd(x - mean, full_matrices=False).Vh[:3].T             # (C, 3)
+        y = (x - mean) @ directions
+        basis = mean, directions, torch.quantile(y, 0.02, dim=0), torch.quantile(y, 0.98, dim=0)
+    mean, directions, low, high = basis
+    return (((x - mean) @ directions - low) / (high - low)).clamp(0, 1).unflatten(0, features.shape[:2]), basis
+
+
+def to_tile(image, width):
+    """(h, w, 3) in [0, 1] -> PIL image `width` pixels wide; each value stays a visible square."""
+    picture = Image.fromarray((255 * image).round().byte().cpu().numpy())
+    return picture.resize((width, width * picture.height // picture.width), Image.Resampling.NEAREST)
+
+
+@torch.no_grad()
+def draw_field(psfm, source, config, device, autocast, path, num_scenes=3, tile=96):
+    """Draws for a few scenes: pictures, the features that the backbone sees, those that we predict, and their error.
+
+    One PCA basis a scene, made from the backbone's features; context views first, unseen views behind the bar.
+    """
+    was_training = psfm.training
+    psfm.eval()
+    batch, mask, num_context = next(iter(field_batches(psfm, source, config, 1, num_scenes, device)))
+    with autocast:
+        context, features, extrinsics, intrinsics, grid = look(psfm, batch, mask, num_context, config)
+        predicted = psfm.decode(psfm.encode(context, grid), extrinsics, intrinsics, batch['images'].shape[-2:], grid)
+    psfm.train(was_training)
+    B, V = mask.shape
+    order = mask.int().argsort(dim=1, stable=True)                                        # context first
+    images, features, predicted = [take_views(x, order) for x in (batch['images'], features, predicted)]
+    error = ((predicted - features) / psfm.geo_std).square().mean(-1) / ((features - psfm.geo_mean) / psfm.geo_std).square().mean()
+    rows = ['picture', 'features seen by\nthe backbone', 'features predicted\nfrom the context', 'error (white: as bad\nas the mean)']
+    (h, w), (H, W) = grid, images.shape[-2:]
+    tile_height, margin, top, gap = tile * H // W, 150, 26, 4
+    on_rooms = 'depth' in batch and 'cells' in psfm.backbone.config.heads
+    if on_rooms:
+        rows += ['true depth', 'depth read off\nthe prediction']
+        read, _ = psfm.backbone.read_out(predicted, grid)
+        depth = take_views(batch['depth'], order) / SCENE_UNIT
+    block = len(rows) * (tile_height + gap) + top + 8
+    canvas = Image.new('RGB', (margin + V * (tile + gap) + 12, B * block), 'white')
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(12)
+    for b in range(B):
+        seen, basis = to_colours(features[b])
+        ours, _ = to_colours(predicted[b], basis)
+        grey = lambda x, size: x.clamp(0, 1)[..., None].expand(-1, -1, 3).reshape(V, *size, 3)
+        strips = [images[b].permute(0, 2, 3, 1), seen.unflatten(1, (h, w)), ours.unflatten(1, (h, w)), grey(error[b], (h, w))]
+        if on_rooms:
+            far = depth[b].max()
+            strips += [grey((1 - x / far).flatten(1), x.shape[1:]) for x in (depth[b], read[b].clamp(max=far))]
+        for v in range(V):
+            x = margin + v * (tile + gap) + (12 if v >= num_context else 0)
+            label = 'context' if v < num_context else 'unseen'
+            draw.text((x + tile // 2, b * block + top // 2 + 2), label, 'black' if v < num_context else 'firebrick', font, anchor='mm')
+            for r, strip in enumerate(strips):
+                canvas.paste(to_tile(strip[v], tile).resize((tile, tile_height), Image.Resampling.NEAREST),
+                             (x, b * block + top + r * (tile_height + gap)))
+        for r, name in enumerate(rows):
+            draw.multiline_text((8, b * block + top + r * (tile_height + gap) + tile_height // 2), name, 'black', font, anchor='lm')
+        x = margin + num_context * (tile + gap) + 3
+        draw.line((x, b * block + 4, x, (b + 1) * block - 12), 'firebrick', 2)
+    canvas.save(path)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest='command', required=True)
+    field = commands.add_parser('field', help='measures and draws a trained field')
+    field.add_argument('--run', default='out/small', help='folder of the run (default: out/small)')
+    field.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    args = parser.parse_args(argv)
+    device = torch.device(args.device)
+    psfm, config = load_psfm(args.run, device)
+    multiple = psfm.backbone.config.patch_size
+    train_source, held_out = [make_source(config, split, multiple, device) for split in ('train', 'val')]
+    autocast = torch.autocast(device.type, enabled=False)
+    metrics = evaluate_field(psfm, train_source, held_out, config, device, autocast)
+    print(field_table(metrics))
+    with open(os.path.join(args.run, 'metrics.json'), 'w') as file:
+        json.dump(metrics, file, indent=1)
+    draw_field(psfm, held_out, config, device, autocast, os.path.join(args.run, 'field.png'))
+    print(f'wrote {args.run}/metrics.json and {args.run}/field.png')
+
+
+if __name__ == '__main__':
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f'error: {error}')

@@ -1,0 +1,154 @@
+"""Equality with numbers measured from the official modules (relative error below 1e-4, fp32, CPU).
+
+    PARITY=some/folder python -m pytest tests/test_parity.py      # default: tests/parity
+
+Every file of the folder says by itself what it pins (`kind`), at which sizes (`config`), with which weights (names and
+shapes; each tensor is a pure function of both: `fill`).
+"""
+import json
+import os
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from psfm import PSFM
+from vggt import VGGT, VGGTConfig
+
+FOLDER = Path(os.environ.get('PARITY', Path(__file__).parent / 'parity'))
+FILES = sorted(FOLDER.glob('*.safetensors'))
+
+
+def fill(name, shape):
+    """A weight as a pure function of its name and shape."""
+    noise = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(tuple(shape)).astype(np.float32)
+    leaf = name.rsplit('.', 1)[-1]
+    if leaf == 'gamma':
+        noise = 0.5 + 0.1 * noise
+    elif leaf == 'bias':
+        noise = 0.05 * noise
+    elif len(shape) == 1:
+        noise = 1.0 + 0.1 * noise
+    elif leaf == 'weight':
+        noise = noise / np.sqrt(np.prod(shape[1:]))
+    else:
+        noise = 0.5 * noise
+    if name.endswith('pose_branch.fc2.weight'):
+        noise = 0.1 * noise
+    if name.endswith('pose_branch.fc2.bias'):
+        noise[7:] += 0.25
+    return torch.from_numpy(np.ascontiguousarray(noise, dtype=np.float32))
+
+
+def read(path):
+    with safe_open(path, 'pt') as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    weights = {name: fill(name, shape) for name, shape in json.loads(metadata['weights']).items()}
+    return metadata['kind'], json.loads(metadata['config']), weights, tensors
+
+
+def assert_close(ours, theirs, what):
+    assert ours.shape == theirs.shape, what
+    assert (ours - theirs).norm() / theirs.norm() < 1e-4, what
+
+
+def build_vggt(config):
+    heads = ('camera', 'depth') if 'depth_layers' in config else ('camera',)
+    return VGGT(VGGTConfig(
+        patch_size=config['patch_size'], width=config['embed_dim'], depth=config['depth'], num_heads=config['num_heads'],
+        num_registers=config['num_register_tokens'], embed_depth=config['patch_embed_depth'],
+        embed_heads=config['patch_embed_heads'], position_grid=config['position_grid'],
+        global_qk_norm=config.get('global_qk_norm', config.get('qk_norm', 'layer')), camera_depth=config['camera_trunk_depth'],
+        camera_heads=config['camera_num_heads'], camera_iterations=config['camera_iterations'], heads=heads,
+        dpt_features=config.get('depth_features', 256), dpt_channels=tuple(config.get('depth_out_channels', (1, 1, 1, 1))),
+        dpt_layers=tuple(config.get('depth_layers', (0,)))))
+
+
+@torch.no_grad()
+def check_vggt(config, weights, given):
+    model = build_vggt(config)
+    model.load(weights, 'the fixture')
+    model.freeze()
+    patches, grid = model.aggregator.embed(given['images'])
+    layers = model.attend(patches, grid, given.get('view_mask'), layers=(0, -1, *model.config.dpt_layers))
+    views, skip = model(given['images'], given.get('view_mask')), model.aggregator.num_special
+    found = dict(patch_tokens_first=layers[0][:, :, skip:], patch_tokens_last=views.features, camera_tokens_last=layers[-1][:, :, 0],
+                 pose_enc=model.camera_head(layers[-1][:, :, 0])[-1], extrinsics=views.extrinsics, intrinsics=views.intrinsics)
+    if 'depth' in given:
+        depth, confidence = model.depth(layers, grid)
+        found.update(depth=depth[..., None], depth_conf=confidence)
+    for name, value in given.items():
+        if name not in ('images', 'view_mask'):
+            assert_close(found[name], value, name)
+
+
+class Features(torch.nn.Module):
+    """In the backbone's place: the fixture gives its output."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.feature_dim = dim
+        self.config = VGGTConfig(heads=())
+
+
+class Teacher(torch.nn.Module):
+    feature_dim = 0
+
+
+@torch.no_grad()
+def check_psfm(config, weights, given):
+    teacher = None
+    if 'heads.sem.fc2.weight' in weights:
+        teacher = Teacher()
+        teacher.feature_dim = len(weights['heads.sem.fc2.weight'])
+    model = PSFM(Features(config['backbone_width']), config['width'], config['encoder_layers'], config['decoder_layers'],
+                 config['num_heads'], config['num_latents'], config['num_register_tokens'], teacher=teacher,
+                 depth_probe='depth_prob.fc1.weight' in weights)
+    model.load_released(weights, 'the fixture')
+    size = config['image_height'], config['image_width']
+    grid = size[0] // config['patch_size'], size[1] // config['patch_size']
+    mask = given['view_mask']
+    context = given['features'][~mask].unflatten(0, (len(mask), -1))
+    z = model.encode(context, grid)
+    decoded = model.decoder(z, given['extrinsics'], given['intrinsics'], size, grid)
+    losses = model.compare('geo', model.heads['geo'](decoded), given['features'])
+    assert_close(z, given['latents'], 'latents')
+    assert_close(decoded, given['decoded'], 'decoded')
+    assert_close(model.decode(z, given['extrinsics'], given['intrinsics'], size, grid), given['pred_geo'], 'pred_geo')
+    assert_close(losses['geo_l1'][None], given['loss_geo_l1'], 'loss_geo_l1')
+    assert_close(losses['geo_cos'][None], given['loss_geo_cos'], 'loss_geo_cos')
+
+
+@pytest.mark.skipif(not FILES, reason=f'no fixtures in {FOLDER}')
+@pytest.mark.parametrize('path', FILES, ids=lambda path: path.stem)
+def test_parity(path):
+    kind, config, weights, given = read(path)
+    if kind == 'adapter':
+        pytest.skip('the adapter is not built yet')
+    {'vggt': check_vggt, 'vggt_masked': check_vggt, 'psfm': check_psfm}[kind](config, weights, given)
+
+
+@pytest.mark.skipif(not (FOLDER / 'released_keys.json').is_file(), reason=f'no released_keys.json in {FOLDER}')
+@pytest.mark.parametrize('which', ['facebook/VGGT-1B', 'spa3r.ckpt'])
+def test_released_names_load_strictly(which):
+    """The full-size models take every released name and shape (on the meta device: no memory)."""
+    lists = json.loads((FOLDER / 'released_keys.json').read_text())
+    shapes = next(shapes for name, shapes in lists.items() if which in name)
+    with torch.device('meta'):
+        state = {name: torch.empty(shape) for name, shape in shapes.items()}
+        if which == 'facebook/VGGT-1B':
+            VGGT(VGGTConfig(heads=('camera', 'depth', 'point'))).load(state, which, assign=True)
+            model, load = VGGT(), lambda state: model.load(state, which, assign=True)      # without the point head
+        else:
+            teacher = Teacher()
+            teacher.feature_dim = 1024
+            model = PSFM(VGGT(VGGTConfig(global_qk_norm='rms', heads=('camera', 'depth', 'point'))), teacher=teacher, depth_probe=True)
+            load = lambda state: model.load_released(state, which, assign=True)
+        load(state)
+        state.pop(next(name for name in state if name.endswith('global_blocks.7.attn.q_norm.weight')))
+        with pytest.raises(Exception, match='global_blocks.7.attn.q_norm.weight'):
+            load(state)
