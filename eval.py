@@ -31,11 +31,12 @@ from psfm import context_index, load_psfm, random_view_mask
 from vggt import SCENE_UNIT, scene_extrinsics
 
 
-def field_batches(psfm, source, config, num_batches, num_scenes, device):
+def field_batches(psfm, source, config, num_scenes, device):
     """The evaluation's samples: the same scenes, views and masks every time. Yields (batch, view_mask, num_context)."""
     num_views = (config.min_views + config.max_views) // 2
-    for step in range(num_batches):
-        batch = {name: x.to(device) for name, x in source.batch(step, num_scenes, num_views).items()}
+    at_once = max(2, min(num_scenes, config.images_per_batch * 2 // num_views))
+    for step in range(max(1, num_scenes // at_once)):
+        batch = {name: x.to(device) for name, x in source.batch(step, at_once, num_views).items()}
         B, V = batch['images'].shape[:2]
         mask, num_context = random_view_mask(B, V, psfm.mask_ratio, step_generator(1, step))
         yield batch, mask.to(device), num_context
@@ -87,7 +88,7 @@ class ReadOut:
 
 
 @torch.no_grad()
-def evaluate_field(psfm, train_source, held_out, config, device, autocast, num_batches=4, num_scenes=24):
+def evaluate_field(psfm, train_source, held_out, config, device, autocast):
     """-> dict name -> {cos, centred_cos, r2} for 'psfm', the baselines and 'context' (ours, on views that it did see);
     on rooms also 'read_out' -> {true, psfm, camera, shuffled} -> {depth_abs_rel, class_accuracy, object_recall}.
     """
@@ -96,7 +97,7 @@ def evaluate_field(psfm, train_source, held_out, config, device, autocast, num_b
     # from training scenes: the average latents, and the mean features at each place of the image
     latents, place = [], {}
     with autocast:
-        for batch, mask, num_context in field_batches(psfm, train_source, config, num_batches, num_scenes, device):
+        for batch, mask, num_context in field_batches(psfm, train_source, config, config.val_scenes, device):
             context, features, _, _, grid = look(psfm, batch, mask, num_context, config)
             latents.append(psfm.encode(context, grid).float().mean(0))
             total, count = place.get(grid, (0, 0))
@@ -108,7 +109,7 @@ def evaluate_field(psfm, train_source, held_out, config, device, autocast, num_b
     scores = {name: Score(psfm) for name in names}
     on_rooms = 'cells' in psfm.backbone.config.heads and config.data == 'rooms'
     read_outs = {name: ReadOut() for name in ('true', 'psfm', 'camera', 'shuffled')} if on_rooms else {}
-    for batch, mask, num_context in field_batches(psfm, held_out, config, num_batches, num_scenes, device):
+    for batch, mask, num_context in field_batches(psfm, held_out, config, config.val_scenes, device):
         size, V = batch['images'].shape[-2:], batch['images'].shape[1]
         seen = context_index(mask, num_context)
         unseen = context_index(~mask, V - num_context)
@@ -193,7 +194,7 @@ def draw_field(psfm, source, config, device, autocast, path, num_scenes=3, tile=
     """
     was_training = psfm.training
     psfm.eval()
-    batch, mask, num_context = next(iter(field_batches(psfm, source, config, 1, num_scenes, device)))
+    batch, mask, num_context = next(iter(field_batches(psfm, source, config, num_scenes, device)))
     with autocast:
         context, features, extrinsics, intrinsics, grid = look(psfm, batch, mask, num_context, config)
         predicted = psfm.decode(psfm.encode(context, grid), extrinsics, intrinsics, batch['images'].shape[-2:], grid)

@@ -107,6 +107,7 @@ class RoPE2D:
 # -----------------------------------------------------------------------------
 # transformer
 
+@torch.compiler.disable      # the compiler cannot size the second slice when the number of views varies; kernels stay fused
 def split_attention(q, k, v, num_context):
     """Asymmetric attention without a mask: context queries meet context keys, the others meet all keys.
 
@@ -125,18 +126,19 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim)
-        self.q_norm = qk_norm(dim // num_heads) if qk_norm else nn.Identity()
-        self.k_norm = qk_norm(dim // num_heads) if qk_norm else nn.Identity()
+        self.q_norm = qk_norm(dim // num_heads) if qk_norm else None
+        self.k_norm = qk_norm(dim // num_heads) if qk_norm else None
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x, position=None, num_context=None):
         """x (B, tokens, dim) -> the same shape. `num_context`: the first so many tokens see only each other."""
         B, tokens, dim = x.shape
         q, k, v = self.qkv(x).view(B, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)   # 3 x (B, nh, tokens, d)
-        q, k = self.q_norm(q), self.k_norm(k)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q.float()), self.k_norm(k.float())
         if position is not None:
             q, k, v = position.rotate(q, k, v)
-        # norms and rotations are fp32 under autocast; kernels get what runs fast: v's dtype on a GPU, fp32 on a CPU,
+        # norms and rotations are done in fp32; the kernel gets what it is fast in: v's dtype on a GPU, fp32 on a CPU,
         # whose fused bf16 backward is up to six times slower
         dtype = torch.float32 if x.device.type == 'cpu' else v.dtype
         with torch.autocast(x.device.type, enabled=False):

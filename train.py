@@ -26,12 +26,14 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from data import Batches, RoomPool, make_source, step_generator
 from eval import draw_field, evaluate_field, field_line, field_table
-from model import InputError
+from model import InputError, load_strictly
 from psfm import build_psfm, compile_blocks
 from vggt import MINI, MiniVGGTTrainer, area_under_curve, pose_errors, scene_extrinsics, SCENE_UNIT
 
@@ -69,7 +71,7 @@ class Config:
     workers: int = opt(2, 'photographs: processes that read them')
     num_rooms: int = opt(400, 'rooms: how many are kept in memory')
     new_rooms: float = opt(1.0, 'rooms: how many of them are replaced at each step')
-    val_rooms: int = opt(96, 'rooms: held-out rooms to evaluate on')
+    val_scenes: int = opt(96, 'held-out samples to evaluate on')
     # optimisation
     steps: int = opt(2000, 'optimiser steps')
     accumulate: int = opt(1, 'batches a step')
@@ -105,7 +107,7 @@ PRESETS = {
                  max_views=12, images_per_batch=24, min_gap=2, max_gap=6, workers=8, steps=80_000, accumulate=2, lr=2e-3,
                  warmup=0, weight_decay=1e-4, beta2=0.999, eval_every=2000, log_every=50),
     # makes weights/mini_vggt.safetensors
-    'mini-vggt': dict(task='mini-vggt', num_rooms=1600, new_rooms=2.0, val_rooms=100, steps=8000, muon_lr=2e-3, min_lr=0.02,
+    'mini-vggt': dict(task='mini-vggt', num_rooms=1600, new_rooms=2.0, val_scenes=100, steps=8000, muon_lr=2e-3, min_lr=0.02,
                       decay_from=0.55, clip=2.0, eval_every=1000, log_every=50),
 }
 CHOICES = dict(task=('psfm', 'mini-vggt'), context=('asymmetric', 'separate'), cameras=('predicted', 'given'),
@@ -135,7 +137,7 @@ def parse_config(argv=None):
         near = difflib.get_close_matches(name, PRESETS, 1)
         raise InputError(f'no preset {name!r}' + (f', did you mean {near[0]}?' if near else '') + f'; there are {", ".join(PRESETS)}')
     config = Config(**{'out': os.path.join('out', name), **PRESETS[name], **given})
-    for key in ('steps', 'images_per_batch', 'accumulate', 'eval_every', 'log_every', 'min_views'):
+    for key in ('steps', 'images_per_batch', 'accumulate', 'eval_every', 'log_every', 'val_scenes', 'num_rooms'):
         if getattr(config, key) < 1:
             raise InputError(f'--{key.replace("_", "-")} must be at least 1, not {getattr(config, key)}')
     for key, choices in CHOICES.items():
@@ -211,6 +213,26 @@ def make_optimizers(model, config, device):
     return optimizers
 
 
+# dense bf16 TFLOP/s by device name; the first match counts
+PEAKS = [('H200', 989), ('H100 PCIe', 756), ('H100', 989), ('A100', 312), ('L40S', 362), ('4090', 165), ('3090', 71)]
+
+
+def peak_flops(device):
+    """FLOP/s at best, or None where they are not known."""
+    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else ''
+    return next((1e12 * peak for key, peak in PEAKS if key in name), None)
+
+
+def flops_per_view(model, inputs, autocast):
+    """Counted once, on an eager forward and backward pass, before anything is compiled."""
+    with FlopCounterMode(display=False) as counter:
+        with autocast:
+            loss = model(**inputs)['loss']
+        loss.backward()
+    model.zero_grad(set_to_none=True)
+    return counter.get_total_flops() / inputs['images'].shape[0] / inputs['images'].shape[1]
+
+
 def peak_memory(device):
     """Bytes at most: of the GPU, or of the process on a CPU."""
     if device.type == 'cuda':
@@ -222,10 +244,11 @@ def peak_memory(device):
 # -----------------------------------------------------------------------------
 # checkpoints: model.safetensors (what is trained), optimizer.pt, state.json
 
+FROZEN = ('backbone.', 'teacher.')      # never in a checkpoint: loaded from where they came from
+
+
 def trained_state(model):
-    """Everything but the frozen backbone."""
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
-            if not name.startswith('backbone.')}
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items() if not name.startswith(FROZEN)}
 
 
 def save_checkpoint(folder, model, optimizers, step, config, metrics):
@@ -239,7 +262,7 @@ def save_checkpoint(folder, model, optimizers, step, config, metrics):
         torch.save([optimizer.state_dict() for optimizer in optimizers], os.path.join(new, 'optimizer.pt'))
         with open(os.path.join(new, 'state.json'), 'w') as file:
             json.dump(dict(step=step, config=settings, metrics=metrics), file, indent=1)
-    except (OSError, RuntimeError, Exception) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(new, ignore_errors=True)
         raise InputError(f'could not write the checkpoint of step {step} to {folder} ({error}); '
                          'what was saved before is still there: make room and continue with --resume') from error
@@ -265,11 +288,7 @@ def load_checkpoint(folder, model, optimizers, config):
     if differs:
         raise InputError(f'--resume: {folder} was trained with another configuration ({"; ".join(differs[:4])}); '
                          'give the same options, or another --out')
-    weights = load_file(os.path.join(folder, 'model.safetensors'))
-    missing = trained_state(model).keys() ^ weights.keys()
-    if missing:
-        raise InputError(f'{folder} does not hold this model: {", ".join(sorted(missing)[:4])} differ')
-    model.load_state_dict(weights, strict=False)
+    load_strictly(model, load_file(os.path.join(folder, 'model.safetensors')), folder, skip=FROZEN)
     states = torch.load(os.path.join(folder, 'optimizer.pt'), map_location='cpu', weights_only=True)
     for optimizer, saved in zip(optimizers, states):
         optimizer.load_state_dict(saved)
@@ -399,6 +418,10 @@ def main(argv=None):
         loader = iter(torch.utils.data.DataLoader(
             Batches(source, config), batch_size=None, sampler=range(first * config.accumulate, config.steps * config.accumulate),
             num_workers=0 if config.data == 'rooms' else config.workers, pin_memory=device.type == 'cuda' and config.data != 'rooms'))
+    peak = peak_flops(device) if not is_mini else None
+    if peak:
+        images = source.batch(0, 1, (config.min_views + config.max_views) // 2)['images'].to(device)
+        work = flops_per_view(model, dict(images=images), autocast)
     if config.compile if config.compile is not None else device.type == 'cuda':
         compile_blocks(model)
     ddp = torch.nn.parallel.DistributedDataParallel(model) if world_size > 1 else model
@@ -461,7 +484,8 @@ def main(argv=None):
             parts = ' '.join(f'{key} {value:.3f}' for key, value in values.items() if key != 'loss')
             say(f'step {step:05d}/{config.steps:05d} | loss {values["loss"]:.4f} {parts} | ' + (f'R2 {r2:.3f} | ' if r2 is not None else '')
                 + f'lr {record["lr"]:.1e} | gnorm {norm:.2f} | {record["step_ms"]:.0f} ms | {record["views_per_second"]:.0f} views/s | '
-                  f'mem {record["memory_gb"]:.1f} GB')
+                + (f'mfu {100 * record["views_per_second"] / world_size * work / peak:.1f}% | ' if peak else '')
+                + f'mem {record["memory_gb"]:.1f} GB')
             busy, views_done, logged = 0.0, 0, step + 1
 
     # what came of it

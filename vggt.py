@@ -205,8 +205,10 @@ def pose_encoding_to_cameras(pose, size):
     pose (..., 9), `size` = (H, W) pixels -> extrinsics (..., 3, 4) world-to-camera, intrinsics (..., 3, 3) in pixels.
     """
     H, W = size
+    # differs from the release: kept off 0 and pi, where the focal length is infinite or zero, and all that follows is NaN
+    fov = pose[..., 7:].clamp(0.02, 3.1)
     extrinsics = torch.cat([quaternion_to_matrix(pose[..., 3:7]), pose[..., :3, None]], dim=-1)
-    fy, fx = (H / 2) / (pose[..., 7] / 2).tan(), (W / 2) / (pose[..., 8] / 2).tan()
+    fy, fx = (H / 2) / (fov[..., 0] / 2).tan(), (W / 2) / (fov[..., 1] / 2).tan()
     zero, one = torch.zeros_like(fx), torch.ones_like(fx)
     intrinsics = torch.stack([fx, zero, one * (W / 2), zero, fy, one * (H / 2), zero, zero, one], -1)
     return extrinsics, intrinsics.unflatten(-1, (3, 3))

@@ -1,0 +1,194 @@
+"""
+Where does the time of a PSFM step go?
+
+    python bench.py                       # the small preset on this machine
+    python bench.py --config base         # the paper's sizes (on a GPU; weights are random, nothing is downloaded)
+    python bench.py --views 4 8 12 --compile
+
+Every part is timed alone, after a warm-up, as the median of several runs; FLOPs are
+counted, not guessed (a multiply-add is two). MFU is TFLOP/s over the device's dense
+bf16 peak. Below the table, ratios measured side by side in this very run: the split
+attention of the asymmetric pass against one with a dense mask, and rendering against
+the step. The last line is JSON.
+"""
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+import model
+from data import CELL, RoomPool
+from model import InputError, RoPE2D
+from psfm import PSFM, compile_blocks, random_view_mask
+from train import PRESETS, parse_config, peak_flops, peak_memory, pick_device, pick_dtype
+from vggt import MINI, VGGT, VGGTConfig
+
+def dense_mask_attention(q, k, v, num_context):
+    """What model.split_attention avoids: one call with a (tokens x tokens) mask. The reference in tests and below."""
+    tokens = q.shape[2]
+    is_context = torch.arange(tokens, device=q.device) < num_context
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=~is_context[:, None] | is_context[None, :])
+
+
+# torch counts its GPU kernels' FLOPs, not its CPU kernel's
+CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
+        lambda q, k, v, *args, out_shape=None, **kwargs: sdpa_flop_count(q, k, v),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        lambda grad, q, k, v, *args, out_shape=None, **kwargs: sdpa_backward_flop_count(grad, q, k, v),
+}
+
+
+class Clock:
+    """Median milliseconds of a call, and its FLOPs."""
+
+    def __init__(self, device, repeats):
+        self.device, self.repeats = device, repeats
+
+    def now(self):
+        if self.device.type == 'cuda':
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def measure(self, call, before=lambda: ()):
+        times = []
+        for i in range(self.repeats + 2):
+            arguments = before()
+            start = self.now()
+            call(*arguments)
+            if i >= 2:                                        # two runs to warm up
+                times.append(1e3 * (self.now() - start))
+        arguments = before()
+        with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+            call(*arguments)
+        return statistics.median(times), counter.get_total_flops()
+
+
+def bench(psfm, images, clock, autocast):
+    """-> list of (part, ms, FLOPs) for one training step on images (B, V, 3, H, W)."""
+    backbone, (B, V) = psfm.backbone, images.shape[:2]
+    aggregator, size = backbone.aggregator, images.shape[-2:]
+    mask, num_context = random_view_mask(B, V, psfm.mask_ratio, device=images.device)
+    rows = []
+
+    def part(name, call, before=lambda: ()):
+        rows.append((name, *clock.measure(call, before)))
+
+    with autocast:
+        with torch.no_grad():
+            patches, grid = aggregator.embed(images)
+            P, C = aggregator.num_special + patches.shape[2], patches.shape[3]
+            x = torch.randn(B * V, P, C, device=images.device)
+            in_frame = RoPE2D(aggregator.num_special, grid, aggregator.head_dim, device=x.device)
+            across = RoPE2D(aggregator.num_special, grid, aggregator.head_dim, repeats=V, device=x.device)
+            part('patch embed', lambda: aggregator.embed(images))
+            part('frame blocks', lambda: [block(x, in_frame) for block in aggregator.frame_blocks])
+            y = x.view(B, V * P, C)
+            part('global blocks', lambda: [block(y, across, num_context * P) for block in aggregator.global_blocks])
+            tokens = backbone.attend(patches, grid, mask, num_context)[-1]
+            part('camera head', lambda: backbone.read(tokens, grid))
+        context, views, _ = psfm.observe(images, mask, num_context)
+        part('encoder', lambda: psfm.encode(context, grid))
+        z = psfm.encode(context, grid).detach()
+        part('decoder', lambda: psfm.decoder(z, views.extrinsics, views.intrinsics, size, grid))
+        decoded = psfm.decoder(z, views.extrinsics, views.intrinsics, size, grid).detach()
+        part('head and loss', lambda: psfm.compare('geo', psfm.heads['geo'](decoded), views.features))
+
+        def forward():
+            psfm.zero_grad(set_to_none=True)
+            return (psfm(images, view_mask=mask)['loss'],)
+        part('backward', lambda loss: loss.backward(), forward)
+    return rows
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--config', default='small', choices=[name for name in PRESETS if name != 'mini-vggt'])
+    parser.add_argument('--views', type=int, nargs='+', default=[6], help='view counts to measure (default: 6)')
+    parser.add_argument('--images', type=int, help="images a batch (default: the preset's)")
+    parser.add_argument('--repeats', type=int, default=7)
+    parser.add_argument('--device', default='auto')
+    parser.add_argument('--dtype', default='auto')
+    parser.add_argument('--compile', action='store_true')
+    args = parser.parse_args(argv)
+    _, config = parse_config(['--config', args.config])
+    device = pick_device(args.device)
+    dtype, _ = pick_dtype(args.dtype, device)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    torch.manual_seed(0)
+    is_mini = config.backbone.startswith('weights/')
+    backbone = VGGT(MINI if is_mini else VGGTConfig(heads=('camera',))).to(device).freeze(dtype)
+    psfm = PSFM(backbone, config.width, config.encoder_depth, config.decoder_depth, config.num_heads, config.num_latents,
+                config.num_registers, config.mask_ratio).to(device)
+    clock, p = Clock(device, args.repeats), backbone.config.patch_size
+    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads'
+    peak = peak_flops(device)
+    report = dict(config=args.config, device=name, torch=torch.__version__, dtype=str(dtype), compile=args.compile, runs=[])
+    print(f'{args.config} on {name}, torch {torch.__version__}, {dtype}{", compiled" if args.compile else ""}')
+    if args.compile:
+        compile_blocks(psfm)
+
+    for V in args.views:
+        B = max(1, (args.images or config.images_per_batch) // V)
+        width = config.image_width // p * p
+        height = width if is_mini else width * 3 // 4 // p * p
+        images = torch.rand(B, V, 3, height, width, device=device)
+        if device.type == 'cuda':
+            torch.cuda.reset_peak_memory_stats(device)
+        start = clock.now()
+        with autocast:
+            psfm(images)['loss'].backward()
+        first = clock.now() - start
+        rows = bench(psfm, images, clock, autocast)
+        total, flops = sum(ms for _, ms, _ in rows), sum(f for _, _, f in rows)
+        print(f'\n{B} scenes x {V} views of {width} x {height}: the first step took {first:.1f} s, {total:.0f} ms a step after that, '
+              f'{1e3 * B * V / total:.0f} views/s, peak memory {peak_memory(device) / 2 ** 30:.1f} GB')
+        print(f'{"part":16s}{"ms":>9s}{"share":>8s}{"GFLOP":>10s}{"TFLOP/s":>9s}{"MFU":>7s}')
+        for part, ms, f in [*rows, ('total', total, flops)]:
+            mfu = f'{100 * f / ms * 1e3 / peak:.0f}%' if peak else '-'
+            print(f'{part:16s}{ms:9.1f}{100 * ms / total:7.0f}%{f / 1e9:10.1f}{f / ms / 1e9:9.2f}{mfu:>7s}')
+
+        # the asymmetric pass, side by side with a dense mask
+        mask, num_context = random_view_mask(B, V, 0.5, device=device)
+        outputs = {}
+
+        def attend():
+            with torch.no_grad(), autocast:
+                patches, grid = backbone.aggregator.embed(images)
+                return backbone.attend(patches, grid, mask, num_context)[-1]
+        split_ms, _ = clock.measure(attend)
+        outputs['split'], split = attend(), model.split_attention
+        try:
+            model.split_attention = dense_mask_attention
+            dense_ms, _ = clock.measure(attend)
+            outputs['dense'] = attend()
+        finally:
+            model.split_attention = split
+        difference = (outputs['split'] - outputs['dense']).abs().max().item() / outputs['dense'].abs().max().item()
+        tokens = V * (backbone.aggregator.num_special + (height // p) * (width // p))
+        print(f'asymmetric pass: split {split_ms:.1f} ms, dense mask {dense_ms:.1f} ms: {dense_ms / split_ms:.2f} x as fast, '
+              f'no {tokens} x {tokens} mask ({tokens ** 2 / 2 ** 20:.1f} MB), largest difference {difference:.1e} of the largest value')
+        run = dict(scenes=B, views=V, size=[height, width], first_step_s=first, step_ms=total, views_per_s=1e3 * B * V / total, flops=flops,
+                   mfu=flops / total * 1e3 / peak if peak else None, peak_memory_gb=peak_memory(device) / 2 ** 30,
+                   parts={part: dict(ms=ms, flops=f) for part, ms, f in rows}, dense_over_split=dense_ms / split_ms)
+        if config.data == 'rooms' and config.image_width % CELL == 0:
+            pool = RoomPool('train', 0, RoomPool.BLOCK, image_size=(config.image_width, config.image_width), device=device)
+            ms, _ = clock.measure(lambda: pool.render_block(0))
+            ms *= config.new_rooms / RoomPool.BLOCK
+            print(f'rendering: {ms:.1f} ms a step for {config.new_rooms:g} new rooms, {100 * ms / (ms + total):.1f}% of the step')
+            run.update(render_ms=ms, render_share=ms / (ms + total))
+        report['runs'].append(run)
+    print(json.dumps(report))
+
+
+if __name__ == '__main__':
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f'error: {error}')
