@@ -257,7 +257,5 @@ def make_source(config, split, multiple, device='cpu', rank=0, world_size=1, say
         if split == 'train':
             return RoomPool(split, config.seed, config.num_rooms, config.new_rooms, size, device, rank, world_size)
         return RoomPool(split, 0, config.val_scenes, 0, size, device)
-    if not config.data:
-        raise InputError('this preset trains on your own pictures: --data FOLDER (one sub-folder a scene)')
     return PhotoFolder(config.data, split, config.seed, config.image_width, multiple, config.min_views,
                        (config.min_gap, config.max_gap), rank if split == 'train' else 0, say)

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -144,6 +144,8 @@ def parse_config(argv=None):
         if getattr(config, key) not in choices:
             raise InputError(f'--{key} takes {" or ".join(choices)}, not {getattr(config, key)}')
     if config.task == 'psfm':
+        if not config.data:
+            raise InputError(f'{name} trains on your own pictures: --data FOLDER (one sub-folder a scene)')
         if config.min_views > config.max_views or config.min_views < 2:
             raise InputError(f'--min-views {config.min_views} --max-views {config.max_views}: at least 2, and in this order')
         if not 0 < config.mask_ratio < 1:
@@ -418,8 +420,8 @@ def main(argv=None):
         loader = iter(torch.utils.data.DataLoader(
             Batches(source, config), batch_size=None, sampler=range(first * config.accumulate, config.steps * config.accumulate),
             num_workers=0 if config.data == 'rooms' else config.workers, pin_memory=device.type == 'cuda' and config.data != 'rooms'))
-    peak = peak_flops(device) if not is_mini else None
-    if peak:
+    ceiling = peak_flops(device) if not is_mini else None
+    if ceiling:
         images = source.batch(0, 1, (config.min_views + config.max_views) // 2)['images'].to(device)
         work = flops_per_view(model, dict(images=images), autocast)
     if config.compile if config.compile is not None else device.type == 'cuda':
@@ -484,7 +486,7 @@ def main(argv=None):
             parts = ' '.join(f'{key} {value:.3f}' for key, value in values.items() if key != 'loss')
             say(f'step {step:05d}/{config.steps:05d} | loss {values["loss"]:.4f} {parts} | ' + (f'R2 {r2:.3f} | ' if r2 is not None else '')
                 + f'lr {record["lr"]:.1e} | gnorm {norm:.2f} | {record["step_ms"]:.0f} ms | {record["views_per_second"]:.0f} views/s | '
-                + (f'mfu {100 * record["views_per_second"] / world_size * work / peak:.1f}% | ' if peak else '')
+                + (f'mfu {100 * record["views_per_second"] / world_size * work / ceiling:.1f}% | ' if ceiling else '')
                 + f'mem {record["memory_gb"]:.1f} GB')
             busy, views_done, logged = 0.0, 0, step + 1
 

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from model import (MLP, Block, InputError, RoPE2D, camera_rays, full_precision, init_linear, invert_pose, load_strictly,
@@ -446,8 +446,11 @@ class VGGT(nn.Module):
         weights); the weights of heads that were not asked for are skipped by name, and no others.
         """
         path = find_weights(source)
-        with safe_open(path, 'pt') as file:
-            metadata = file.metadata() or {}
+        try:
+            with safe_open(path, 'pt') as file:
+                metadata = file.metadata() or {}
+        except SafetensorError as error:
+            raise InputError(f'{path} is not a safetensors file, or not a whole one ({error})') from error
         if 'config' in metadata:
             settings = json.loads(metadata['config'])
             config = VGGTConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})

@@ -1,0 +1,123 @@
+from dataclasses import fields
+
+import pytest
+import torch
+
+from model import camera_rays, invert_pose
+from rooms import CATEGORIES, CLASSES, FURNITURE, K, make_intrinsics, make_rooms, make_walk, render, room_seed, surface_classes
+
+SIZE = (24, 32)
+
+
+@pytest.fixture(scope='module')
+def world():
+    rooms = make_rooms(6, seed=5)
+    extrinsics = make_walk(rooms, 8, seed=5)
+    intrinsics = make_intrinsics(SIZE, 6, 8)
+    return rooms, extrinsics, intrinsics, render(rooms, extrinsics, intrinsics, SIZE)
+
+
+def hit_points(world):
+    """Where each pixel's ray ends, in the room's frame: (R, V * H * W, 3), from depth and camera alone."""
+    rooms, extrinsics, intrinsics, views = world
+    local = views['depth'].flatten(2)[..., None] * camera_rays(intrinsics, SIZE, SIZE)
+    inverse = invert_pose(extrinsics)
+    return (local @ inverse[..., :3].transpose(-1, -2) + inverse[:, :, None, :, 3]).flatten(1, 2)
+
+
+def in_piece(rooms, k, points):
+    """Points (R, n, 3) in the units of piece k: its half sizes are 1."""
+    q = points - rooms.center[:, None, k]
+    cos, sin = rooms.yaw[:, k, None].cos(), rooms.yaw[:, k, None].sin()
+    turned = torch.stack([cos * q[..., 0] + sin * q[..., 1], cos * q[..., 1] - sin * q[..., 0], q[..., 2]], -1)
+    return turned / rooms.half[:, None, k]
+
+
+def size_in(shape, u):
+    """Below 1 inside the unit shape, 1 on it."""
+    return {'box': u.abs().amax(-1), 'ellipsoid': u.norm(dim=-1),
+            'cylinder': torch.maximum(u[..., :2].norm(dim=-1), u[..., 2].abs())}[shape]
+
+
+def shape_of(rooms, k):
+    return list(FURNITURE.values())[rooms.category[0, k]][0]      # a slot has one shape in every room
+
+
+def test_same_seed_same_world(world):
+    again = make_rooms(6, seed=5)
+    assert all(torch.equal(getattr(again, f.name), getattr(world[0], f.name)) for f in fields(again))
+    views = render(again, make_walk(again, 8, seed=5), make_intrinsics(SIZE, 6, 8), SIZE)
+    assert all(torch.equal(views[name], world[3][name]) for name in views)
+    assert not torch.equal(make_rooms(6, seed=6).size, again.size)
+
+
+def test_train_and_validation_never_share_a_seed():
+    seeds = {split: {room_seed(split, seed, index) for seed in range(5) for index in range(200)} for split in ('train', 'val')}
+    assert not seeds['train'] & seeds['val'] and len(seeds['train']) == 1000
+
+
+def test_every_ray_ends_on_what_it_says(world):
+    rooms, _, _, views = world
+    points, surface = hit_points(world), views['surface'].flatten(1)
+    half = rooms.size[:, None] / 2
+    assert (points[..., :2].abs() <= half[..., :2] + 1e-3).all() and (points[..., 2] > -1e-3).all()
+    assert torch.allclose(points[..., 2][surface == 4], torch.tensor(0.0), atol=1e-3)
+    assert torch.allclose(points[..., 2][surface == 5], rooms.size[:, 2:].expand_as(surface)[surface == 5], atol=1e-3)
+    for wall, (axis, sign) in enumerate([(0, -1), (0, 1), (1, -1), (1, 1)]):
+        assert torch.allclose(points[..., axis][surface == wall], sign * half[..., axis].expand_as(surface)[surface == wall], atol=1e-3)
+    seen = 0
+    for k in range(K):
+        on = surface == 6 + k
+        assert not on[~rooms.present[:, k]].any()
+        assert torch.allclose(size_in(shape_of(rooms, k), in_piece(rooms, k, points))[on], torch.tensor(1.0), atol=5e-3)
+        seen += on.any(1).sum()
+    assert seen > 20
+
+
+def test_nothing_stands_before_the_hit(world):
+    rooms, extrinsics = world[:2]
+    points = hit_points(world)
+    eye = invert_pose(extrinsics)[..., 3].repeat_interleave(SIZE[0] * SIZE[1], 1)
+    for share in torch.linspace(0.02, 0.99, 40):
+        between = eye + share * (points - eye)
+        for k in range(K):
+            inside = size_in(shape_of(rooms, k), in_piece(rooms, k, between)) < 0.999
+            assert not inside[rooms.present[:, k]].any()
+
+
+def test_cameras(world):
+    rooms, extrinsics, _, views = world
+    rotation = extrinsics[..., :3]
+    assert torch.allclose(rotation @ rotation.transpose(-1, -2), torch.eye(3).expand_as(rotation), atol=1e-5)
+    assert torch.allclose(torch.linalg.det(rotation), torch.tensor(1.0), atol=1e-5)
+    eye = invert_pose(extrinsics)[..., 3]
+    assert (eye[..., :2].abs() < rooms.size[:, None, :2] / 2 - 0.3).all() and (eye[..., 2] > 1.3).all()
+    assert rotation[..., 1, 2].max() < 0                          # y points down
+    assert views['depth'].isfinite().all() and views['depth'].min() > 0.05
+
+
+def test_furniture_stands_apart_on_the_floor(world):
+    rooms = world[0]
+    assert torch.allclose(rooms.center[..., 2], rooms.half[..., 2])
+    radius = rooms.half[..., :2].norm(dim=-1)
+    gap = torch.cdist(rooms.center[..., :2], rooms.center[..., :2]) - radius[:, None] - radius[:, :, None]
+    both = rooms.present[:, None] & rooms.present[:, :, None] & ~torch.eye(K, dtype=torch.bool)
+    assert gap[both].min() > 0
+    objects = rooms.objects(0)
+    assert len(objects) == rooms.present[0].sum() and {'category', 'center', 'size', 'yaw'} == objects[0].keys()
+    assert len(CATEGORIES) >= 8 and all(item['category'] in CATEGORIES for item in objects)
+
+
+def test_classes_of_surfaces(world):
+    rooms, _, _, views = world
+    classes = surface_classes(rooms, views['surface'])
+    assert (classes[views['surface'] == 4] == CLASSES.index('floor')).all()
+    assert (classes[views['surface'] < 4] == CLASSES.index('wall')).all()
+    for room, k in [(0, 0), (1, 4), (2, 7)]:
+        expected = CLASSES.index(CATEGORIES[rooms.category[room, k]])
+        assert (classes[room][views['surface'][room] == 6 + k] == expected).all()
+
+
+def test_colours_differ_within_and_between_views(world):
+    images = world[3]['image'].float()
+    assert images.std((3, 4)).mean() > 10 and images.mean((2, 3, 4)).std() > 5
