@@ -1,9 +1,10 @@
 """
-What has the field learned? Measures and pictures for a trained PSFM.
+What has been learned? Measures and pictures of a trained field, and of the backbone under it.
 
     python eval.py field --run out/small            # metrics.json and field.png of a run, anew
+    python eval.py backbone                         # how good the mini VGGT is at cameras and depth
 
-Everything is asked of *target views of held-out scenes*: views that the encoder did
+The field is asked about *target views of held-out scenes*: views that the encoder did
 not see, of places that training did not see. A number means something only beside
 what it costs nothing to reach, so `evaluate_field` measures these too:
 
@@ -25,10 +26,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
-from data import make_source, step_generator
+from data import RoomPool, make_source, step_generator
 from model import InputError, take_views
 from psfm import context_index, load_psfm, random_view_mask
-from vggt import SCENE_UNIT, scene_extrinsics
+from vggt import SCENE_UNIT, VGGT, area_under_curve, pose_errors, scene_extrinsics
 
 
 def field_batches(psfm, source, config, num_scenes, device):
@@ -236,18 +237,82 @@ def draw_field(psfm, source, config, device, autocast, path, num_scenes=3, tile=
     canvas.save(path)
 
 
+# -----------------------------------------------------------------------------
+# the mini backbone
+
+@torch.no_grad()
+def evaluate_backbone(vggt, pool, num_scenes, autocast):
+    """The mini VGGT on held-out rooms, 2, 4, 6 and 8 views in random order, beside the trivial answers.
+
+    -> {'6 views': {rotation, direction: medians over all pairs, degrees; auc5, auc15, auc30; depth_abs_rel;
+    class_accuracy, furniture_recall; trivial: no motion at all, one depth everywhere}, ...}
+    """
+    metrics = {}
+    for V in (2, 4, 6, 8):
+        at_once, seen = 96 // V, []
+        for step in range(max(1, num_scenes // at_once)):
+            batch = pool.batch(step, at_once, V)
+            with autocast:
+                views = vggt(batch['images'])
+                depth, logits = vggt.read_out(views.features, views.grid)
+            truth, true_depth = scene_extrinsics(batch['extrinsics']), batch['depth'] / SCENE_UNIT
+            still = torch.eye(3, 4, device=truth.device).expand_as(truth)
+            constant = true_depth.log().median().exp()
+            right, furniture = logits.argmax(-1) == batch['classes'], batch['classes'] >= 3
+            seen.append([*pose_errors(views.extrinsics, truth), pose_errors(still, truth)[0],
+                         ((depth - true_depth).abs() / true_depth).mean(), ((constant - true_depth).abs() / true_depth).mean(),
+                         right.float().mean(), right[furniture].float().mean()])
+        columns = list(zip(*seen))
+        rotation, direction, rotation0 = [torch.cat(column) for column in columns[:3]]
+        depth, depth0, accuracy, recall = [torch.stack(column).mean().item() for column in columns[3:]]
+        metrics[f'{V} views'] = dict(
+            rotation=rotation.median().item(), direction=direction.median().item(),
+            **{f'auc{limit}': area_under_curve(rotation, direction, limit) for limit in (5, 15, 30)},
+            depth_abs_rel=depth, class_accuracy=accuracy, furniture_recall=recall,
+            trivial=dict(rotation=rotation0.median().item(), direction=90.0, depth_abs_rel=depth0))
+    return metrics
+
+
+def backbone_line(metrics):
+    m = metrics['6 views']
+    return (f"6 views: rotation {m['rotation']:.1f} deg, direction {m['direction']:.1f} deg, AUC@30 {m['auc30']:.3f}, depth abs-rel "
+            f"{m['depth_abs_rel']:.3f}, furniture {m['furniture_recall']:.3f} | trivial: {m['trivial']['rotation']:.1f}, 90, 0, {m['trivial']['depth_abs_rel']:.3f}, 0")
+
+
+def backbone_table(metrics):
+    rows = [f'{"held-out rooms":10s}{"rotation":>10s}{"(none)":>8s}{"direction":>11s}{"(none)":>8s}{"AUC@5":>8s}{"@15":>7s}{"@30":>7s}'
+            f'{"abs-rel":>9s}{"(const.)":>9s}{"classes":>9s}{"furniture":>11s}']
+    for name, m in metrics.items():
+        t = m['trivial']
+        rows.append(f'{name:14s}{m["rotation"]:6.1f}{t["rotation"]:8.1f}{m["direction"]:11.1f}{t["direction"]:8.1f}{m["auc5"]:8.3f}{m["auc15"]:7.3f}'
+                    f'{m["auc30"]:7.3f}{m["depth_abs_rel"]:9.3f}{t["depth_abs_rel"]:9.3f}{m["class_accuracy"]:9.3f}{m["furniture_recall"]:11.3f}')
+    return '\n'.join(rows)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest='command', required=True)
     field = commands.add_parser('field', help='measures and draws a trained field')
     field.add_argument('--run', default='out/small', help='folder of the run (default: out/small)')
-    field.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    backbone = commands.add_parser('backbone', help='cameras, depth and classes of the mini VGGT on held-out rooms')
+    backbone.add_argument('--weights', default='weights/mini_vggt.safetensors')
+    backbone.add_argument('--rooms', type=int, default=200, help='held-out rooms (default: 200)')
+    for command in (field, backbone):
+        command.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     args = parser.parse_args(argv)
     device = torch.device(args.device)
+    autocast = torch.autocast(device.type, enabled=False)
+
+    if args.command == 'backbone':
+        vggt = VGGT.from_pretrained(args.weights).freeze().to(device)
+        if 'cells' not in vggt.config.heads:
+            raise InputError(f'{args.weights} is not a mini VGGT: it has no heads for depth and classes of rooms')
+        print(backbone_table(evaluate_backbone(vggt, RoomPool('val', 0, args.rooms, device=device), args.rooms, autocast)))
+        return
+
     psfm, config = load_psfm(args.run, device)
     multiple = psfm.backbone.config.patch_size
     train_source, held_out = [make_source(config, split, multiple, device) for split in ('train', 'val')]
-    autocast = torch.autocast(device.type, enabled=False)
     metrics = evaluate_field(psfm, train_source, held_out, config, device, autocast)
     print(field_table(metrics))
     with open(os.path.join(args.run, 'metrics.json'), 'w') as file:

@@ -32,10 +32,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from data import Batches, RoomPool, make_source, step_generator
-from eval import draw_field, evaluate_field, field_line, field_table
+from eval import backbone_line, draw_field, evaluate_backbone, evaluate_field, field_line, field_table
 from model import InputError, load_strictly
 from psfm import build_psfm, compile_blocks
-from vggt import MINI, MiniVGGTTrainer, area_under_curve, pose_errors, scene_extrinsics, SCENE_UNIT
+from vggt import MINI, MiniVGGTTrainer, scene_extrinsics
 
 
 def opt(default, help):
@@ -298,7 +298,7 @@ def load_checkpoint(folder, model, optimizers, config):
 
 
 # -----------------------------------------------------------------------------
-# the mini VGGT: a curriculum, an evaluation, an export
+# the mini VGGT: a curriculum and an export
 
 def mini_vggt_batch(pool, step, config):
     """From two views with little motion between them to six of any motion; fewer views, more scenes."""
@@ -313,38 +313,6 @@ def mini_vggt_batch(pool, step, config):
     keep_closest = 1 / (3 - 2 * progress / 0.3) if V == 2 and progress < 0.3 else 1.0
     batch = pool.batch(step, B, V, neighbours, keep_closest)
     return dict(batch, match_shift=int(torch.randint(1, V, (1,), generator=step_generator(config.seed, step, 2))))
-
-
-@torch.no_grad()
-def evaluate_mini_vggt(model, pool, autocast):
-    """Cameras, depth and classes on held-out rooms, beside the trivial answers; views in any order."""
-    vggt, metrics = model.vggt, {}
-    for V in (2, 4, 6, 8):
-        seen = []
-        for step in range(6):
-            batch = pool.batch(step, 96 // V, V)
-            with autocast:
-                views = vggt(batch['images'])
-                depth, logits = vggt.read_out(views.features, views.grid)
-            truth, true_depth = scene_extrinsics(batch['extrinsics']), batch['depth'] / SCENE_UNIT
-            still = torch.eye(3, 4, device=truth.device).expand_as(truth)
-            constant = true_depth.log().median().exp()
-            right, furniture = logits.argmax(-1) == batch['classes'], batch['classes'] >= 3
-            seen.append([*pose_errors(views.extrinsics, truth), *pose_errors(still, truth),
-                         ((depth - true_depth).abs() / true_depth).mean(), ((constant - true_depth).abs() / true_depth).mean(),
-                         right.float().mean(), right[furniture].float().mean()])
-        rotation, direction, rotation0, direction0 = [torch.cat(x) for x in list(zip(*seen))[:4]]
-        depth, depth0, accuracy, recall = [torch.stack(x).mean().item() for x in list(zip(*seen))[4:]]
-        metrics[f'{V} views'] = dict(
-            rotation=rotation.median().item(), direction=direction.median().item(),
-            **{f'auc{limit}': area_under_curve(rotation, direction, limit) for limit in (5, 15, 30)},
-            depth_abs_rel=depth, class_accuracy=accuracy, furniture_recall=recall,
-            trivial=dict(rotation=rotation0.median().item(), direction=direction0.median().item(), depth_abs_rel=depth0))
-    six = metrics['6 views']
-    line = (f"6 views of held-out rooms: rotation {six['rotation']:.1f} deg, direction {six['direction']:.1f} deg, AUC@30 {six['auc30']:.3f}, "
-            f"depth abs-rel {six['depth_abs_rel']:.3f}, classes {six['class_accuracy']:.3f}, on furniture {six['furniture_recall']:.3f}"
-            f" | trivial: {six['trivial']['rotation']:.1f}, {six['trivial']['direction']:.1f}, 0, {six['trivial']['depth_abs_rel']:.3f}")
-    return metrics, line
 
 
 def export_mini_vggt(model, path, config, metrics):
@@ -435,7 +403,8 @@ def main(argv=None):
         # evaluate and save
         if step == config.steps or step > first and step % config.eval_every == 0:
             if is_mini:
-                metrics, line = evaluate_mini_vggt(model, held_out, autocast)
+                metrics = evaluate_backbone(model.vggt, held_out, config.val_scenes, autocast)
+                line = backbone_line(metrics)
             else:
                 metrics = evaluate_field(model, source, held_out, config, device, autocast)
                 line = field_line(metrics)
