@@ -27,10 +27,7 @@ CELL = 4      # pixels a side: depth and classes are kept at this resolution
 
 def step_generator(*numbers):
     """A CPU generator that is a pure function of a few whole numbers (seed, step, rank, ...)."""
-    mixed = 0
-    for number in numbers:
-        mixed = (mixed * 6364136223846793005 + number + 1442695040888963407) % 2 ** 63   # an LCG's multiplier and increment
-    return torch.Generator().manual_seed(mixed)
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
 
 
 def views_per_scene(step, seed, low, high):
@@ -51,8 +48,7 @@ class RoomPool:
         self.split, self.seed, self.new_rooms, self.size, self.device = split, seed, new_rooms, image_size, device
         self.rank, self.world_size = rank, world_size
         self.num_blocks = max(1, num_rooms // self.BLOCK)
-        self.blocks = {}                                      # index of a block -> its views; the pool in use, in order
-        self.pool = None
+        self.blocks, self.pool = {}, None                     # slot -> index of the block in it; name -> tensor of all rooms
 
     def render_block(self, index):
         seed = room_seed(self.split, self.seed, index * self.world_size + self.rank)

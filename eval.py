@@ -32,12 +32,15 @@ from psfm import context_index, load_psfm, random_view_mask
 from vggt import SCENE_UNIT, VGGT, area_under_curve, pose_errors, scene_extrinsics
 
 
-def field_batches(psfm, source, config, num_scenes, device):
-    """The evaluation's samples: the same scenes, views and masks every time. Yields (batch, view_mask, num_context)."""
+def field_batches(psfm, source, config, num_scenes, device, first=0):
+    """The evaluation's samples: the same scenes, views and masks every time. Yields (batch, view_mask, num_context).
+
+    `first`: the source's batch to begin with. Of training rooms, only those of the present step are in memory.
+    """
     num_views = (config.min_views + config.max_views) // 2
-    at_once = max(2, min(num_scenes, config.images_per_batch * 2 // num_views))
+    at_once = min(num_scenes, 12)                             # whatever the training batch: results must not depend on it
     for step in range(max(1, num_scenes // at_once)):
-        batch = {name: x.to(device) for name, x in source.batch(step, at_once, num_views).items()}
+        batch = {name: x.to(device) for name, x in source.batch(first + step, at_once, num_views).items()}
         B, V = batch['images'].shape[:2]
         mask, num_context = random_view_mask(B, V, psfm.mask_ratio, step_generator(1, step))
         yield batch, mask.to(device), num_context
@@ -89,7 +92,7 @@ class ReadOut:
 
 
 @torch.no_grad()
-def evaluate_field(psfm, train_source, held_out, config, device, autocast):
+def evaluate_field(psfm, train_source, held_out, step, config, device, autocast):
     """-> dict name -> {cos, centred_cos, r2} for 'psfm', the baselines and 'context' (ours, on views that it did see);
     on rooms also 'read_out' -> {true, psfm, camera, shuffled} -> {depth_abs_rel, class_accuracy, object_recall}.
     """
@@ -98,7 +101,7 @@ def evaluate_field(psfm, train_source, held_out, config, device, autocast):
     # from training scenes: the average latents, and the mean features at each place of the image
     latents, place = [], {}
     with autocast:
-        for batch, mask, num_context in field_batches(psfm, train_source, config, config.val_scenes, device):
+        for batch, mask, num_context in field_batches(psfm, train_source, config, config.val_scenes, device, first=step):
             context, features, _, _, grid = look(psfm, batch, mask, num_context, config)
             latents.append(psfm.encode(context, grid).float().mean(0))
             total, count = place.get(grid, (0, 0))
@@ -313,7 +316,7 @@ def main(argv=None):
     psfm, config = load_psfm(args.run, device)
     multiple = psfm.backbone.config.patch_size
     train_source, held_out = [make_source(config, split, multiple, device) for split in ('train', 'val')]
-    metrics = evaluate_field(psfm, train_source, held_out, config, device, autocast)
+    metrics = evaluate_field(psfm, train_source, held_out, config.steps, config, device, autocast)
     print(field_table(metrics))
     with open(os.path.join(args.run, 'metrics.json'), 'w') as file:
         json.dump(metrics, file, indent=1)

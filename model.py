@@ -21,6 +21,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
+IMAGE_STATISTICS = {'mean': [0.485, 0.456, 0.406], 'std': [0.229, 0.224, 0.225]}      # ImageNet's: what DINO and VGGT expect
+
+
 class InputError(Exception):
     """What the user gave is at fault: scripts print the sentence and stop; a traceback is for bugs only."""
 

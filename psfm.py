@@ -23,7 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from model import (MLP, Block, Encoder, InputError, Transformer, camera_rays, full_precision, init_linear, invert_pose,
+from model import (IMAGE_STATISTICS, MLP, Block, Encoder, InputError, Transformer, camera_rays, full_precision, init_linear, invert_pose,
                    load_strictly, take_views, to_4x4)
 from vggt import VGGT
 
@@ -280,8 +280,8 @@ class SemanticTeacher(nn.Module):
     def __init__(self, model, width=224):
         super().__init__()
         self.model, self.width = model.requires_grad_(False).eval(), width
-        self.register_buffer('mean', torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
-        self.register_buffer('std', torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
+        for name, value in IMAGE_STATISTICS.items():
+            self.register_buffer(name, torch.tensor(value).view(3, 1, 1), persistent=False)
 
     @property
     def feature_dim(self):

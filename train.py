@@ -96,7 +96,7 @@ class Config:
 
 PRESETS = {
     # any laptop: procedural rooms, the mini backbone
-    'small': dict(muon_lr=2e-3, min_lr=0.03),
+    'small': dict(cameras='predicted', images_per_batch=48, steps=1400, muon_lr=2e-3, min_lr=0.03, eval_every=200),
     # one consumer GPU: VGGT-1B at 224 pixels
     'medium': dict(backbone='facebook/VGGT-1B', width=384, encoder_depth=4, decoder_depth=4, num_heads=6, num_latents=64,
                    image_width=224, min_views=4, max_views=8, images_per_batch=24, min_gap=2, max_gap=10, workers=4,
@@ -143,6 +143,8 @@ def parse_config(argv=None):
     for key, choices in CHOICES.items():
         if getattr(config, key) not in choices:
             raise InputError(f'--{key} takes {" or ".join(choices)}, not {getattr(config, key)}')
+    if config.task == 'mini-vggt' and config.data != 'rooms':
+        raise InputError('mini-vggt learns from rooms alone, where cameras and depth are known: leave --data out')
     if config.task == 'psfm':
         if not config.data:
             raise InputError(f'{name} trains on your own pictures: --data FOLDER (one sub-folder a scene)')
@@ -342,6 +344,23 @@ def measure_statistics(psfm, source, config, device, autocast, num_batches=4):
         psfm.set_statistics('sem', torch.cat(sem))
 
 
+def open_log(path, first):
+    """log.jsonl, open for writing, with only the records of the steps before `first`."""
+    lines = open(path).readlines() if first and os.path.isfile(path) else []
+    log = open(path, 'w')
+    log.writelines(line for line in lines if json.loads(line)['step'] < first)
+    return log
+
+
+def check_finite(losses, step, checkpoint):
+    """-> the losses as numbers. Stops before broken weights could replace good ones."""
+    values = {key: value.item() for key, value in losses.items()}
+    if not math.isfinite(values['loss']):
+        raise InputError(f'the loss is {values["loss"]} at step {step}: try a lower --lr, or --dtype float32; '
+                         f'what was saved before is in {checkpoint}')
+    return values
+
+
 def main(argv=None):
     name, config = parse_config(argv)
     began = time.time()
@@ -397,7 +416,7 @@ def main(argv=None):
     ddp = torch.nn.parallel.DistributedDataParallel(model) if world_size > 1 else model
     model.train()
 
-    log = open(os.path.join(config.out, 'log.jsonl'), 'a' if first else 'w')
+    log = open_log(os.path.join(config.out, 'log.jsonl'), first) if is_main else open(os.devnull, 'w')
     metrics, busy, views_done, logged = {}, 0.0, 0, first
     for step in range(first, config.steps + 1):
         # evaluate and save
@@ -406,10 +425,12 @@ def main(argv=None):
                 metrics = evaluate_backbone(model.vggt, held_out, config.val_scenes, autocast)
                 line = backbone_line(metrics)
             else:
-                metrics = evaluate_field(model, source, held_out, config, device, autocast)
+                metrics = evaluate_field(model, source, held_out, step, config, device, autocast)
                 line = field_line(metrics)
             say(f'step {step:05d}/{config.steps:05d} | {line}')
             if is_main:
+                if step > first:
+                    check_finite(losses, step, checkpoint)
                 save_checkpoint(checkpoint, model, optimizers, step, config, metrics)
         if step == config.steps:
             break
@@ -443,10 +464,7 @@ def main(argv=None):
 
         # log
         if step == first or (step + 1) % config.log_every == 0:
-            values = {key: value.item() for key, value in losses.items()}
-            if not math.isfinite(values['loss']):
-                raise InputError(f'the loss is {values["loss"]} at step {step}: try a lower --lr, or --dtype float32; '
-                                 f'the last checkpoint is in {checkpoint}')
+            values = check_finite(losses, step, checkpoint)
             steps_done, r2 = step + 1 - logged, metrics.get('psfm', {}).get('r2')
             record = dict(step=step, **values, r2=r2, lr=share * config.lr, grad_norm=norm.item(), step_ms=1e3 * busy / steps_done,
                           views_per_second=views_done / busy, memory_gb=peak_memory(device) / 2 ** 30, seconds=time.time() - began)

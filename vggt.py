@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from model import (MLP, Block, InputError, RoPE2D, camera_rays, full_precision, init_linear, invert_pose, load_strictly,
-                   relative_pose, take_views)
+from model import (IMAGE_STATISTICS, MLP, Block, InputError, RoPE2D, camera_rays, full_precision, init_linear, invert_pose,
+                   load_strictly, relative_pose, take_views)
 
 
 @dataclass(frozen=True)
@@ -153,8 +153,8 @@ class Aggregator(nn.Module):
         self.register_token = nn.Parameter(torch.randn(1, 2, config.num_registers, C) * 1e-6)
         make = lambda norm: nn.ModuleList(Block(C, config.num_heads, NORMS[norm], scale, eps=1e-5) for _ in range(config.depth))
         self.frame_blocks, self.global_blocks = make('layer'), make(config.global_qk_norm)
-        self.register_buffer('mean', torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
-        self.register_buffer('std', torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
+        for name, value in IMAGE_STATISTICS.items():
+            self.register_buffer(name, torch.tensor(value, device='cpu').view(3, 1, 1), persistent=False)
 
     def embed(self, images):
         """Images (B, V, 3, H, W) in [0, 1] -> patch tokens (B, V, N, C), each view on its own, and the grid (h, w)."""
@@ -458,8 +458,9 @@ class VGGT(nn.Module):
             config = VGGTConfig()
         if heads is not None:
             config = VGGTConfig(**{**asdict(config), 'heads': tuple(heads)})
-        model = cls(config)
-        model.load({name: tensor.float() for name, tensor in load_file(path).items()}, path)
+        with torch.device('meta'):                            # no memory and no time for weights that are about to be replaced
+            model = cls(config)
+        model.load({name: tensor.float() for name, tensor in load_file(path).items()}, path, assign=True)
         return model
 
     def load(self, state, source, assign=False):

@@ -47,6 +47,19 @@ def test_split_pass_equals_dense_mask_pass(monkeypatch):
     assert torch.allclose(split.extrinsics, dense.extrinsics, atol=1e-5)
 
 
+def test_the_pass_never_makes_a_mask(monkeypatch):
+    attention, calls = torch.nn.functional.scaled_dot_product_attention, []
+
+    def spy(q, k, v, attn_mask=None):
+        calls.append((q.shape[2], k.shape[2], attn_mask))
+        return attention(q, k, v, attn_mask)
+    monkeypatch.setattr(torch.nn.functional, 'scaled_dot_product_attention', spy)
+    make()(torch.rand(2, 4, 3, 16, 24), MASK)
+    P = 3 + 6
+    assert all(mask is None for _, _, mask in calls)
+    assert calls.count((2 * P, 2 * P, None)) == calls.count((2 * P, 4 * P, None)) == 2      # both global blocks, split in two
+
+
 def test_no_targets_is_the_plain_pass():
     backbone, images = make(), torch.rand(2, 3, 3, 16, 16)
     assert torch.allclose(backbone(images, torch.zeros(2, 3, dtype=torch.bool)).features, backbone(images).features, atol=1e-6)
