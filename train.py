@@ -34,7 +34,7 @@ from tqdm import tqdm
 from data import Batches, RoomPool, make_source, step_generator
 from eval import backbone_line, draw_field, evaluate_backbone, evaluate_field, field_line, field_table
 from model import InputError, load_strictly
-from psfm import build_psfm, compile_blocks
+from psfm import build_psfm, compile_blocks, random_view_mask
 from vggt import MINI, MiniVGGTTrainer, scene_extrinsics
 
 
@@ -329,13 +329,14 @@ def export_mini_vggt(model, path, config, metrics):
 # -----------------------------------------------------------------------------
 
 @torch.no_grad()
-def measure_statistics(psfm, source, config, device, autocast, num_batches=4):
+def measure_statistics(psfm, source, config, device, autocast, num_batches=8):
     """Mean and deviation of every feature channel, from a few training batches, into the model's buffers."""
-    geo, sem = [], []
+    geo, sem, batches = [], [], Batches(source, config)
     for step in range(num_batches):
-        images = source.batch(step, max(1, config.images_per_batch // config.min_views), config.min_views)['images'].to(device)
+        images = batches[step]['images'].to(device)
+        mask, num_context = random_view_mask(*images.shape[:2], config.mask_ratio, step_generator(config.seed, step, 4))
         with autocast:
-            views = psfm.backbone(images)
+            views = psfm.observe(images, mask.to(device), num_context)[1]
             geo.append(views.features.float().flatten(0, 2))
             if psfm.teacher is not None:
                 sem.append(psfm.teacher(images, views.grid).float().flatten(0, 2))
