@@ -107,7 +107,8 @@ def evaluate_field(psfm, train_source, held_out, step, config, device, autocast)
             total, count = place.get(grid, (0, 0))
             place[grid] = total + features.float().sum((0, 1)), count + features.shape[0] * features.shape[1]
     average = torch.stack(latents).mean(0)                                                # (Q, D)
-    place = {grid: total / count for grid, (total, count) in place.items()}               # (N, 2C)
+    most = max(place, key=lambda grid: place[grid][1])                                    # the commonest shape of images
+    place = place[most][0] / place[most][1]                                               # (N, 2C)
 
     names = ['psfm', 'mean', 'position', 'nearest', 'shuffled', 'camera', 'context']
     scores = {name: Score(psfm) for name in names}
@@ -128,8 +129,8 @@ def evaluate_field(psfm, train_source, held_out, step, config, device, autocast)
         rotation = extrinsics[..., :3]
         alike = torch.einsum('bvij,bwij->bvw', take_views(rotation, unseen), take_views(rotation, seen)).argmax(-1)
         nowhere = psfm.geo_mean.expand_as(target)
-        baselines = dict(mean=nowhere, position=place[grid].expand_as(target) if grid in place else nowhere,
-                         nearest=take_views(context, alike))
+        here = F.interpolate(place.T.unflatten(1, most)[None], grid, mode='bilinear').flatten(2).transpose(1, 2)
+        baselines = dict(mean=nowhere, position=here.expand_as(target), nearest=take_views(context, alike))
         for name, prediction in {**predicted, **baselines}.items():
             scores[name].add(prediction, target)
         scores['context'].add(of_seen, take_views(features, seen))

@@ -407,7 +407,7 @@ def main(argv=None):
             measure_statistics(model, source, config, device, autocast)
         loader = iter(torch.utils.data.DataLoader(
             Batches(source, config), batch_size=None, sampler=range(first * config.accumulate, config.steps * config.accumulate),
-            num_workers=0 if config.data == 'rooms' else config.workers, pin_memory=device.type == 'cuda' and config.data != 'rooms'))
+            num_workers=0 if config.data == 'rooms' else min(config.workers, os.cpu_count()), pin_memory=device.type == 'cuda' and config.data != 'rooms'))
     ceiling = peak_flops(device) if not is_mini else None
     if ceiling:
         images = source.batch(0, 1, (config.min_views + config.max_views) // 2)['images'].to(device)
