@@ -24,9 +24,9 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 import model
 from data import CELL, RoomPool
-from model import InputError, RoPE2D
+from model import InputError, RoPE2D, pick_device
 from psfm import PSFM, compile_blocks, random_view_mask
-from train import PRESETS, parse_config, peak_flops, peak_memory, pick_device, pick_dtype
+from train import PRESETS, Config, peak_flops, peak_memory, pick_dtype
 from vggt import MINI, VGGT, VGGTConfig
 
 def dense_mask_attention(q, k, v, num_context):
@@ -80,6 +80,10 @@ def bench(psfm, images, clock, autocast):
     def part(name, call, before=lambda: ()):
         rows.append((name, *clock.measure(call, before)))
 
+    def run(blocks, x, *arguments):
+        for block in blocks:
+            x = block(x, *arguments)
+
     with autocast:
         with torch.no_grad():
             patches, grid = aggregator.embed(images)
@@ -88,9 +92,9 @@ def bench(psfm, images, clock, autocast):
             in_frame = RoPE2D(aggregator.num_special, grid, aggregator.head_dim, device=x.device)
             across = RoPE2D(aggregator.num_special, grid, aggregator.head_dim, repeats=V, device=x.device)
             part('patch embed', lambda: aggregator.embed(images))
-            part('frame blocks', lambda: [block(x, in_frame) for block in aggregator.frame_blocks])
+            part('frame blocks', lambda: run(aggregator.frame_blocks, x, in_frame))
             y = x.view(B, V * P, C)
-            part('global blocks', lambda: [block(y, across, num_context * P) for block in aggregator.global_blocks])
+            part('global blocks', lambda: run(aggregator.global_blocks, y, across, num_context * P))
             tokens = backbone.attend(patches, grid, mask, num_context)[-1]
             part('camera head', lambda: backbone.read(tokens, grid))
         context, views, _ = psfm.observe(images, mask, num_context)
@@ -114,10 +118,10 @@ def main(argv=None):
     parser.add_argument('--images', type=int, help="images a batch (default: the preset's)")
     parser.add_argument('--repeats', type=int, default=7)
     parser.add_argument('--device', default='auto')
-    parser.add_argument('--dtype', default='auto')
+    parser.add_argument('--dtype', default='auto', choices=['auto', 'float32', 'bfloat16'])
     parser.add_argument('--compile', action='store_true')
     args = parser.parse_args(argv)
-    _, config = parse_config(['--config', args.config])
+    config = Config(**PRESETS[args.config])
     device = pick_device(args.device)
     dtype, _ = pick_dtype(args.dtype, device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
@@ -146,9 +150,9 @@ def main(argv=None):
             psfm(images)['loss'].backward()
         first = clock.now() - start
         rows = bench(psfm, images, clock, autocast)
-        total, flops = sum(ms for _, ms, _ in rows), sum(f for _, _, f in rows)
-        print(f'\n{B} scenes x {V} views of {width} x {height}: the first step took {first:.1f} s, {total:.0f} ms a step after that, '
-              f'{1e3 * B * V / total:.0f} views/s, peak memory {peak_memory(device) / 2 ** 30:.1f} GB')
+        total, flops, memory = sum(ms for _, ms, _ in rows), sum(f for _, _, f in rows), peak_memory(device) / 2 ** 30
+        print(f'\n{B} scenes x {V} views of {width} x {height}: the first step took {first:.1f} s; after that all parts take {total:.0f} ms, '
+              f'{1e3 * B * V / total:.0f} views/s, peak memory {memory:.1f} GB')
         print(f'{"part":16s}{"ms":>9s}{"share":>8s}{"GFLOP":>10s}{"TFLOP/s":>9s}{"MFU":>7s}')
         for part, ms, f in [*rows, ('total', total, flops)]:
             mfu = f'{100 * f / ms * 1e3 / peak:.0f}%' if peak else '-'
@@ -162,27 +166,30 @@ def main(argv=None):
             with torch.no_grad(), autocast:
                 patches, grid = backbone.aggregator.embed(images)
                 return backbone.attend(patches, grid, mask, num_context)[-1]
-        split_ms, _ = clock.measure(attend)
-        outputs['split'], split = attend(), model.split_attention
+
+        ms, memory_of, split = {}, {}, model.split_attention
         try:
-            model.split_attention = dense_mask_attention
-            dense_ms, _ = clock.measure(attend)
-            outputs['dense'] = attend()
+            for name_of, attention in (('split', split), ('dense', dense_mask_attention)):
+                model.split_attention = attention
+                if device.type == 'cuda':
+                    torch.cuda.reset_peak_memory_stats(device)
+                ms[name_of], _ = clock.measure(attend)
+                outputs[name_of], memory_of[name_of] = attend(), peak_memory(device)
         finally:
             model.split_attention = split
         difference = (outputs['split'] - outputs['dense']).abs().max().item() / outputs['dense'].abs().max().item()
         tokens = V * (backbone.aggregator.num_special + (height // p) * (width // p))
-        print(f'asymmetric pass: split {split_ms:.1f} ms, dense mask {dense_ms:.1f} ms: {dense_ms / split_ms:.2f} x as fast, '
-              f'no {tokens} x {tokens} mask ({tokens ** 2 / 2 ** 20:.1f} MB), largest difference {difference:.1e} of the largest value')
+        saved = f' and {(memory_of["dense"] - memory_of["split"]) / 2 ** 20:.0f} MB less at the peak' if device.type == 'cuda' else ''
+        print(f'asymmetric pass: split {ms["split"]:.1f} ms, dense {tokens} x {tokens} mask {ms["dense"]:.1f} ms: {ms["dense"] / ms["split"]:.2f} x '
+              f'as fast{saved}, largest difference {difference:.1e} of the largest value')
         run = dict(scenes=B, views=V, size=[height, width], first_step_s=first, step_ms=total, views_per_s=1e3 * B * V / total, flops=flops,
-                   mfu=flops / total * 1e3 / peak if peak else None, peak_memory_gb=peak_memory(device) / 2 ** 30,
-                   parts={part: dict(ms=ms, flops=f) for part, ms, f in rows}, dense_over_split=dense_ms / split_ms)
+                   mfu=flops / total * 1e3 / peak if peak else None, peak_memory_gb=memory,
+                   parts={part: dict(ms=ms, flops=f) for part, ms, f in rows}, dense_over_split=ms['dense'] / ms['split'])
         if config.data == 'rooms' and config.image_width % CELL == 0:
             pool = RoomPool('train', 0, RoomPool.BLOCK, image_size=(config.image_width, config.image_width), device=device)
-            ms, _ = clock.measure(lambda: pool.render_block(0))
-            ms *= config.new_rooms / RoomPool.BLOCK
-            print(f'rendering: {ms:.1f} ms a step for {config.new_rooms:g} new rooms, {100 * ms / (ms + total):.1f}% of the step')
-            run.update(render_ms=ms, render_share=ms / (ms + total))
+            render = clock.measure(lambda: pool.render_block(0))[0] * config.new_rooms / RoomPool.BLOCK
+            print(f'rendering: {render:.1f} ms a step for {config.new_rooms:g} new rooms, {100 * render / (render + total):.1f}% of the step')
+            run.update(render_ms=render, render_share=render / (render + total))
         report['runs'].append(run)
     print(json.dumps(report))
 
@@ -190,5 +197,5 @@ def main(argv=None):
 if __name__ == '__main__':
     try:
         main()
-    except InputError as error:
+    except (InputError, OSError) as error:
         sys.exit(f'error: {error}')

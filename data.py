@@ -111,7 +111,7 @@ PICTURES = ('.jpg', '.jpeg', '.png', '.webp')
 
 def natural_order(name):
     """Sort key with numbers as numbers: 2.jpg before 10.jpg."""
-    return [int(part) if part.isdigit() else part.lower() for part in re.split(r'(\d+)', name)]
+    return [int(part) if part.isdecimal() else part.lower() for part in re.split(r'(\d+)', name)]
 
 
 def list_pictures(folder):
@@ -153,9 +153,10 @@ class PhotoFolder:
     """Scenes of photographs: every sub-folder of `root` with pictures is a scene; pictures in `root` itself are one more.
 
     A tenth of the scenes is held out. Of a single scene, the last quarter of the pictures is, if enough are left.
-    Scenes with fewer than `min_views` pictures are left out, by name. A picture that turns out unreadable is left
-    out, by name, and the next one of its scene takes its place.
+    Pictures that cannot be read and scenes with fewer than `min_views` pictures are left out, by name. (Beyond
+    CHECKED pictures only names are looked at beforehand, and an unreadable one stops the run when its turn comes.)
     """
+    CHECKED = 5000
 
     def __init__(self, root, split, seed, width, multiple, min_views, gap=(1, 4), rank=0, say=print):
         if not os.path.isdir(root):
@@ -165,9 +166,11 @@ class PhotoFolder:
         scenes = {name: pictures for name, pictures in {**scenes, '.': list_pictures(root)}.items() if pictures}
         if not scenes:
             raise InputError(f'no pictures in {root} nor in its sub-folders ({" ".join(PICTURES)})')
+        if sum(map(len, scenes.values())) <= self.CHECKED:
+            scenes = {name: [path for path in pictures if self.is_readable(path, say)] for name, pictures in scenes.items()}
         for name, pictures in scenes.items():
             if len(pictures) < min_views:
-                say(f'scene {name} of {root} is left out: {len(pictures)} picture{"s" * (len(pictures) > 1)}, --min-views asks for {min_views}')
+                say(f'scene {name} of {root} is left out: {len(pictures)} picture{"s" * (len(pictures) != 1)}, --min-views asks for {min_views}')
         scenes = {name: pictures for name, pictures in scenes.items() if len(pictures) >= min_views}
         if not scenes:
             raise InputError(f'no scene of {root} has the {min_views} pictures that --min-views asks for')
@@ -187,9 +190,17 @@ class PhotoFolder:
                 chosen = {names[0]: pictures}
         self.scenes = list(chosen.values())
         self.most_views = max(map(len, self.scenes))
-        self.split, self.seed, self.rank, self.say = split, seed, rank, say
+        self.split, self.seed, self.rank = split, seed, rank
         self.width, self.multiple, self.gap = width, multiple, gap
-        self.unreadable = set()
+
+    @staticmethod
+    def is_readable(path, say):
+        try:
+            read_picture(path, 32, 1)
+        except InputError as error:
+            say(f'{error}; left out')
+            return False
+        return True
 
     def advance(self, step, progress=iter):
         """Nothing to prepare: pictures are read when they are asked for."""
@@ -212,22 +223,8 @@ class PhotoFolder:
         most = max(1, min(self.gap[1], (len(scene) - 1) // max(1, num_views - 1)))       # this sample's alone
         gaps = [random(min(self.gap[0], most), most) for _ in range(num_views - 1)]
         frame = random(0, len(scene) - 1 - sum(gaps))
-        views = []
-        for gap in [0, *gaps]:
-            frame += gap
-            views.append(self.read(scene, frame))
-        return views
-
-    def read(self, scene, frame):
-        for offset in range(len(scene)):
-            path = scene[(frame + offset) % len(scene)]
-            if path not in self.unreadable:
-                try:
-                    return read_picture(path, self.width, self.multiple)
-                except InputError as error:
-                    self.unreadable.add(path)
-                    self.say(f'{error}; left out')
-        raise InputError(f'no picture in {os.path.dirname(scene[0])} can be read')
+        frames = [frame + sum(gaps[:i]) for i in range(num_views)]
+        return [read_picture(scene[i], self.width, self.multiple) for i in frames]
 
 
 class Batches(torch.utils.data.Dataset):

@@ -11,7 +11,7 @@ what it costs nothing to reach, so `evaluate_field` measures these too:
     mean      the training mean of all features
     position  the training mean at each place in the image
     nearest   the features of the context view whose camera is turned most alike
-    shuffled  our prediction from another scene's latents
+    shuffled  our prediction from another (training) scene's latents
     camera    our prediction from the average latents: what the camera alone tells
 
 cos is the cosine, centred_cos the cosine after the training mean is taken off, r2 the
@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 from data import RoomPool, make_source, step_generator
-from model import InputError, take_views
+from model import InputError, pick_device, take_views
 from psfm import context_index, load_psfm, random_view_mask
 from vggt import SCENE_UNIT, VGGT, area_under_curve, pose_errors, scene_extrinsics
 
@@ -38,7 +38,7 @@ def field_batches(psfm, source, config, num_scenes, device, first=0):
     `first`: the source's batch to begin with. Of training rooms, only those of the present step are in memory.
     """
     num_views = (config.min_views + config.max_views) // 2
-    at_once = min(num_scenes, 12)                             # whatever the training batch: results must not depend on it
+    at_once = min(num_scenes, 4)                              # whatever the training batch: results must not depend on it
     for step in range(max(1, num_scenes // at_once)):
         batch = {name: x.to(device) for name, x in source.batch(first + step, at_once, num_views).items()}
         B, V = batch['images'].shape[:2]
@@ -66,7 +66,7 @@ class Score:
         p, t = (predicted - self.mean) / self.std, (target - self.mean) / self.std
         centred = F.cosine_similarity(predicted - self.mean, target - self.mean, dim=-1)
         self.sums += torch.stack([F.cosine_similarity(predicted, target, dim=-1).sum(), centred.sum(), (p - t).square().sum(),
-                                  t.square().sum(), torch.tensor(float(centred.numel()), device=t.device)]).double().cpu()
+                                  t.square().sum(), torch.tensor(float(centred.numel()), device=t.device)]).cpu().double()
 
     def result(self):
         cos, centred, error, variance, count = self.sums.tolist()
@@ -84,7 +84,7 @@ class ReadOut:
         true_depth, classes = take_views(batch['depth'], index) / SCENE_UNIT, take_views(batch['classes'], index)
         right, furniture = logits.argmax(-1) == classes, classes >= 3
         self.sums += torch.stack([((depth - true_depth).abs() / true_depth).sum(), right.sum(), right.new_tensor(right.numel(), dtype=torch.float32),
-                                  (right & furniture).sum(), furniture.sum()]).double().cpu()
+                                  (right & furniture).sum(), furniture.sum()]).cpu().double()
 
     def result(self):
         depth, right, count, found, furniture = self.sums.tolist()
@@ -99,38 +99,38 @@ def evaluate_field(psfm, train_source, held_out, step, config, device, autocast)
     was_training = psfm.training
     psfm.eval()
     # from training scenes: the average latents, and the mean features at each place of the image
-    latents, place = [], {}
+    latents, position = [], {}
     with autocast:
         for batch, mask, num_context in field_batches(psfm, train_source, config, config.val_scenes, device, first=step):
             context, features, _, _, grid = look(psfm, batch, mask, num_context, config)
-            latents.append(psfm.encode(context, grid).float().mean(0))
-            total, count = place.get(grid, (0, 0))
-            place[grid] = total + features.float().sum((0, 1)), count + features.shape[0] * features.shape[1]
-    average = torch.stack(latents).mean(0)                                                # (Q, D)
-    most = max(place, key=lambda grid: place[grid][1])                                    # the commonest shape of images
-    place = place[most][0] / place[most][1]                                               # (N, 2C)
+            latents.append(psfm.encode(context, grid).float())
+            total, count = position.get(grid, (0, 0))
+            position[grid] = total + features.float().sum((0, 1)), count + features.shape[0] * features.shape[1]
+    latents = torch.cat(latents)                                                          # (scenes, Q, D)
+    commonest = max(position, key=lambda grid: position[grid][1])                         # shape of images
+    position = (position[commonest][0] / position[commonest][1]).T.unflatten(1, commonest)[None]   # (1, 2C, h, w)
 
     names = ['psfm', 'mean', 'position', 'nearest', 'shuffled', 'camera', 'context']
     scores = {name: Score(psfm) for name in names}
     on_rooms = 'cells' in psfm.backbone.config.heads and config.data == 'rooms'
     read_outs = {name: ReadOut() for name in ('true', 'psfm', 'camera', 'shuffled')} if on_rooms else {}
-    for batch, mask, num_context in field_batches(psfm, held_out, config, config.val_scenes, device):
+    for i, (batch, mask, num_context) in enumerate(field_batches(psfm, held_out, config, config.val_scenes, device)):
         size, V = batch['images'].shape[-2:], batch['images'].shape[1]
         seen = context_index(mask, num_context)
         unseen = context_index(~mask, V - num_context)
         with autocast:
             context, features, extrinsics, intrinsics, grid = look(psfm, batch, mask, num_context, config)
             z = psfm.encode(context, grid)
-            ask = lambda z, index: psfm.decode(z, take_views(extrinsics, index), take_views(intrinsics, index), size, grid)
-            predicted = {'psfm': ask(z, unseen), 'shuffled': ask(z.roll(1, 0), unseen),
-                         'camera': ask(average.to(z.dtype).expand_as(z), unseen)}
-            of_seen = ask(z, seen)
+            predict = lambda z, index: psfm.decode(z, take_views(extrinsics, index), take_views(intrinsics, index), size, grid)
+            another = latents[(torch.arange(len(z)) + i * len(z)) % len(latents)].to(z.dtype)
+            predicted = {'psfm': predict(z, unseen), 'shuffled': predict(another, unseen),
+                         'camera': predict(latents.mean(0).to(z.dtype).expand_as(z), unseen)}
+            of_seen = predict(z, seen)
         target = take_views(features, unseen)
         rotation = extrinsics[..., :3]
         alike = torch.einsum('bvij,bwij->bvw', take_views(rotation, unseen), take_views(rotation, seen)).argmax(-1)
-        nowhere = psfm.geo_mean.expand_as(target)
-        here = F.interpolate(place.T.unflatten(1, most)[None], grid, mode='bilinear').flatten(2).transpose(1, 2)
-        baselines = dict(mean=nowhere, position=here.expand_as(target), nearest=take_views(context, alike))
+        per_place = F.interpolate(position, grid, mode='bilinear').flatten(2).transpose(1, 2)
+        baselines = dict(mean=psfm.geo_mean.expand_as(target), position=per_place.expand_as(target), nearest=take_views(context, alike))
         for name, prediction in {**predicted, **baselines}.items():
             scores[name].add(prediction, target)
         scores['context'].add(of_seen, take_views(features, seen))
@@ -185,10 +185,9 @@ def to_colours(features, basis=None):
     return (((x - mean) @ directions - low) / (high - low)).clamp(0, 1).unflatten(0, features.shape[:2]), basis
 
 
-def to_tile(image, width):
-    """(h, w, 3) in [0, 1] -> PIL image `width` pixels wide; each value stays a visible square."""
-    picture = Image.fromarray((255 * image).round().byte().cpu().numpy())
-    return picture.resize((width, width * picture.height // picture.width), Image.Resampling.NEAREST)
+def to_tile(image, size):
+    """(h, w, 3) in [0, 1] -> PIL image of `size`, (width, height); each value stays a visible square."""
+    return Image.fromarray((255 * image).round().byte().cpu().numpy()).resize(size, Image.Resampling.NEAREST)
 
 
 @torch.no_grad()
@@ -232,8 +231,7 @@ def draw_field(psfm, source, config, device, autocast, path, num_scenes=3, tile=
             label = 'context' if v < num_context else 'unseen'
             draw.text((x + tile // 2, b * block + top // 2 + 2), label, 'black' if v < num_context else 'firebrick', font, anchor='mm')
             for r, strip in enumerate(strips):
-                canvas.paste(to_tile(strip[v], tile).resize((tile, tile_height), Image.Resampling.NEAREST),
-                             (x, b * block + top + r * (tile_height + gap)))
+                canvas.paste(to_tile(strip[v], (tile, tile_height)), (x, b * block + top + r * (tile_height + gap)))
         for r, name in enumerate(rows):
             draw.multiline_text((8, b * block + top + r * (tile_height + gap) + tile_height // 2), name, 'black', font, anchor='lm')
         x = margin + num_context * (tile + gap) + 3
@@ -302,9 +300,9 @@ def main(argv=None):
     backbone.add_argument('--weights', default='weights/mini_vggt.safetensors')
     backbone.add_argument('--rooms', type=int, default=200, help='held-out rooms (default: 200)')
     for command in (field, backbone):
-        command.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+        command.add_argument('--device', default='auto')
     args = parser.parse_args(argv)
-    device = torch.device(args.device)
+    device = pick_device(args.device)
     autocast = torch.autocast(device.type, enabled=False)
 
     if args.command == 'backbone':
@@ -317,10 +315,12 @@ def main(argv=None):
     psfm, config = load_psfm(args.run, device)
     multiple = psfm.backbone.config.patch_size
     train_source, held_out = [make_source(config, split, multiple, device) for split in ('train', 'val')]
-    metrics = evaluate_field(psfm, train_source, held_out, config.steps, config, device, autocast)
+    metrics = evaluate_field(psfm, train_source, held_out, config.steps * config.accumulate, config, device, autocast)
     print(field_table(metrics))
-    with open(os.path.join(args.run, 'metrics.json'), 'w') as file:
-        json.dump(metrics, file, indent=1)
+    path = os.path.join(args.run, 'metrics.json')
+    known = json.load(open(path)) if os.path.isfile(path) else {}
+    with open(path, 'w') as file:
+        json.dump({**known, **metrics}, file, indent=1)
     draw_field(psfm, held_out, config, device, autocast, os.path.join(args.run, 'field.png'))
     print(f'wrote {args.run}/metrics.json and {args.run}/field.png')
 
@@ -328,5 +328,5 @@ def main(argv=None):
 if __name__ == '__main__':
     try:
         main()
-    except InputError as error:
+    except (InputError, OSError) as error:
         sys.exit(f'error: {error}')

@@ -28,11 +28,24 @@ class InputError(Exception):
     """What the user gave is at fault: scripts print the sentence and stop; a traceback is for bugs only."""
 
 
+def pick_device(name):
+    """'auto' or any name that torch knows -> torch.device."""
+    if name == 'auto':
+        name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f'--device {name}: torch knows no such device; take auto, cpu, cuda, cuda:1, ... or mps') from error
+    if device.type == 'cuda' and not torch.cuda.is_available():
+        raise InputError(f'--device {name}: torch sees no CUDA GPU here; leave the option out to run on what there is')
+    return device
+
+
 def full_precision(function):
     """Decorator: no autocast inside. Geometry in bf16 is wrong in the third digit."""
     @functools.wraps(function)
     def wrapped(*args, **kwargs):
-        with torch.autocast('cuda', enabled=False), torch.autocast('cpu', enabled=False):
+        with torch.autocast('cuda', enabled=False), torch.autocast('mps', enabled=False), torch.autocast('cpu', enabled=False):
             return function(*args, **kwargs)
     return wrapped
 
@@ -43,7 +56,8 @@ def full_precision(function):
 
 def to_4x4(matrix):
     """(..., 3, 4) -> (..., 4, 4): appends the row 0 0 0 1."""
-    bottom = matrix.new_tensor([0., 0., 0., 1.]).expand(*matrix.shape[:-2], 1, 4)
+    bottom = torch.zeros_like(matrix[..., :1, :])
+    bottom[..., 3] = 1
     return torch.cat([matrix, bottom], dim=-2)
 
 
@@ -69,7 +83,7 @@ def camera_rays(intrinsics, size, grid):
     x = (torch.arange(w, device=intrinsics.device) + 0.5) * (W / w)
     y = (torch.arange(h, device=intrinsics.device) + 0.5) * (H / h)
     y, x = torch.meshgrid(y, x, indexing='ij')                                            # (h, w)
-    focal, centre = intrinsics[..., [0, 1], [0, 1]], intrinsics[..., :2, 2]               # (..., 2)
+    focal, centre = intrinsics.diagonal(dim1=-2, dim2=-1)[..., :2], intrinsics[..., :2, 2]  # (..., 2)
     xy = (torch.stack([x, y], -1).flatten(0, 1) - centre[..., None, :]) / focal[..., None, :]
     return F.pad(xy, (0, 1), value=1.0)                                                   # (..., h w, 3)
 
@@ -96,7 +110,7 @@ class RoPE2D:
         angle = torch.cat([angle, angle], dim=-1).flatten(1)                              # (tokens, d)
         self.cos, self.sin = angle.cos(), angle.sin()
 
-    def turn(self, x):                                                                    # (B, nh, tokens, d)
+    def turn(self, x):                                                                    # (B, nh, tokens, d), anticlockwise
         a, b, c, d = x.chunk(4, dim=-1)
         return x * self.cos + torch.cat([-b, a, -d, c], dim=-1) * self.sin
 
@@ -137,13 +151,13 @@ class Attention(nn.Module):
         """x (B, tokens, dim) -> the same shape. `num_context`: the first so many tokens see only each other."""
         B, tokens, dim = x.shape
         q, k, v = self.qkv(x).view(B, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)   # 3 x (B, nh, tokens, d)
+        # norms and rotations are done in fp32; the kernel gets what it is fast in: v's dtype on a GPU, fp32 on a CPU,
+        # whose fused bf16 backward is up to six times slower
+        dtype = torch.float32 if x.device.type == 'cpu' else v.dtype
         if self.q_norm is not None:
             q, k = self.q_norm(q.float()), self.k_norm(k.float())
         if position is not None:
             q, k, v = position.rotate(q, k, v)
-        # norms and rotations are done in fp32; the kernel gets what it is fast in: v's dtype on a GPU, fp32 on a CPU,
-        # whose fused bf16 backward is up to six times slower
-        dtype = torch.float32 if x.device.type == 'cpu' else v.dtype
         with torch.autocast(x.device.type, enabled=False):
             q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
             if num_context is None:
@@ -220,6 +234,13 @@ class Transformer(nn.Module):
 def take_views(x, index):
     """x (B, V, ...), index (B, K) -> (B, K, ...): for each sample its own views."""
     return x[torch.arange(len(x), device=x.device)[:, None], index]
+
+
+def cast_matrices(model, dtype):
+    """Linear and convolutional layers of a frozen model to `dtype`: what autocast would do on every call, once. Norms stay."""
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            module.to(dtype)
 
 
 def init_linear(module):

@@ -23,8 +23,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from model import (IMAGE_STATISTICS, MLP, Block, Encoder, InputError, Transformer, camera_rays, full_precision, init_linear, invert_pose,
-                   load_strictly, take_views, to_4x4)
+from model import (IMAGE_STATISTICS, MLP, Block, Encoder, InputError, Transformer, camera_rays, cast_matrices, full_precision, init_linear,
+                   invert_pose, load_strictly, take_views, to_4x4)
 from vggt import VGGT
 
 
@@ -78,22 +78,22 @@ class PRoPE:
         angle = torch.stack([x, x, y, y], -1).flatten(0, 1)[..., None] * frequency        # (N, 4, d/8)
         self.cos, self.sin = angle.flatten(1).cos(), angle.flatten(1).sin()               # (N, d/2)
 
-    def apply(self, x, matrix, sin):                                                      # (n, nh, tokens, d)
+    def transform(self, x, matrix, sin):                                                      # (n, nh, tokens, d)
         world, rays = x[:, :, :self.num_world], x[:, :, self.num_world:].float()
         n, nh, N, d = rays.shape
         projected, turned = rays.split(d // 2, dim=-1)
         projected = (projected.reshape(n, nh, -1, 4) @ matrix).view(n, nh, N, d // 2)
         a, b, c, e = turned.chunk(4, dim=-1)
-        turned = turned * self.cos + torch.cat([b, -a, e, -c], dim=-1) * sin
+        turned = turned * self.cos + torch.cat([b, -a, e, -c], dim=-1) * sin              # clockwise: RoPE2D's other way round
         return torch.cat([world.float(), torch.cat([projected, turned], dim=-1)], dim=2)
 
     @full_precision
     def rotate(self, q, k, v):
-        return self.apply(q, self.for_q, self.sin), self.apply(k, self.for_kv, self.sin), self.apply(v, self.for_kv, self.sin)
+        return self.transform(q, self.for_q, self.sin), self.transform(k, self.for_kv, self.sin), self.transform(v, self.for_kv, self.sin)
 
     @full_precision
     def restore(self, out):
-        return self.apply(out, self.for_out, -self.sin)
+        return self.transform(out, self.for_out, -self.sin)
 
 
 class FieldDecoder(nn.Module):
@@ -167,7 +167,7 @@ class PSFM(nn.Module):
             num_context = int((~view_mask[0]).sum())
 
         # 2 look, with the frozen backbone
-        context, views, depth = self.observe(images, view_mask, num_context)
+        context, views, depth = self.observe(images, view_mask, num_context, with_depth=self.depth_probe is not None)
         if extrinsics is None:
             extrinsics, intrinsics = views.extrinsics, views.intrinsics
 
@@ -191,16 +191,16 @@ class PSFM(nn.Module):
         return losses
 
     @torch.no_grad()
-    def observe(self, images, view_mask, num_context):
+    def observe(self, images, view_mask, num_context, with_depth=False):
         """The frozen backbone's view of the scene.
 
         -> context features (B, Vc, N, 2C), what the encoder may see; Views of all views, targets and cameras;
-           depth (B, V, N) per patch, if there is a probe.
+           depth (B, V, N) per patch, if asked for, else None.
         """
         backbone = self.backbone
         patches, grid = backbone.aggregator.embed(images)                                 # every view on its own
         index = context_index(view_mask, num_context)
-        layers = backbone.config.dpt_layers if self.depth_probe is not None and 'depth' in backbone.config.heads else ()
+        layers = backbone.config.dpt_layers if with_depth and 'depth' in backbone.config.heads else ()
         if self.context == 'asymmetric':
             tokens = backbone.attend(patches, grid, view_mask, num_context, layers=(*layers, -1))
             views = backbone.read(tokens[-1], grid)
@@ -210,7 +210,7 @@ class PSFM(nn.Module):
             context = alone[:, :, backbone.aggregator.num_special:]
             tokens = backbone.attend(patches, grid, layers=(*layers, -1))
             views = backbone.read(tokens[-1], grid)
-        depth = backbone.patch_depth(tokens, grid) if self.depth_probe is not None else None
+        depth = backbone.patch_depth(tokens, grid) if with_depth else None
         return context, views, depth
 
     def encode(self, features, grid):
@@ -258,8 +258,8 @@ class PSFM(nn.Module):
                     name = ours + name.removeprefix(theirs)
                     break
             renamed[name] = tensor
-        skip = ['dino.', 'geo_mean', 'geo_std', 'sem_mean', 'sem_std']
-        skip += ['depth_probe.'] * (self.depth_probe is None) + ['heads.sem.', 'teacher.'] * (self.teacher is None)
+        skip = ['dino.', 'teacher.', 'geo_mean', 'geo_std', 'sem_mean', 'sem_std']
+        skip += ['depth_probe.'] * (self.depth_probe is None) + ['heads.sem.'] * (self.teacher is None)
         skip += [f'backbone.{head}_head.' for head in ('depth', 'point') if head not in self.backbone.config.heads]
         load_strictly(self, renamed, source, skip, assign)
 
@@ -277,9 +277,10 @@ class SemanticTeacher(nn.Module):
     differs from the release: images are resized with antialiasing and keep their aspect.
     """
 
-    def __init__(self, model, width=224):
+    def __init__(self, model, width=224, dtype=torch.float32):
         super().__init__()
         self.model, self.width = model.requires_grad_(False).eval(), width
+        cast_matrices(self.model, dtype)
         for name, value in IMAGE_STATISTICS.items():
             self.register_buffer(name, torch.tensor(value).view(3, 1, 1), persistent=False)
 
@@ -312,7 +313,7 @@ def build_psfm(config, dtype=torch.float32):
     if config.teacher:
         from transformers import AutoModel
         try:
-            teacher = SemanticTeacher(AutoModel.from_pretrained(config.teacher))
+            teacher = SemanticTeacher(AutoModel.from_pretrained(config.teacher), dtype=dtype)
         except OSError as error:
             raise InputError(f'--teacher {config.teacher} could not be loaded ({str(error).splitlines()[0]}): check the name, the '
                              "network and your access to it, or train without one (--teacher '')") from error
@@ -336,6 +337,7 @@ def load_psfm(run, device='cpu'):
 
 def compile_blocks(model):
     """torch.compile, block by block: all layers of a stack share the compiled code, whatever the number of views."""
+    torch._dynamo.config.recompile_limit = 64                 # one code object serves six kinds of stacks, with and without gradients
     for module in model.modules():
         if isinstance(module, Block):
             module.compile(dynamic=True)

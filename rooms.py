@@ -94,7 +94,7 @@ def make_rooms(num_rooms, seed):
     yaw = rand(R, K, high=math.pi)
     present = rand(R, K) < 0.7
     first = torch.tensor([0, *torch.tensor([count for _, count in SLOTS]).cumsum(0)[:-1]])
-    present[:, first] = True                                                              # one of each shape at least
+    present[:, first] = True                                                              # one of each shape, if it finds a place
 
     # place one piece after the other: of 24 random spots the first one clear of all earlier pieces, else none
     radius = half[..., :2].norm(dim=-1)
@@ -133,7 +133,7 @@ def make_walk(rooms, num_views, seed):
     A noisy loop that looks inward, a quarter of the views turned away by 30 to 100 degrees; cameras keep 0.3 m from
     furniture that reaches their height.
     """
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator().manual_seed(seed + 2 ** 40)         # not the room's own draws: the walk must not tell its size
     rand = lambda *shape, low=0.0, high=1.0: low + (high - low) * torch.rand(*shape, generator=g)
     sign = lambda *shape: 1.0 - 2.0 * torch.randint(0, 2, shape, generator=g)
     R, V, tries = len(rooms.size), num_views, 8

@@ -18,7 +18,6 @@ import difflib
 import json
 import math
 import os
-import resource
 import shutil
 import sys
 import time
@@ -26,14 +25,14 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from data import Batches, RoomPool, make_source, step_generator
-from eval import backbone_line, draw_field, evaluate_backbone, evaluate_field, field_line, field_table
-from model import InputError, load_strictly
+from eval import backbone_line, backbone_table, draw_field, evaluate_backbone, evaluate_field, field_line, field_table
+from model import InputError, load_strictly, pick_device
 from psfm import build_psfm, compile_blocks, random_view_mask
 from vggt import MINI, MiniVGGTTrainer, scene_extrinsics
 
@@ -140,6 +139,8 @@ def parse_config(argv=None):
     for key in ('steps', 'images_per_batch', 'accumulate', 'eval_every', 'log_every', 'val_scenes', 'num_rooms'):
         if getattr(config, key) < 1:
             raise InputError(f'--{key.replace("_", "-")} must be at least 1, not {getattr(config, key)}')
+    if config.workers < 0 or not 1 <= config.min_gap <= config.max_gap:
+        raise InputError(f'--workers {config.workers} --min-gap {config.min_gap} --max-gap {config.max_gap}: none may be negative, gaps in this order')
     for key, choices in CHOICES.items():
         if getattr(config, key) not in choices:
             raise InputError(f'--{key} takes {" or ".join(choices)}, not {getattr(config, key)}')
@@ -164,20 +165,12 @@ def parse_config(argv=None):
 # -----------------------------------------------------------------------------
 # the machine
 
-def pick_device(name):
-    if name == 'auto':
-        name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
-    if name.startswith('cuda') and not torch.cuda.is_available():
-        raise InputError('--device cuda: torch sees no CUDA GPU here; leave the option out to run on what there is')
-    return torch.device(name)
-
-
 def pick_dtype(name, device):
     """Autocast dtype and the reason for it: bfloat16 where the hardware has it, measured on a CPU."""
     if name != 'auto':
         return getattr(torch, name), 'as asked'
     if device.type == 'cuda':
-        return (torch.bfloat16, 'the GPU has it') if torch.cuda.is_bf16_supported() else (torch.float32, 'the GPU has no bf16')
+        return (torch.bfloat16, 'the GPU has it') if torch.cuda.is_bf16_supported(including_emulation=False) else (torch.float32, 'the GPU has no bf16')
     if device.type == 'mps':
         return torch.float32, 'mps'
     times = {}
@@ -241,6 +234,10 @@ def peak_memory(device):
     """Bytes at most: of the GPU, or of the process on a CPU."""
     if device.type == 'cuda':
         return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:                                       # Windows
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == 'darwin' else 1024 * peak
 
@@ -255,7 +252,7 @@ def trained_state(model):
     return {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items() if not name.startswith(FROZEN)}
 
 
-def save_checkpoint(folder, model, optimizers, step, config, metrics):
+def save_checkpoint(folder, model, optimizers, step, config, dtype, metrics):
     """Writes a new folder beside the old one, then swaps them: at no moment is there no whole checkpoint."""
     new, old = folder + '.new', folder + '.old'
     try:
@@ -265,7 +262,7 @@ def save_checkpoint(folder, model, optimizers, step, config, metrics):
         save_file(trained_state(model), os.path.join(new, 'model.safetensors'), {'config': json.dumps(settings), 'step': str(step)})
         torch.save([optimizer.state_dict() for optimizer in optimizers], os.path.join(new, 'optimizer.pt'))
         with open(os.path.join(new, 'state.json'), 'w') as file:
-            json.dump(dict(step=step, config=settings, metrics=metrics), file, indent=1)
+            json.dump(dict(step=step, dtype=str(dtype).removeprefix('torch.'), config=settings, metrics=metrics), file, indent=1)
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(new, ignore_errors=True)
         raise InputError(f'could not write the checkpoint of step {step} to {folder} ({error}); '
@@ -277,26 +274,30 @@ def save_checkpoint(folder, model, optimizers, step, config, metrics):
     shutil.rmtree(old, ignore_errors=True)
 
 
-def load_checkpoint(folder, model, optimizers, config):
-    """-> the step to go on from. Refuses a checkpoint of another configuration, and says what differs."""
+def read_state(folder, config):
+    """state.json of the checkpoint to resume from. Refuses one of another configuration, and says what differs."""
     if not os.path.isdir(folder) and os.path.isdir(folder + '.old'):
         folder += '.old'
     if not os.path.isdir(folder):
         raise InputError(f'--resume: no checkpoint at {folder}; leave --resume out to start from the beginning')
     with open(os.path.join(folder, 'state.json')) as file:
         state = json.load(file)
-    free = {'resume', 'out', 'device', 'eval_every', 'log_every', 'compile', 'steps', 'dtype'}
+    free = {'resume', 'out', 'device', 'eval_every', 'log_every', 'compile', 'steps', 'dtype', 'workers'}
     ours = dataclasses.asdict(config)
     differs = [f'{key} {state["config"].get(key)} there, {value} here' for key, value in ours.items()
                if key not in free and state['config'].get(key) != value]
     if differs:
         raise InputError(f'--resume: {folder} was trained with another configuration ({"; ".join(differs[:4])}); '
                          'give the same options, or another --out')
+    return {**state, 'folder': folder}
+
+
+def load_checkpoint(state, model, optimizers):
+    folder = state['folder']
     load_strictly(model, load_file(os.path.join(folder, 'model.safetensors')), folder, skip=FROZEN)
     states = torch.load(os.path.join(folder, 'optimizer.pt'), map_location='cpu', weights_only=True)
     for optimizer, saved in zip(optimizers, states):
         optimizer.load_state_dict(saved)
-    return state['step']
 
 
 # -----------------------------------------------------------------------------
@@ -304,7 +305,7 @@ def load_checkpoint(folder, model, optimizers, config):
 
 def mini_vggt_batch(pool, step, config):
     """From two views with little motion between them to six of any motion; fewer views, more scenes."""
-    progress = step / config.steps
+    progress = step / (config.steps * config.accumulate)
     if progress < 0.2:
         B, V = 14, 2
     elif progress < 0.4:
@@ -317,13 +318,11 @@ def mini_vggt_batch(pool, step, config):
     return dict(batch, match_shift=int(torch.randint(1, V, (1,), generator=step_generator(config.seed, step, 2))))
 
 
-def export_mini_vggt(model, path, config, metrics):
+def export_mini_vggt(model, path, config, metrics, command):
     """The backbone without the heads that only trained it, fp16; how it was made goes into the file's metadata."""
     state = {name: tensor.detach().cpu().half().contiguous() for name, tensor in model.vggt.state_dict().items()}
-    changed = [f'--{f.name.replace("_", "-")} {getattr(config, f.name)}' for f in dataclasses.fields(config)
-               if f.name in ('steps', 'seed', 'num_rooms', 'new_rooms', 'lr', 'muon_lr')]
-    save_file(state, path, {'config': json.dumps(dataclasses.asdict(model.vggt.config)), 'metrics': json.dumps(metrics),
-                            'command': 'python train.py --config mini-vggt ' + ' '.join(changed)})
+    save_file(state, path, {'config': json.dumps(dataclasses.asdict(model.vggt.config)), 'command': command,
+                            'training': json.dumps(dataclasses.asdict(config)), 'metrics': json.dumps(metrics)})
 
 
 # -----------------------------------------------------------------------------
@@ -345,6 +344,10 @@ def measure_statistics(psfm, source, config, device, autocast, num_batches=8):
         psfm.set_statistics('sem', torch.cat(sem))
 
 
+def quiet(text):
+    pass
+
+
 def open_log(path, first):
     """log.jsonl, open for writing, with only the records of the steps before `first`."""
     lines = open(path).readlines() if first and os.path.isfile(path) else []
@@ -353,11 +356,11 @@ def open_log(path, first):
     return log
 
 
-def check_finite(losses, step, checkpoint):
+def check_finite(losses, norm, step, checkpoint):
     """-> the losses as numbers. Stops before broken weights could replace good ones."""
     values = {key: value.item() for key, value in losses.items()}
-    if not math.isfinite(values['loss']):
-        raise InputError(f'the loss is {values["loss"]} at step {step}: try a lower --lr, or --dtype float32; '
+    if not math.isfinite(values['loss'] + norm.item()):
+        raise InputError(f'the loss is {values["loss"]} and the gradient norm {norm.item()} at step {step}: try a lower --lr, or --dtype float32; '
                          f'what was saved before is in {checkpoint}')
     return values
 
@@ -375,11 +378,18 @@ def main(argv=None):
             torch.cuda.set_device(device)
         dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
     is_main = rank == 0
-    say = tqdm.write if is_main else lambda text: None
-    dtype, reason = pick_dtype(config.dtype, device)
+    say = tqdm.write if is_main else quiet
+    checkpoint = os.path.join(config.out, 'checkpoint')
+    state = read_state(checkpoint, config) if config.resume else dict(step=0, metrics={})
+    first = state['step']
+    dtype, reason = pick_dtype(state.get('dtype', config.dtype), device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     torch.manual_seed(config.seed)
     os.makedirs(config.out, exist_ok=True)
+    if is_main:
+        with open(os.path.join(config.out, 'config.json'), 'w') as file:
+            json.dump(dataclasses.asdict(config), file, indent=1)
+    say(f'{name}: ' + ' '.join(f'{key}={value}' for key, value in dataclasses.asdict(config).items()))
 
     # data and model
     is_mini = config.task == 'mini-vggt'
@@ -390,16 +400,16 @@ def main(argv=None):
         multiple = model.backbone.config.patch_size
     model.to(device)
     source = make_source(config, 'train', multiple, device, rank, world_size, say)
-    held_out = make_source(config, 'val', multiple, device, say=lambda text: None)
+    held_out = make_source(config, 'val', multiple, device, say=quiet)
     optimizers = make_optimizers(model, config, device)
     peaks = [group['lr'] for optimizer in optimizers for group in optimizer.param_groups]
-    checkpoint = os.path.join(config.out, 'checkpoint')
-    first = load_checkpoint(checkpoint, model, optimizers, config) if config.resume else 0
+    if config.resume:
+        load_checkpoint(state, model, optimizers)
     count = lambda grad: sum(p.numel() for p in model.parameters() if p.requires_grad == grad) / 1e6
-    say(f'{name}: {count(True):.2f} M parameters to train, {count(False):.2f} M frozen | {device}, {dtype} ({reason}) | writing to {config.out}/')
+    say(f'{count(True):.2f} M parameters to train, {count(False):.2f} M frozen | {device}, {dtype} ({reason}) | writing to {config.out}/')
     if config.data != 'rooms':
         say(f'{len(source.scenes)} scenes of {config.data}; held out: {held_out.held_out}')
-    source.advance(first, lambda blocks: tqdm(blocks, 'rendering rooms', leave=False, disable=not is_main))
+    source.advance(first * config.accumulate, lambda blocks: tqdm(blocks, 'rendering rooms', leave=False, disable=not is_main))
     if is_mini:
         loader = (mini_vggt_batch(source, step, config) for step in range(first * config.accumulate, config.steps * config.accumulate))
     else:
@@ -410,15 +420,18 @@ def main(argv=None):
             num_workers=0 if config.data == 'rooms' else min(config.workers, os.cpu_count()), pin_memory=device.type == 'cuda' and config.data != 'rooms'))
     ceiling = peak_flops(device) if not is_mini else None
     if ceiling:
-        images = source.batch(0, 1, (config.min_views + config.max_views) // 2)['images'].to(device)
+        images = source.batch(first * config.accumulate, 1, (config.min_views + config.max_views) // 2)['images'].to(device)
         work = flops_per_view(model, dict(images=images), autocast)
-    if config.compile if config.compile is not None else device.type == 'cuda':
-        compile_blocks(model)
+    if config.compile or config.compile is None and device.type == 'cuda':
+        if shutil.which(os.environ.get('CC', 'cc')) or shutil.which('gcc') or shutil.which('cl'):
+            compile_blocks(model)
+        else:
+            say('not compiled: torch.compile needs a C compiler, and there is none on the PATH')
     ddp = torch.nn.parallel.DistributedDataParallel(model) if world_size > 1 else model
     model.train()
 
     log = open_log(os.path.join(config.out, 'log.jsonl'), first) if is_main else open(os.devnull, 'w')
-    metrics, busy, views_done, logged = {}, 0.0, 0, first
+    metrics, busy, views_done, logged = state['metrics'], 0.0, 0, first
     for step in range(first, config.steps + 1):
         # evaluate and save
         if step == config.steps or step > first and step % config.eval_every == 0:
@@ -426,13 +439,13 @@ def main(argv=None):
                 metrics = evaluate_backbone(model.vggt, held_out, config.val_scenes, autocast)
                 line = backbone_line(metrics)
             else:
-                metrics = evaluate_field(model, source, held_out, step, config, device, autocast)
+                metrics = evaluate_field(model, source, held_out, step * config.accumulate, config, device, autocast)
                 line = field_line(metrics)
             say(f'step {step:05d}/{config.steps:05d} | {line}')
             if is_main:
                 if step > first:
-                    check_finite(losses, step, checkpoint)
-                save_checkpoint(checkpoint, model, optimizers, step, config, metrics)
+                    check_finite(losses, norm, step, checkpoint)
+                save_checkpoint(checkpoint, model, optimizers, step, config, dtype, metrics)
         if step == config.steps:
             break
 
@@ -461,11 +474,13 @@ def main(argv=None):
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        is_logged = step == first or (step + 1) % config.log_every == 0
+        if is_logged:
+            values = check_finite(losses, norm, step, checkpoint)                         # waits for the device
         busy += time.time() - start
 
         # log
-        if step == first or (step + 1) % config.log_every == 0:
-            values = check_finite(losses, step, checkpoint)
+        if is_logged:
             steps_done, r2 = step + 1 - logged, metrics.get('psfm', {}).get('r2')
             record = dict(step=step, **values, r2=r2, lr=share * config.lr, grad_norm=norm.item(), step_ms=1e3 * busy / steps_done,
                           views_per_second=views_done / busy, memory_gb=peak_memory(device) / 2 ** 30, seconds=time.time() - began)
@@ -480,13 +495,15 @@ def main(argv=None):
 
     # what came of it
     if is_main:
-        metrics.update(step=config.steps, seconds=time.time() - began, peak_memory_gb=peak_memory(device) / 2 ** 30)
+        cost = dict(step=config.steps, seconds=time.time() - began, peak_memory_gb=peak_memory(device) / 2 ** 30)
         with open(os.path.join(config.out, 'metrics.json'), 'w') as file:
-            json.dump(metrics, file, indent=1)
-        say(f'\n{name} took {metrics["seconds"] / 60:.1f} minutes and {metrics["peak_memory_gb"]:.1f} GB')
+            json.dump({**metrics, **cost}, file, indent=1)
+        say(f'\n{name} took {cost["seconds"] / 60:.1f} minutes and {cost["peak_memory_gb"]:.1f} GB')
         if is_mini:
-            export_mini_vggt(model, 'weights/mini_vggt.safetensors', config, metrics)
-            say('wrote weights/mini_vggt.safetensors\nnext: python train.py --config small')
+            path = os.path.join(config.out if config.out != 'out/mini-vggt' else 'weights', 'mini_vggt.safetensors')
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            export_mini_vggt(model, path, config, metrics, 'python train.py ' + ' '.join(sys.argv[1:] if argv is None else argv))
+            say(f'{backbone_table(metrics)}\nwrote {path}\nnext: python train.py --config small --backbone {path}')
         else:
             draw_field(model, held_out, config, device, autocast, os.path.join(config.out, 'field.png'))
             say(f'{field_table(metrics)}\nwrote {config.out}/field.png (look at it), metrics.json, log.jsonl, checkpoint/')
@@ -497,5 +514,6 @@ def main(argv=None):
 if __name__ == '__main__':
     try:
         main()
-    except InputError as error:
-        sys.exit(f'error: {error}')
+    except (InputError, OSError) as error:
+        # a data worker's error arrives with the worker's traceback in front
+        sys.exit('error: ' + str(error).strip().splitlines()[-1].removeprefix('model.InputError: '))

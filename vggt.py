@@ -9,7 +9,7 @@ last pair's two outputs, concatenated, are the features (.., 2C) that Spa3R pred
 The camera head reads the camera tokens, iteratively; the depth head is optional.
 
     VGGT.from_pretrained('facebook/VGGT-1B')              # 1 B parameters, patch 14
-    VGGT.from_pretrained('weights/mini_vggt.safetensors') # 2 M parameters, patch 8, trained on rooms.py
+    VGGT.from_pretrained('weights/mini_vggt.safetensors') # 3.7 M parameters, patch 8, trained on rooms.py
 
 Module names are those of the released weights, so these load without renaming. The
 last part of the file holds the losses that train the mini VGGT from scratch
@@ -18,7 +18,7 @@ last part of the file holds the losses that train the mini VGGT from scratch
 import json
 import math
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import torch
@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from model import (IMAGE_STATISTICS, MLP, Block, InputError, RoPE2D, camera_rays, full_precision, init_linear, invert_pose,
-                   load_strictly, relative_pose, take_views)
+from model import (IMAGE_STATISTICS, MLP, Block, InputError, RoPE2D, camera_rays, cast_matrices, full_precision, init_linear,
+                   invert_pose, load_strictly, relative_pose, take_views)
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class VGGTConfig:
     num_classes: int = 11
 
 
-# patch 8, 64 x 64 images, 2.9 M parameters; no layer scale, because it has to learn in minutes
+# patch 8, 64 x 64 images, 3.7 M parameters; no layer scale, because it has to learn in minutes
 MINI = VGGTConfig(patch_size=8, width=128, depth=4, num_heads=4, num_registers=2, patch_embed='conv', position_grid=8,
                   layer_scale=0.0, camera_depth=2, camera_heads=4, camera_iterations=2, heads=('camera', 'cells'))
 NORMS = {'layer': nn.LayerNorm, 'rms': nn.RMSNorm}
@@ -233,6 +233,7 @@ class CameraHead(nn.Module):
         self.trunk_norm = nn.LayerNorm(dim)
         self.pose_branch = MLP(dim, dim // 2, 9)
 
+    @full_precision
     def forward(self, tokens):
         """-> list of pose encodings (B, V, 9), the last is the answer. Fields of view are never negative."""
         tokens, pose, poses = self.token_norm(tokens), None, []
@@ -301,9 +302,9 @@ class DPTHead(nn.Module):
         """Adds a small sinusoid of the place in the image to maps (n, c, h, w); `aspect` = W / H of the image."""
         n, c, h, w = x.shape
         diagonal = math.hypot(aspect, 1)
-        u = torch.linspace(-1, 1, w, dtype=torch.float64, device=x.device) * (w - 1) / w * aspect / diagonal
-        v = torch.linspace(-1, 1, h, dtype=torch.float64, device=x.device) * (h - 1) / h / diagonal
-        frequency = 100 ** -(torch.arange(c // 4, dtype=torch.float64, device=x.device) / (c / 4))
+        u = torch.linspace(-1, 1, w, device=x.device) * (w - 1) / w * aspect / diagonal
+        v = torch.linspace(-1, 1, h, device=x.device) * (h - 1) / h / diagonal
+        frequency = 100 ** -(torch.arange(c // 4, device=x.device) / (c / 4))
         wave = lambda a: torch.cat([(a[:, None] * frequency).sin(), (a[:, None] * frequency).cos()], -1)
         u, v = wave(u).T[:, None, :].expand(-1, h, -1), wave(v).T[:, :, None].expand(-1, -1, w)   # (c/2, h, w)
         return x + 0.1 * torch.cat([u, v]).to(x.dtype)
@@ -349,7 +350,6 @@ class VGGT(nn.Module):
         super().__init__()
         self.config, self.frozen = config, False
         self.aggregator = Aggregator(config)
-        self.apply(init_linear)
         if 'camera' in config.heads:
             self.camera_head = CameraHead(config)
         if 'depth' in config.heads:
@@ -359,6 +359,7 @@ class VGGT(nn.Module):
         if 'cells' in config.heads:
             self.depth_cells = CellHead(2 * config.width, 1, config.cells)
             self.class_cells = CellHead(2 * config.width, config.num_classes, config.cells)
+        self.aggregator.apply(init_linear)
 
     @property
     def feature_dim(self):
@@ -401,7 +402,8 @@ class VGGT(nn.Module):
         Both (B, V, H, W); depth is along the optical axis, in the unit of the cameras' translations.
         """
         patches = {layer: layers[layer][:, :, self.aggregator.num_special:].float() for layer in self.config.dpt_layers}
-        out = self.depth_head(patches, grid)
+        V = patches[self.config.dpt_layers[0]].shape[1]       # four views at a time: maps of full resolution are large
+        out = torch.cat([self.depth_head({layer: x[:, v:v + 4] for layer, x in patches.items()}, grid) for v in range(0, V, 4)], 1)
         return out[:, :, 0].exp(), 1 + out[:, :, 1].exp()
 
     def read_out(self, features, grid):
@@ -427,9 +429,7 @@ class VGGT(nn.Module):
         """
         self.frozen = True
         self.requires_grad_(False).eval()
-        for module in self.aggregator.modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d)):
-                module.to(dtype)
+        cast_matrices(self.aggregator, dtype)
         return self
 
     def train(self, mode=True):
@@ -530,7 +530,7 @@ class MiniVGGTTrainer(nn.Module):
         patches, grid = vggt.aggregator.embed(images)
         tokens = vggt.aggregator.attend(patches, grid)[-1]                                # (B, V, P, 2C)
         features, camera_tokens = tokens[:, :, vggt.aggregator.num_special:], tokens[:, :, 0]
-        poses = full_precision(vggt.camera_head)(camera_tokens.float())
+        poses = vggt.camera_head(camera_tokens.float())
         log_depth, logits = vggt.depth_cells(features, grid)[..., 0], vggt.class_cells(features, grid)
         points = self.point_cells(features, grid)                                         # (B, V, 2h, 2w, 3)
         descriptors = F.normalize(self.match_head(features, grid), dim=-1).flatten(2, 3)  # (B, V, N, 32)

@@ -3,6 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
+import data
 from data import Batches, PhotoFolder, RoomPool, list_pictures, make_source, natural_order, read_picture, step_generator, views_per_scene
 from model import InputError
 from train import parse_config
@@ -105,7 +106,7 @@ def test_transparency_is_white(tmp_path):
     assert (read_picture(str(tmp_path / 'a.png'), 16, 8) == 255).all()
 
 
-def test_gaps_are_drawn_without_touching_the_settings(tmp_path):
+def test_gaps_are_drawn_without_touching_the_settings(tmp_path, monkeypatch):
     """The release's sampler narrowed its gap for good after one short scene."""
     make_folder(tmp_path, scenes=3, frames=4)
     for frame in range(60):
@@ -116,7 +117,7 @@ def test_gaps_are_drawn_without_touching_the_settings(tmp_path):
     assert photos.gap == (5, 9)
     frames = []
     photos.scenes = [scene for scene in photos.scenes if len(scene) == 60]
-    photos.read = lambda scene, frame: frames.append(frame) or np.zeros((8, 8, 3), np.uint8)
+    monkeypatch.setattr(data, 'read_picture', lambda path, *_: frames.append(int(path.split('/')[-1][:-4])) or np.zeros((8, 8, 3), np.uint8))
     for step in range(40):
         photos.sample(4, step_generator(step))
     gaps = np.diff(np.array(frames).reshape(40, 4))
@@ -149,6 +150,18 @@ def test_few_pictures_cannot_be_held_out_and_it_says_so(tmp_path):
     assert source(tmp_path, 'val')[0].held_out.startswith('nothing')
 
 
+def test_unchecked_pictures_stop_the_run_by_name(tmp_path, monkeypatch):
+    """Large sets are not opened one by one beforehand."""
+    monkeypatch.setattr(PhotoFolder, 'CHECKED', 5)
+    make_folder(tmp_path, scenes=1)
+    (tmp_path / 'scene0' / '1.jpg').write_text('this is no picture')
+    photos, said = source(tmp_path, gap=(1, 1))
+    with pytest.raises(InputError, match='1.jpg cannot be read: not a picture'):
+        for step in range(20):
+            photos.batch(step, 2, 3)
+    assert said == []
+
+
 def test_short_scenes_are_left_out_by_name(tmp_path):
     make_folder(tmp_path)
     picture(tmp_path / 'lonely' / '0.jpg')
@@ -163,8 +176,11 @@ def test_bad_pictures_are_named_and_left_out(tmp_path):
     picture(whole, size=(400, 300))
     whole.write_bytes(whole.read_bytes()[:3000])
     photos, said = source(tmp_path, min_views=2)
+    assert [path[-5] for path in photos.scenes[0]] == ['0', '3', '4', '5']
     for step in range(10):
-        assert photos.batch(step, 2, 3)['images'].shape[:2] == (2, 3)
+        images = photos.batch(step, 2, 3)['images']
+        assert images.shape[:2] == (2, 3)
+        assert all(not torch.equal(images[b, i], images[b, j]) for b in range(2) for i in range(3) for j in range(i))   # no view twice
     assert len(said) == 2 and '1.jpg cannot be read: not a picture; left out' in sorted(said)[0]
     assert '2.jpg cannot be read' in sorted(said)[1] and 'truncated' in sorted(said)[1]
 
@@ -172,7 +188,7 @@ def test_bad_pictures_are_named_and_left_out(tmp_path):
 @pytest.mark.parametrize('make,message', [
     (lambda root: None, 'no pictures in'),
     (lambda root: picture(root / 'a.jpg'), 'no scene of .* has the 3 pictures'),
-    (lambda root: [(root / f'{i}.jpg').write_text('text') for i in range(4)], 'no picture in .* can be read'),
+    (lambda root: [(root / f'{i}.jpg').write_text('text') for i in range(4)], 'no scene of .* has the 3 pictures'),
 ])
 def test_hopeless_folders(tmp_path, make, message):
     make(tmp_path)

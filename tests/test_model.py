@@ -1,3 +1,6 @@
+import shutil
+
+import pytest
 import torch
 
 import model
@@ -62,6 +65,7 @@ def test_encoder_treats_views_as_a_set_and_samples_apart():
     assert not torch.allclose(encoder(features[:, :, torch.randperm(6)], (2, 3)), z, atol=1e-3)   # but places matter
 
 
+@pytest.mark.skipif(not shutil.which('g++'), reason='torch.compile needs a compiler')
 def test_compiled_block_equals_eager():
     block, rope = Block(32, 2, torch.nn.RMSNorm), RoPE2D(2, (3, 4), 16, repeats=2)
     x = torch.randn(2, 28, 32)
