@@ -191,7 +191,7 @@ def to_tile(image, size):
 
 
 @torch.no_grad()
-def draw_field(psfm, source, config, device, autocast, path, num_scenes=3, tile=96):
+def draw_field(psfm, source, config, device, autocast, path, num_scenes=2, tile=112):
     """Draws for a few scenes: pictures, the features that the backbone sees, those that we predict, and their error.
 
     One PCA basis a scene, made from the backbone's features; context views first, unseen views behind the bar.
@@ -209,7 +209,7 @@ def draw_field(psfm, source, config, device, autocast, path, num_scenes=3, tile=
     error = ((predicted - features) / psfm.geo_std).square().mean(-1) / ((features - psfm.geo_mean) / psfm.geo_std).square().mean()
     rows = ['picture', 'features seen by\nthe backbone', 'features predicted\nfrom the context', 'error (white: as bad\nas the mean)']
     (h, w), (H, W) = grid, images.shape[-2:]
-    tile_height, margin, top, gap = tile * H // W, 150, 26, 4
+    tile_height, margin, top, gap = tile * H // W, 160, 28, 4
     on_rooms = 'depth' in batch and 'cells' in psfm.backbone.config.heads
     if on_rooms:
         rows += ['true depth', 'depth read off\nthe prediction']
@@ -217,7 +217,7 @@ def draw_field(psfm, source, config, device, autocast, path, num_scenes=3, tile=
         depth = take_views(batch['depth'], order) / SCENE_UNIT
     block = len(rows) * (tile_height + gap) + top + 8
     canvas = Image.new('RGB', (margin + V * (tile + gap) + 12, B * block), 'white')
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(12)
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
     for b in range(B):
         seen, basis = to_colours(features[b])
         ours, _ = to_colours(predicted[b], basis)
