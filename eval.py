@@ -156,7 +156,7 @@ def field_line(metrics):
 
 def field_table(metrics):
     """The whole comparison, for a person."""
-    notes = dict(psfm='our prediction', context='ours, on views it saw', mean='training mean', position='training mean per place in the image',
+    notes = dict(psfm='our prediction', context='ours, on views it saw', mean='training mean', position='training mean at each place',
                  nearest='nearest context view', shuffled="from another scene's latents", camera='from the average latents')
     rows = [f'{"on unseen views of held-out scenes":44s}{"cos":>9s}{"centred":>9s}{"R2":>9s}']
     for name in ('mean', 'position', 'nearest', 'shuffled', 'camera', 'psfm', 'context'):
