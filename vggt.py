@@ -120,7 +120,7 @@ class DINOv2(nn.Module):
 class ConvStem(nn.Module):
     """The mini's patch embed: three strided convolutions (8 x 8 pixels a patch) and an absolute position.
 
-    Absolute positions beside RoPE are what DINOv2 brings to the real VGGT; without them the mini learns no cameras.
+    Absolute positions beside RoPE are what DINOv2 brings to the real VGGT.
     """
 
     def __init__(self, config):
@@ -502,9 +502,9 @@ def scene_extrinsics(extrinsics):
 class MiniVGGTTrainer(nn.Module):
     """The mini VGGT with the heads that only its training needs, and its losses.
 
-    What made it learn (each found by leaving it out): a curriculum from two close views to six of any motion
-    (data.py), `match`, which makes patches of different views that see the same 3-D point look alike, and dense
-    targets beside the cameras. The category loss stands in for what the real VGGT inherits from DINOv2.
+    Cameras alone teach too little. Beside them: `match`, which makes patches of different views that see the same 3-D
+    point look alike, dense targets, each camera's own stand in the room, and a curriculum from two close views to six
+    of any motion (train.py). The category loss stands in for what the real VGGT inherits from DINOv2.
     """
     WEIGHTS = dict(translation=1.7, rotation=3.0, field_of_view=1.0, depth=1.0, points=2.0, classes=0.3, gravity=0.5, match=0.1)
 
