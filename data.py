@@ -41,6 +41,7 @@ class RoomPool:
     At step s the pool holds rooms `s * new_rooms` .. `+ num_rooms` of its split, eight views each: rendering stays a
     small part of a step, and no room is seen so often that it could be learned by heart.
     """
+    held_out = 'rooms that training never shows'
     BLOCK = 4           # rooms are made and rendered so many at a time
     VIEWS = 8
 
@@ -163,7 +164,7 @@ class PhotoFolder:
             raise InputError(f'no folder {root}: --data takes a folder of pictures, or of sub-folders with pictures')
         folders = sorted((entry.path for entry in os.scandir(root) if entry.is_dir()), key=natural_order)
         scenes = {os.path.basename(folder): list_pictures(folder) for folder in folders}
-        scenes = {name: pictures for name, pictures in {**scenes, '.': list_pictures(root)}.items() if pictures}
+        scenes = {name: pictures for name, pictures in {**scenes, '(its own pictures)': list_pictures(root)}.items() if pictures}
         if not scenes:
             raise InputError(f'no pictures in {root} nor in its sub-folders ({" ".join(PICTURES)})')
         if sum(map(len, scenes.values())) <= self.CHECKED:
@@ -186,7 +187,7 @@ class PhotoFolder:
                 self.held_out = f'the last {len(pictures) - cut} pictures of the only scene'
                 chosen = {names[0]: pictures[cut:] if split == 'val' else pictures[:cut]}
             else:
-                self.held_out = 'nothing: one scene with too few pictures, so it is measured on what it was trained on'
+                self.held_out = f'nothing, for the one scene has fewer than {4 * min_views} pictures: this is measured on training views'
                 chosen = {names[0]: pictures}
         self.scenes = list(chosen.values())
         self.most_views = max(map(len, self.scenes))

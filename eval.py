@@ -154,11 +154,11 @@ def field_line(metrics):
     return line
 
 
-def field_table(metrics):
-    """The whole comparison, for a person."""
+def field_table(metrics, held_out):
+    """The whole comparison, for a person; `held_out` says of what."""
     notes = dict(psfm='our prediction', context='ours, on views it saw', mean='training mean', position='training mean at each place',
-                 nearest='nearest context view', shuffled="from another scene's latents", camera='from the average latents')
-    rows = [f'{"on unseen views of held-out scenes":44s}{"cos":>9s}{"centred":>9s}{"R2":>9s}']
+                 nearest='nearest context view', shuffled="from another sample's latents", camera='from the average latents')
+    rows = [f'unseen views, held out: {held_out}', f'{"":44s}{"cos":>9s}{"centred":>9s}{"R2":>9s}']
     for name in ('mean', 'position', 'nearest', 'shuffled', 'camera', 'psfm', 'context'):
         m = metrics[name]
         rows.append(f'  {name:9s} {notes[name]:32s}{m["cos"]:9.3f}{m["centred_cos"]:9.3f}{m["r2"]:9.3f}')
@@ -316,7 +316,7 @@ def main(argv=None):
     multiple = psfm.backbone.config.patch_size
     train_source, held_out = [make_source(config, split, multiple, device) for split in ('train', 'val')]
     metrics = evaluate_field(psfm, train_source, held_out, config.steps * config.accumulate, config, device, autocast)
-    print(field_table(metrics))
+    print(field_table(metrics, held_out.held_out))
     path = os.path.join(args.run, 'metrics.json')
     known = json.load(open(path)) if os.path.isfile(path) else {}
     with open(path, 'w') as file:

@@ -3,7 +3,7 @@ Spa3R's encoder: the features of a few context views -> a few latents z.
 
 This file holds what every other file is built from: multi-head attention, the
 transformer block, 2-D rotary positions and a little camera algebra; and, at the
-end, the encoder of Spa3R (arXiv 2602.21186, section 3.2), which reads the frozen
+end, the encoder of Spa3R (arXiv 2602.21186), which reads the frozen
 backbone's features of the context views and keeps Q learned queries of them.
 
 A *position* is any object with two methods: `rotate(q, k, v)`, applied before
@@ -99,7 +99,10 @@ class RoPE2D:
     """
 
     def __init__(self, num_special, grid, head_dim, repeats=1, base=100.0, device=None, leading_special=0):
-        """`repeats` views of `num_special` + h * w tokens each, after `leading_special` more tokens at position 0."""
+        """For `leading_special` tokens, then `repeats` views of `num_special` + h * w tokens each; special ones are at 0.
+
+        (VGGT has a camera token and registers in every view, Spa3R's encoder has registers and queries once, in front.)
+        """
         h, w = grid
         y, x = torch.meshgrid(torch.arange(1, h + 1, device=device), torch.arange(1, w + 1, device=device), indexing='ij')
         position = torch.stack([y, x], -1).flatten(0, 1).float()                          # (N, 2)
@@ -221,10 +224,7 @@ class Transformer(nn.Module):
         return self.register_tokens.shape[1]
 
     def forward(self, x, position, keep=slice(None)):
-        """x (B, tokens, D) -> the rows `keep` of the output (counted without the registers).
-
-        `position` covers the registers too: they are the first tokens that it sees.
-        """
+        """x (B, tokens, D) -> rows `keep` of the output. `position` counts the registers (they come first), `keep` does not."""
         x = torch.cat([self.register_tokens.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
         for block in self.blocks:
             x = block(x, position)
@@ -271,7 +271,7 @@ def load_strictly(module, state, source, skip=(), assign=False):
 # the Spa3R encoder
 
 class Encoder(nn.Module):
-    """Features of the context views (B, Vc, N, 2C) -> latents z (B, Q, D) (Spa3R, section 3.2).
+    """Features of the context views (B, Vc, N, 2C) -> latents z (B, Q, D).
 
     Learned queries and all context patches go through one transformer together; what the queries hold at the end is z.
     A patch knows its place in its image (RoPE), not which view it is from: views form a set, and any number of them will do.

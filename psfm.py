@@ -1,5 +1,5 @@
 """
-Predictive Spatial Field Modeling: the objective of Spa3R (arXiv 2602.21186, section 3).
+Predictive Spatial Field Modeling: the objective of Spa3R (arXiv 2602.21186).
 
 A scene is a field that maps a camera to the features which the frozen backbone would
 see from it. Hide some of the views; squeeze the others into a few latents z; predict
@@ -66,11 +66,11 @@ class PRoPE:
         fx, fy = intrinsics[:, 0, 0] / W, intrinsics[:, 1, 1] / H
         cx, cy = intrinsics[:, 0, 2] / W - 0.5, intrinsics[:, 1, 2] / H - 0.5
         zero, one = torch.zeros_like(fx), torch.ones_like(fx)
-        lift = lambda a, b, c, d: torch.stack([a, zero, b, zero, zero, c, d, zero, zero, zero, one, zero,
-                                               zero, zero, zero, one], -1).view(-1, 4, 4)
+        lift = lambda fx, cx, fy, cy: torch.stack([fx, zero, cx, zero, zero, fy, cy, zero, zero, zero, one, zero,
+                                                   zero, zero, zero, one], -1).view(-1, 4, 4)
         projection = lift(fx, cx, fy, cy) @ to_4x4(extrinsics)                            # (n, 4, 4)
         inverse = to_4x4(invert_pose(extrinsics)) @ lift(1 / fx, -cx / fx, 1 / fy, -cy / fy)
-        # tokens are rows: x M^T applies M, hence the transposes
+        # tokens are rows, x M^T applies M: queries times P get P^T, keys and values times P^-T get P^-1
         self.for_q, self.for_kv, self.for_out = projection[:, None], inverse.transpose(1, 2)[:, None], projection.transpose(1, 2)[:, None]
 
         y, x = torch.meshgrid(torch.arange(h, device=fx.device), torch.arange(w, device=fx.device), indexing='ij')
@@ -78,7 +78,7 @@ class PRoPE:
         angle = torch.stack([x, x, y, y], -1).flatten(0, 1)[..., None] * frequency        # (N, 4, d/8)
         self.cos, self.sin = angle.flatten(1).cos(), angle.flatten(1).sin()               # (N, d/2)
 
-    def transform(self, x, matrix, sin):                                                      # (n, nh, tokens, d)
+    def transform(self, x, matrix, sin):                                                  # (n, nh, tokens, d)
         world, rays = x[:, :, :self.num_world], x[:, :, self.num_world:].float()
         n, nh, N, d = rays.shape
         projected, turned = rays.split(d // 2, dim=-1)
@@ -97,7 +97,7 @@ class PRoPE:
 
 
 class FieldDecoder(nn.Module):
-    """The field: latents z and a camera -> the features seen from it (Spa3R, section 3.3).
+    """The field: latents z and a camera -> the features seen from it.
 
     Every patch of the view asked for is a ray token: its unit direction in the camera's own frame. Where the camera
     stands, PRoPE tells. Views are decoded one by one: no view's answer depends on which others are asked for.
@@ -134,7 +134,7 @@ class PSFM(nn.Module):
     features of one context view differ between the encoder's input and the decoder's target.
     `standardised`: features are standardised per channel before they are encoded or predicted.
     `teacher`: a second frozen network whose features are predicted as well ('sem'), images (B, V, 3, H, W) -> (B, V, N, S).
-    `depth_probe`: also train an MLP that reads the backbone's depth off the decoder's output, detached: a witness, not a loss.
+    `depth_probe`: also train an MLP that reads the backbone's depth off the decoder's output, detached: no gradient of it reaches the field.
     """
 
     def __init__(self, backbone, width=768, encoder_depth=6, decoder_depth=6, num_heads=12, num_latents=256,
@@ -234,7 +234,7 @@ class PSFM(nn.Module):
         return (features.float() - getattr(self, f'{kind}_mean')) / getattr(self, f'{kind}_std')
 
     def compare(self, kind, predicted, target):
-        """Smooth L1 plus one minus the cosine (Spa3R, equation 6), each a mean over all views and patches."""
+        """Smooth L1 plus one minus the cosine: the loss of Spa3R, each term a mean over all views and patches."""
         predicted, target = predicted.float(), self.standardise(kind, target)
         return {f'{kind}_l1': F.smooth_l1_loss(predicted, target),
                 f'{kind}_cos': 1 - F.cosine_similarity(predicted, target, dim=-1).mean()}

@@ -77,7 +77,7 @@ class Config:
     lr: float = opt(1e-3, 'peak learning rate of AdamW')
     muon_lr: float = opt(0.0, "peak learning rate of Muon for the blocks' matrices; 0: AdamW for them too")
     min_lr: float = opt(0.1, 'where the cosine ends, as a share of the peak')
-    warmup: int = opt(100, 'steps of linear warm-up')
+    warmup: int = opt(100, 'steps of linear warm-up (a tenth of all at most)')
     decay_from: float = opt(0.0, 'share of the training after which the cosine begins')
     weight_decay: float = opt(1e-2, 'on matrices only')
     beta2: float = opt(0.98, "Adam's second moment")
@@ -189,9 +189,10 @@ def pick_dtype(name, device):
 
 def learning_rate(step, config):
     """Share of the peak at `step`: linear warm-up, then flat, then a cosine from `decay_from` on. A pure function."""
-    if step < config.warmup:
-        return (step + 1) / (config.warmup + 1)
-    start = max(config.warmup, config.decay_from * config.steps)
+    warmup = min(config.warmup, config.steps // 10)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    start = max(warmup, config.decay_from * config.steps)
     progress = min(1.0, max(0.0, (step - start) / max(1, config.steps - start)))
     return config.min_lr + (1 - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
@@ -350,10 +351,10 @@ def quiet(text):
 
 
 def open_log(path, first):
-    """log.jsonl, open for writing, with only the records of the steps before `first`."""
+    """log.jsonl, open for writing, with only the records up to the checkpoint that is resumed."""
     lines = open(path).readlines() if first and os.path.isfile(path) else []
     log = open(path, 'w')
-    log.writelines(line for line in lines if json.loads(line)['step'] < first)
+    log.writelines(line for line in lines if json.loads(line)['step'] < first + ('"metrics"' in line))
     return log
 
 
@@ -384,13 +385,9 @@ def main(argv=None):
     state = read_state(checkpoint, config) if config.resume else dict(step=0, metrics={})
     first = state['step']
     dtype, reason = pick_dtype(state.get('dtype', config.dtype), device)
+    reason = 'as before' if config.resume else reason
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     torch.manual_seed(config.seed)
-    os.makedirs(config.out, exist_ok=True)
-    if is_main:
-        with open(os.path.join(config.out, 'config.json'), 'w') as file:
-            json.dump(dataclasses.asdict(config), file, indent=1)
-    say(f'{name}: ' + ' '.join(f'{key}={value}' for key, value in dataclasses.asdict(config).items()))
 
     # data and model
     is_mini = config.task == 'mini-vggt'
@@ -402,6 +399,11 @@ def main(argv=None):
     model.to(device)
     source = make_source(config, 'train', multiple, device, rank, world_size, say)
     held_out = make_source(config, 'val', multiple, device, say=quiet)
+    os.makedirs(config.out, exist_ok=True)
+    if is_main:
+        with open(os.path.join(config.out, 'config.json'), 'w') as file:
+            json.dump(dataclasses.asdict(config), file, indent=1)
+    say(f'{name}: ' + ' '.join(f'{key}={value}' for key, value in dataclasses.asdict(config).items()))
     optimizers = make_optimizers(model, config, device)
     peaks = [group['lr'] for optimizer in optimizers for group in optimizer.param_groups]
     if config.resume:
@@ -409,7 +411,7 @@ def main(argv=None):
     count = lambda grad: sum(p.numel() for p in model.parameters() if p.requires_grad == grad) / 1e6
     say(f'{count(True):.2f} M parameters to train, {count(False):.2f} M frozen | {device}, {dtype} ({reason}) | writing to {config.out}/')
     if config.data != 'rooms':
-        say(f'{len(source.scenes)} scenes of {config.data}; held out: {held_out.held_out}')
+        say(f'{config.data}: {len(source.scenes)} scene{"s" * (len(source.scenes) > 1)} to train on, held out: {held_out.held_out}')
     source.advance(first * config.accumulate, lambda blocks: tqdm(blocks, 'rendering rooms', leave=False, disable=not is_main))
     if is_mini:
         loader = (mini_vggt_batch(source, step, config) for step in range(first * config.accumulate, config.steps * config.accumulate))
@@ -443,6 +445,7 @@ def main(argv=None):
                 metrics = evaluate_field(model, source, held_out, step * config.accumulate, config, device, autocast)
                 line = field_line(metrics)
             say(f'step {step:05d}/{config.steps:05d} | {line}')
+            log.write(json.dumps(dict(step=step, metrics=metrics)) + '\n')
             if is_main:
                 if step > first:
                     check_finite(losses, norm, step, checkpoint)
@@ -507,7 +510,7 @@ def main(argv=None):
             say(f'{backbone_table(metrics)}\nwrote {path}\nnext: python train.py --config small --backbone {path}')
         else:
             draw_field(model, held_out, config, device, autocast, os.path.join(config.out, 'field.png'))
-            say(f'{field_table(metrics)}\nwrote {config.out}/field.png (look at it), metrics.json, log.jsonl, checkpoint/')
+            say(f'{field_table(metrics, held_out.held_out)}\nwrote {config.out}/field.png (look at it), metrics.json, log.jsonl, checkpoint/')
     if world_size > 1:
         dist.destroy_process_group()
 
@@ -519,4 +522,4 @@ if __name__ == '__main__':
         # a data worker's error arrives with the worker's traceback in front
         sys.exit('error: ' + str(error).strip().splitlines()[-1].removeprefix('model.InputError: '))
     except KeyboardInterrupt:
-        sys.exit('stopped; --resume goes on from the last checkpoint')
+        sys.exit('stopped; --resume goes on from the checkpoint of the last evaluation, if there was one')

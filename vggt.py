@@ -215,7 +215,7 @@ def pose_encoding_to_cameras(pose, size):
 
 
 class CameraHead(nn.Module):
-    """Camera tokens (B, V, 2C) -> pose encodings (B, V, 9), improved over a few iterations (VGGT, appendix A).
+    """Camera tokens (B, V, 2C) -> pose encodings (B, V, 9), improved over a few iterations.
 
     Each iteration modulates the tokens by the current estimate (as DiT does) and adds a correction to it.
     """

@@ -147,7 +147,7 @@ def test_one_flat_folder_is_one_scene(tmp_path):
 def test_few_pictures_cannot_be_held_out_and_it_says_so(tmp_path):
     for frame in range(5):
         picture(tmp_path / f'{frame}.jpg')
-    assert source(tmp_path, 'val')[0].held_out.startswith('nothing')
+    assert source(tmp_path, 'val')[0].held_out.startswith('nothing, for the one scene has fewer than 12 pictures')
 
 
 def test_unchecked_pictures_stop_the_run_by_name(tmp_path, monkeypatch):
