@@ -1,6 +1,7 @@
 """The scripts as a user runs them: in a process of their own for bad input, in this one for numbers."""
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -182,6 +183,13 @@ def test_commands_of_the_readme_are_understood(monkeypatch):
         assert script is None or (ROOT / script).is_file()
         if script == 'train.py':
             parse_config(command[command.index(script) + 1:])
+
+
+def test_line_counts_of_the_readme():
+    rows = re.findall(r'^\| `(\w+\.py)` \| (\d+) \|', (ROOT / 'README.md').read_text(), re.M)
+    assert len(rows) == 8
+    for name, promised in rows:
+        assert len((ROOT / name).read_text().splitlines()) == pytest.approx(int(promised), rel=0.05), name
 
 
 def test_bench_knows_every_preset(monkeypatch):
