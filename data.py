@@ -12,6 +12,7 @@ knows them (rooms do), extrinsics (B, V, 3, 4), intrinsics (B, V, 3, 3), and on 
 of cells x cells a patch (one cell = 4 x 4 pixels): depth (B, V, h, w) in metres and
 classes (B, V, h, w), indices into rooms.CLASSES.
 """
+import functools
 import os
 import re
 
@@ -150,6 +151,15 @@ def read_picture(path, width, multiple):
     return np.asarray(picture)[top:top + keep]
 
 
+@functools.lru_cache(maxsize=None)
+def reading_fault(path, changed):
+    """Why the picture cannot be read, or None. Asked once of a file (until it is `changed`): both splits look at all of them."""
+    try:
+        read_picture(path, 32, 1)
+    except InputError as error:
+        return str(error)
+
+
 class PhotoFolder:
     """Scenes of photographs: every sub-folder of `root` with pictures is a scene; pictures in `root` itself are one more.
 
@@ -168,7 +178,10 @@ class PhotoFolder:
         if not scenes:
             raise InputError(f'no pictures in {root} nor in its sub-folders ({" ".join(PICTURES)})')
         if sum(map(len, scenes.values())) <= self.CHECKED:
-            scenes = {name: [path for path in pictures if self.is_readable(path, say)] for name, pictures in scenes.items()}
+            faults = {path: reading_fault(path, os.stat(path).st_mtime_ns) for pictures in scenes.values() for path in pictures}
+            scenes = {name: [path for path in pictures if not faults[path]] for name, pictures in scenes.items()}
+            for fault in filter(None, faults.values()):
+                say(f'{fault}; left out')
         for name, pictures in scenes.items():
             if len(pictures) < min_views:
                 say(f'scene {name} of {root} is left out: {len(pictures)} picture{"s" * (len(pictures) != 1)}, --min-views asks for {min_views}')
@@ -193,15 +206,6 @@ class PhotoFolder:
         self.most_views = max(map(len, self.scenes))
         self.split, self.seed, self.rank = split, seed, rank
         self.width, self.multiple, self.gap = width, multiple, gap
-
-    @staticmethod
-    def is_readable(path, say):
-        try:
-            read_picture(path, 32, 1)
-        except InputError as error:
-            say(f'{error}; left out')
-            return False
-        return True
 
     def advance(self, step, progress=iter):
         """Nothing to prepare: pictures are read when they are asked for."""

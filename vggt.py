@@ -283,7 +283,7 @@ class DPTHead(nn.Module):
 
     def __init__(self, config, out_channels):
         super().__init__()
-        dim, (c0, c1, c2, c3), features = 2 * config.width, config.dpt_channels, config.dpt_features
+        dim, (c0, c1, _, c3), features = 2 * config.width, config.dpt_channels, config.dpt_features
         self.layers, self.patch_size = config.dpt_layers, config.patch_size
         self.norm = nn.LayerNorm(dim)
         self.projects = nn.ModuleList(nn.Conv2d(dim, c, 1) for c in config.dpt_channels)

@@ -1,9 +1,7 @@
-from dataclasses import replace
 
 import pytest
 import torch
 
-from model import invert_pose
 from psfm import PSFM, FieldDecoder, PRoPE, SemanticTeacher, context_index, random_view_mask
 from test_model import random_extrinsics
 from test_vggt import MASK, TINY, make
