@@ -34,7 +34,7 @@ from data import Batches, RoomPool, make_source, step_generator
 from eval import backbone_line, backbone_table, draw_field, evaluate_backbone, evaluate_field, field_line, field_table
 from model import InputError, load_strictly, pick_device
 from psfm import build_psfm, compile_blocks, random_view_mask
-from vggt import MINI, MiniVGGTTrainer, scene_extrinsics
+from vggt import MINI, VGGT, MiniVGGTTrainer, scene_extrinsics
 
 
 def opt(default, help):
@@ -72,6 +72,7 @@ class Config:
     new_rooms: float = opt(1.0, 'rooms: how many of them are replaced at each step')
     val_scenes: int = opt(96, 'held-out samples to evaluate on')
     # optimisation
+    init: str = opt('', 'weights to begin with instead of random ones: a .safetensors file of the same task and sizes')
     steps: int = opt(2000, 'optimiser steps')
     accumulate: int = opt(1, 'batches a step')
     lr: float = opt(1e-3, 'peak learning rate of AdamW')
@@ -197,8 +198,48 @@ def learning_rate(step, config):
     return config.min_lr + (1 - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def orthogonalise(matrices):
+    """Newton-Schulz (Muon's quintic, five iterations): pushes all singular values of matrices (n, r, c) towards 1."""
+    is_tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if is_tall else matrices
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
+    return x.mT if is_tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose direction is orthogonalised (arXiv 2502.16982), for matrices; the update is scaled to AdamW's size.
+
+    torch.optim.Muon, one matrix after the other and in bf16 whatever the machine, takes three quarters of a step on a
+    CPU that has no bf16. Here all matrices of one shape go together, in bf16 on a GPU and in fp32 elsewhere.
+    """
+
+    def __init__(self, params, lr, weight_decay, momentum=0.95):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            shapes = {}
+            for p in group['params']:
+                if p.grad is not None:
+                    shapes.setdefault(p.shape, []).append(p)
+            for shape, params in shapes.items():
+                directions = []
+                for p in params:
+                    momentum = self.state[p].setdefault('momentum_buffer', torch.zeros_like(p))
+                    momentum.lerp_(p.grad, 1 - group['momentum'])
+                    directions.append(p.grad.lerp(momentum, group['momentum']))           # Nesterov's look ahead
+                directions = torch.stack(directions)
+                updates = orthogonalise(directions.bfloat16() if directions.is_cuda else directions)
+                for p, update in zip(params, updates):
+                    p.mul_(1 - group['lr'] * group['weight_decay']).sub_(update, alpha=group['lr'] * 0.2 * max(shape) ** 0.5)
+
+
 def make_optimizers(model, config, device):
-    """AdamW, fused where it exists; with `muon_lr`, Muon (arXiv 2502.16982) for the matrices inside transformer blocks."""
+    """AdamW, fused where it exists; with `muon_lr`, Muon for the matrices inside transformer blocks."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     in_blocks = lambda name, p: config.muon_lr > 0 and p.ndim == 2 and 'blocks.' in name
     rest = [(name, p) for name, p in named if not in_blocks(name, p)]
@@ -207,8 +248,7 @@ def make_optimizers(model, config, device):
     optimizers = [torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=device.type in ('cuda', 'cpu'))]
     if config.muon_lr > 0:
         matrices = [p for name, p in named if in_blocks(name, p)]
-        optimizers.append(torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay,
-                                           momentum=0.95, adjust_lr_fn='match_rms_adamw'))
+        optimizers.append(Muon(matrices, config.muon_lr, config.weight_decay))
     return optimizers
 
 
@@ -306,8 +346,13 @@ def load_checkpoint(state, model, optimizers):
 # the mini VGGT: a curriculum and an export
 
 def mini_vggt_batch(pool, step, config):
-    """From two views with little motion between them to six of any motion; fewer views, more scenes."""
+    """From two views with little motion between them to six of any motion; fewer views, more scenes.
+
+    Weights that are trained on (--init) are past the lessons with two views.
+    """
     progress = step / (config.steps * config.accumulate)
+    if config.init:
+        progress = 0.4 + 0.6 * progress
     if progress < 0.2:
         B, V = 14, 2
     elif progress < 0.4:
@@ -396,6 +441,11 @@ def main(argv=None):
     else:
         model = build_psfm(config, dtype)
         multiple = model.backbone.config.patch_size
+    if config.init and not config.resume:
+        if is_mini:
+            model.vggt.load_state_dict(VGGT.from_pretrained(config.init, MINI.heads).state_dict())
+        else:
+            load_strictly(model, load_file(config.init), config.init, skip=FROZEN)
     model.to(device)
     source = make_source(config, 'train', multiple, device, rank, world_size, say)
     held_out = make_source(config, 'val', multiple, device, say=quiet)
@@ -416,7 +466,7 @@ def main(argv=None):
     if is_mini:
         loader = (mini_vggt_batch(source, step, config) for step in range(first * config.accumulate, config.steps * config.accumulate))
     else:
-        if not config.resume:
+        if not config.resume and not config.init:
             measure_statistics(model, source, config, device, autocast)
         loader = iter(torch.utils.data.DataLoader(
             Batches(source, config), batch_size=None, sampler=range(first * config.accumulate, config.steps * config.accumulate),
