@@ -53,6 +53,7 @@ class RoomPool:
         self.blocks, self.pool = {}, None                     # slot -> index of the block in it; name -> tensor of all rooms
 
     def render_block(self, index):
+        """-> the Rooms of block `index`, and what their views show: a dict as a batch's, with `surface` ids (rooms.render) for `classes`."""
         seed = room_seed(self.split, self.seed, index * self.world_size + self.rank)
         rooms = make_rooms(self.BLOCK, seed)
         extrinsics = make_walk(rooms, self.VIEWS, seed)
@@ -63,15 +64,15 @@ class RoomPool:
         cells = self.size[0] // CELL, self.size[1] // CELL
         shrink = intrinsics.new_tensor([[cells[1] / self.size[1]], [cells[0] / self.size[0]], [1]])
         coarse = render(rooms, extrinsics, intrinsics * shrink, cells)
-        return dict(images=views['image'], depth=coarse['depth'], classes=surface_classes(rooms, coarse['surface']).to(torch.uint8),
-                    extrinsics=extrinsics, intrinsics=intrinsics)
+        return rooms, dict(images=views['image'], depth=coarse['depth'], surface=coarse['surface'], extrinsics=extrinsics, intrinsics=intrinsics)
 
     def advance(self, step, progress=iter):
         """Brings the window to where `step` wants it. Block b lives in slot b % num_blocks."""
         first = int(step * self.new_rooms) // self.BLOCK
         due = [b for b in range(first, first + self.num_blocks) if self.blocks.get(b % self.num_blocks) != b]
         for index in progress(due):
-            block, slot = self.render_block(index), index % self.num_blocks
+            (rooms, block), slot = self.render_block(index), index % self.num_blocks
+            block['classes'] = surface_classes(rooms, block.pop('surface')).to(torch.uint8)
             if self.pool is None:
                 self.pool = {name: x.new_empty(self.num_blocks * self.BLOCK, *x.shape[1:]) for name, x in block.items()}
             for name, x in block.items():

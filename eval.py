@@ -2,6 +2,9 @@
 What has been learned? Measures and pictures of a trained field, and of the backbone under it.
 
     python eval.py field --run out/small            # metrics.json and field.png of a run, anew
+    python eval.py field --run out/small --path     # ... and path.gif: the field from cameras where no picture was taken
+    python eval.py probe                            # what does z know of the room?
+    python eval.py runs out/*                       # several runs side by side
     python eval.py backbone                         # how good the mini VGGT is at cameras and depth
 
 The field is asked about *target views of held-out scenes*: views that the encoder did
@@ -19,17 +22,23 @@ share of the (standardised) variance around that mean that is explained.
 """
 import argparse
 import json
+import math
 import os
 import sys
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
 
 from data import RoomPool, make_source, step_generator
-from model import InputError, pick_device, take_views
-from psfm import context_index, load_psfm, random_view_mask
+from model import MLP, InputError, pick_device, take_views
+from psfm import build_psfm, context_index, load_psfm, random_view_mask
+from rooms import FURNITURE, make_intrinsics, make_path, render, room_facts
 from vggt import SCENE_UNIT, VGGT, area_under_curve, pose_errors, scene_extrinsics
+
+SHIPPED = 'weights/psfm_small.safetensors'      # the encoder that the repository carries
 
 
 def field_batches(psfm, source, config, num_scenes, device, first=0):
@@ -191,8 +200,9 @@ def to_tile(image, size):
 
 
 @torch.no_grad()
-def draw_field(psfm, source, config, device, autocast, path, num_scenes=2, tile=112):
-    """Draws for a few scenes: pictures, the features that the backbone sees, those that we predict, and their error.
+def draw_field(psfm, source, config, device, autocast, path, num_scenes=2, tile=88):
+    """Draws for a few scenes: pictures, the features that the backbone sees, those that we predict, and their error;
+    of rooms also depth and categories, true and read off the prediction by the backbone's own frozen heads.
 
     One PCA basis a scene, made from the backbone's features; context views first, unseen views behind the bar.
     """
@@ -212,20 +222,21 @@ def draw_field(psfm, source, config, device, autocast, path, num_scenes=2, tile=
     tile_height, margin, top, gap = tile * H // W, 160, 28, 4
     on_rooms = 'depth' in batch and 'cells' in psfm.backbone.config.heads
     if on_rooms:
-        rows += ['true depth', 'depth read off\nthe prediction']
-        read, _ = psfm.backbone.read_out(predicted, grid)
-        depth = take_views(batch['depth'], order) / SCENE_UNIT
+        rows += ['true depth', 'depth read off\nthe prediction', 'true categories', 'categories read off\nthe prediction']
+        read, logits = psfm.backbone.read_out(predicted, grid)
+        depth, classes = take_views(batch['depth'], order) / SCENE_UNIT, take_views(batch['classes'], order)
+        paint = torch.tensor([(0.75, 0.70, 0.65), (0.95, 0.95, 0.95), (0.45, 0.45, 0.45)] + [colour for _, _, colour in FURNITURE.values()],
+                             device=device)                   # floor, ceiling, wall, and the furniture as it is painted
     block = len(rows) * (tile_height + gap) + top + 8
     canvas = Image.new('RGB', (margin + V * (tile + gap) + 12, B * block), 'white')
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
     for b in range(B):
         seen, basis = to_colours(features[b])
         ours, _ = to_colours(predicted[b], basis)
-        grey = lambda x, size: x.clamp(0, 1)[..., None].expand(-1, -1, 3).reshape(V, *size, 3)
-        strips = [images[b].permute(0, 2, 3, 1), seen.unflatten(1, (h, w)), ours.unflatten(1, (h, w)), grey(error[b], (h, w))]
+        strips = [images[b].permute(0, 2, 3, 1), seen.unflatten(1, (h, w)), ours.unflatten(1, (h, w)), to_grey(error[b].unflatten(1, (h, w)))]
         if on_rooms:
             far = depth[b].max()
-            strips += [grey((1 - x / far).flatten(1), x.shape[1:]) for x in (depth[b], read[b].clamp(max=far))]
+            strips += [to_grey(1 - x / far) for x in (depth[b], read[b])] + [paint[x] for x in (classes[b], logits[b].argmax(-1))]
         for v in range(V):
             x = margin + v * (tile + gap) + (12 if v >= num_context else 0)
             label = 'context' if v < num_context else 'unseen'
@@ -237,6 +248,246 @@ def draw_field(psfm, source, config, device, autocast, path, num_scenes=2, tile=
         x = margin + num_context * (tile + gap) + 3
         draw.line((x, b * block + 4, x, (b + 1) * block - 12), 'firebrick', 2)
     canvas.save(path)
+
+
+# -----------------------------------------------------------------------------
+# path.gif
+
+@torch.no_grad()
+def draw_path(psfm, config, device, autocast, path, num_rooms=2, num_context=4, num_frames=36, tile=112):
+    """A film of the field: held-out rooms along a path of cameras at which no picture was taken, beside the ray-traced truth.
+
+    The encoder gets four views of the walk. The features that the backbone would see along the path come from passes with
+    two frames of the path as targets beside these four.
+    """
+    pool = RoomPool('val', 0, num_rooms, image_size=(config.image_width,) * 2, device=device)
+    rooms, block = pool.render_block(0)
+    walk, size = block['extrinsics'], pool.size
+    chosen = torch.arange(num_context) * pool.VIEWS // num_context                        # spread over the walk
+    route = make_path(rooms.to('cpu'), num_frames).to(device)                             # (R, F, 3, 4)
+    seen = render(rooms, route, make_intrinsics(size, len(route), num_frames).to(device), size)
+    frames = []
+    for room in range(num_rooms):
+        context = block['images'][room, chosen].float() / 255                             # (Vc, 3, H, W)
+        truth = seen['image'][room].float() / 255                                         # (F, 3, H, W)
+        pairs = truth.unflatten(0, (-1, 2))                                               # (F/2, 2, 3, H, W)
+        mask = torch.tensor([[False] * num_context + [True] * 2], device=device).expand(len(pairs), -1)
+        with autocast:
+            views = psfm.observe(torch.cat([context.expand(len(pairs), -1, -1, -1, -1), pairs], 1), mask, num_context)[1]
+            grid, features = views.grid, views.features[:, num_context:].flatten(0, 1)    # (F, N, 2C)
+            z = psfm.encode(views.features[:1, :num_context], grid)                       # context never saw the path
+            extrinsics = scene_extrinsics(torch.cat([walk[room, :1], route[room]])[None])[:, 1:]
+            intrinsics = block['intrinsics'][room, :1].expand(1, num_frames, 3, 3)
+            predicted = psfm.decode(z, extrinsics, intrinsics, size, grid)[0].float()     # (F, N, 2C)
+        colours, basis = to_colours(features)
+        ours = to_colours(predicted, basis)[0]
+        depth, read = seen['depth'][room] / SCENE_UNIT, psfm.backbone.read_out(predicted[None], grid)[0][0]
+        far = depth.max()
+        frames.append((context, [truth.permute(0, 2, 3, 1), colours.unflatten(1, grid), ours.unflatten(1, grid), to_grey(1 - depth / far), to_grey(1 - read / far)]))
+
+    titles = ['four context pictures', 'a new camera', 'backbone features', 'predicted from z', 'true depth', 'read off prediction']
+    gap, top, font = 4, 22, ImageFont.load_default(11)
+    film = []
+    for f in range(num_frames):
+        canvas = Image.new('RGB', (6 * (tile + gap), top + num_rooms * (tile + gap)), 'white')
+        draw = ImageDraw.Draw(canvas)
+        for column, title in enumerate(titles):
+            draw.text((column * (tile + gap) + tile // 2, top // 2), title, 'firebrick' if column in (3, 5) else 'black', font, anchor='mm')
+        for room, (context, columns) in enumerate(frames):
+            y, half = top + room * (tile + gap), tile // 2 - 1
+            for i, picture in enumerate(context[:4]):
+                canvas.paste(to_tile(picture.permute(1, 2, 0), (half, half)), (i % 2 * (half + 2), y + i // 2 * (half + 2)))
+            for column, pictures in enumerate(columns, 1):
+                canvas.paste(to_tile(pictures[f], (tile, tile)), (column * (tile + gap), y))
+        film.append(canvas.quantize(256))
+    film[0].save(path, save_all=True, append_images=film[1:], duration=120, loop=0)
+
+
+def to_grey(x):
+    """(V, h, w), cut to [0, 1] -> (V, h, w, 3)."""
+    return x.clamp(0, 1)[..., None].expand(-1, -1, -1, 3)
+
+
+# -----------------------------------------------------------------------------
+# what does z know?
+
+PROBED = {'pooled': 'backbone features, mean over views', 'untrained': 'latents of an untrained encoder',
+          'latents': 'latents z of the trained encoder', 'tokens': 'backbone features, all of them'}
+FACTS = {'sides': 'side lengths', 'objects': 'objects', 'count': 'counts', 'presence': 'presence', 'place': 'places', 'distance': 'distances'}
+
+
+@torch.no_grad()
+def look_at_rooms(psfm, untrained, config, split, seed, num_rooms, num_views, device, autocast):
+    """What there is to probe. -> tokens {name of PROBED: (rooms, tokens, channels)}, facts {name of FACTS: (rooms, n)}, on the CPU."""
+    pool = RoomPool(split, seed, num_rooms, image_size=(config.image_width,) * 2, device=device)
+    tokens, facts = {name: [] for name in PROBED}, {name: [] for name in FACTS}
+    for index in tqdm(range(pool.num_blocks), f'looking at {split} rooms', leave=False):
+        rooms, block = pool.render_block(index)
+        with autocast:
+            views = psfm.backbone(block['images'][:, :num_views].float() / 255)
+            z, z0 = [model.encode(views.features, views.grid).float() for model in (psfm, untrained)]
+        features = views.features.float()                                                 # (R, V, N, 2C)
+        maps = features.flatten(0, 1).transpose(1, 2).unflatten(2, views.grid)            # (R V, 2C, h, w)
+        every = F.adaptive_avg_pool2d(maps, [n // 2 for n in views.grid]).flatten(2).transpose(1, 2)  # four patches, one token
+        for name, x in dict(pooled=features.mean((1, 2))[:, None], untrained=z0, latents=z,
+                            tokens=every.unflatten(0, (len(z), -1)).flatten(1, 2)).items():
+            tokens[name].append(x.cpu())
+        known = room_facts(rooms, block['surface'][:, :num_views], block['extrinsics'][:, :num_views])
+        for name in FACTS:
+            facts[name].append(known[name].cpu())
+    return {name: torch.cat(x) for name, x in tokens.items()}, {name: torch.cat(x) for name, x in facts.items()}
+
+
+def ridge_probe(x, y, x_test):
+    """Ridge regression in its kernel form: x (n, d), y (n, facts) with NaN where not defined, x_test (m, d) -> (m, facts).
+
+    The penalty of each fact is the one with the least leave-one-out error, which the eigenvectors give at once.
+    """
+    x, x_test, y = x.double(), x_test.double(), y.double()
+    mean, scale = x.mean(0), (x.std(0) + 1e-6) * x.shape[1] ** 0.5
+    x, x_test = (x - mean) / scale, (x_test - mean) / scale
+    kernel, answers = x @ x.T, torch.empty(len(x_test), y.shape[1], dtype=torch.float64)
+    same = {}                                                 # facts that are defined in the same rooms are solved together
+    for fact in range(y.shape[1]):
+        same.setdefault(y[:, fact].isnan().numpy().tobytes(), []).append(fact)
+    for group in same.values():
+        known = ~y[:, group[0]].isnan()
+        target = y[known][:, group]
+        values, vectors = torch.linalg.eigh(kernel[known][:, known])
+        centred = vectors.T @ (target - target.mean(0))
+        least, best = torch.full((len(group),), torch.inf, dtype=torch.float64), torch.zeros_like(target)
+        for penalty in 10.0 ** torch.arange(-4, 3.1, 0.5):
+            shrunk = 1 / (values.clamp(min=0) + penalty)
+            weights = vectors @ (shrunk[:, None] * centred)
+            left_out = (weights / (vectors.square() @ shrunk)[:, None]).square().mean(0)
+            better = left_out < least
+            least, best = torch.where(better, left_out, least), torch.where(better, weights, best)
+        answers[:, group] = x_test @ x[known].T @ best + target.mean(0)
+    return answers.float()
+
+
+class AttentiveProbe(nn.Module):
+    """Tokens (B, n, C) -> facts (B, num_facts): a learned query for each fact attends to the tokens, a small MLP reads the answer off."""
+
+    def __init__(self, dim, num_facts, width=128, num_heads=4):
+        super().__init__()
+        self.num_heads = num_heads
+        self.queries = nn.Parameter(torch.randn(num_facts, width))
+        self.keys_values = nn.Sequential(nn.LayerNorm(dim), nn.Dropout(0.1), nn.Linear(dim, 2 * width))
+        self.mlp = nn.Sequential(nn.LayerNorm(width), MLP(width, 2 * width, width))
+        self.weight, self.bias = nn.Parameter(torch.zeros(num_facts, width)), nn.Parameter(torch.zeros(num_facts))
+
+    def forward(self, tokens):
+        k, v = self.keys_values(tokens).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)      # (B, nh, n, d)
+        q = self.queries.unflatten(-1, (self.num_heads, -1)).transpose(0, 1).expand(len(k), -1, -1, -1)    # (B, nh, facts, d)
+        x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)                             # (B, facts, width)
+        x = x + self.mlp(x)
+        return (x * self.weight).sum(-1) + self.bias
+
+
+def attentive_probe(x, y, x_test, epochs=30, batch=128, lr=2e-3):
+    """As ridge_probe, of tokens x (n, tokens, C). A tenth of the rooms chooses the epoch."""
+    torch.manual_seed(0)
+    mean, std = x.mean((0, 1)), x.std((0, 1)) + 1e-6
+    x, x_test = (x - mean) / std, (x_test - mean) / std
+    center, spread = y.nanmean(0), (y - y.nanmean(0)).square().nanmean(0).sqrt().clamp(min=1e-6)
+    y = (y - center) / spread
+    fit, choose = slice(len(x) // 10, None), slice(0, len(x) // 10)
+    probe = AttentiveProbe(x.shape[2], y.shape[1])
+    optimizer = torch.optim.AdamW(probe.parameters(), lr, weight_decay=0.1)
+    steps = -(-len(x[fit]) // batch)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * steps)
+
+    def error(tokens, facts):
+        known = ~facts.isnan()
+        return (probe(tokens) - facts.nan_to_num()).square()[known].mean()
+
+    least, answers = math.inf, None
+    for _ in range(epochs):
+        probe.train()
+        for rows in torch.randperm(len(x[fit])).split(batch):
+            optimizer.zero_grad()
+            error(x[fit][rows], y[fit][rows]).backward()
+            optimizer.step()
+            schedule.step()
+        probe.eval()
+        with torch.no_grad():
+            held_back = error(x[choose], y[choose]).item()
+            if held_back < least:
+                least, answers = held_back, torch.cat([probe(rows) for rows in x_test.split(500)])
+    return answers * spread + center
+
+
+def fact_scores(answers, truth, fitted, resamples=1000):
+    """Answers and truth {fact: (rooms, n)} -> {fact: (score, low, high)} with a 95 % bootstrap interval over rooms.
+
+    R2 around the mean of the `fitted` rooms, every number of a fact weighing alike; of presence, the share that is right.
+    """
+    draws = torch.randint(len(truth['sides']), (resamples, len(truth['sides'])), generator=step_generator(0))
+    scores = {}
+    for name in FACTS:
+        if name == 'presence':
+            wrong, total = ((answers[name] > 0.5) != (truth[name] > 0.5)).float().sum(1), torch.full((len(truth[name]),), float(truth[name].shape[1]))
+        else:
+            mean = fitted[name].nanmean(0)
+            scale = (fitted[name] - mean).square().nanmean(0)
+            wrong, total = [((x - truth[name]).square() / scale).nansum(1) for x in (answers[name], mean)]
+        resampled = 1 - wrong[draws].sum(1) / total[draws].sum(1)
+        scores[name] = [(1 - wrong.sum() / total.sum()).item(), *resampled.quantile(torch.tensor([0.025, 0.975])).tolist()]
+    return scores
+
+
+def probe_latents(psfm, config, num_rooms, num_held_out, num_views, device, autocast):
+    """-> {'mean': scores, 'pooled ridge': scores, 'pooled attentive': ..., ...}, see PROBED and `fact_scores`."""
+    untrained = build_psfm(config).to(device).eval()
+    untrained.load_state_dict({name: x for name, x in psfm.state_dict().items() if name.startswith('geo_')}, strict=False)
+    see = lambda *which: look_at_rooms(psfm, untrained, config, *which, num_views, device, autocast)
+    fit_tokens, fit_facts = see('train', 1_000_000, num_rooms)                            # a seed that no encoder is trained with
+    test_tokens, test_facts = see('val', 0, num_held_out)
+    y, widths = torch.cat([fit_facts[name] for name in FACTS], 1), [fit_facts[name].shape[1] for name in FACTS]
+    score = lambda answers: fact_scores(dict(zip(FACTS, answers.split(widths, 1))), test_facts, fit_facts)
+    scores = {'mean': score(y.nanmean(0).expand(len(test_facts['sides']), -1))}
+    for name in tqdm(PROBED, 'fitting probes', leave=False):
+        x, x_test = fit_tokens[name], test_tokens[name]
+        scores[f'{name} ridge'] = score(ridge_probe(x.flatten(1), y, x_test.flatten(1)))
+        scores[f'{name} attentive'] = score(attentive_probe(x, y, x_test))
+    return scores
+
+
+def probe_table(scores):
+    rows = [' ' * 48 + ''.join(f'{title:>18s}' for title in FACTS.values())]
+    for name, row in scores.items():
+        what, _, kind = name.partition(' ')
+        label = f'{PROBED[what]:36s} {kind}' if kind else 'mean of the fitted rooms'
+        rows.append(f'{label:48s}' + ''.join(f'{value:8.2f} {f"{low:.2f}..{high:.2f}" if kind else "":>9s}'.rjust(18) for value, low, high in (row[fact] for fact in FACTS)))
+    return '\n'.join(rows)
+
+
+# -----------------------------------------------------------------------------
+# several runs
+
+def runs_table(folders):
+    """A row for each configuration: what it changes from the first one, and means over its seeds with half the range."""
+    groups, of_no_matter = {}, {'seed', 'out', 'device', 'workers', 'resume', 'log_every', 'eval_every'}
+    for folder in folders:
+        try:
+            config, metrics = [json.load(open(os.path.join(folder, name))) for name in ('config.json', 'metrics.json')]
+            read_out = metrics['read_out']['psfm'] if 'read_out' in metrics else dict(object_recall=math.nan, depth_abs_rel=math.nan)
+            values = [metrics['psfm']['r2'], metrics['camera']['r2'], read_out['object_recall'], read_out['depth_abs_rel'], metrics['seconds'] / 60]
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(f'{folder} is not the folder of a finished PSFM run ({type(error).__name__}: {error})') from error
+        settings = {key: value for key, value in config.items() if key not in of_no_matter}
+        groups.setdefault(json.dumps(settings), []).append(values)
+    first = json.loads(next(iter(groups)))
+    rows = [f'{"":46s}{"seeds":>6s}' + ''.join(f'{title:>15s}' for title in ('R2', 'camera', 'objects', 'depth abs-rel', 'minutes'))]
+    for settings, runs in groups.items():
+        changed = ' '.join(f'{name}={value}' for name, value in json.loads(settings).items() if first.get(name) != value)
+        row = f'{changed or "(the first)":46s}{len(runs):6d}'
+        for values in zip(*runs):
+            spread = f' ±{(max(values) - min(values)) / 2:.3f}' if len(runs) > 1 else ''
+            row += f'{sum(values) / len(runs):.3f}{spread}'.rjust(15)
+        rows.append(row)
+    return '\n'.join(rows)
 
 
 # -----------------------------------------------------------------------------
@@ -295,13 +546,24 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest='command', required=True)
     field = commands.add_parser('field', help='measures and draws a trained field')
-    field.add_argument('--run', default='out/small', help='folder of the run (default: out/small)')
+    field.add_argument('--path', action='store_true', help='also films it, along a path of cameras at which no picture was taken')
+    probe = commands.add_parser('probe', help='reads facts of held-out rooms off the latents')
+    probe.add_argument('--rooms', type=int, default=2500, help='rooms to fit the probes on (default: 2500)')
+    probe.add_argument('--held-out', type=int, default=480, help='held-out rooms to ask about (default: 480)')
+    probe.add_argument('--views', type=int, default=6, help='views of a room (default: 6)')
+    for command, default in ((field, 'out/small'), (probe, SHIPPED)):
+        command.add_argument('--run', default=default, help=f'folder of a run, or file of weights (default: {default})')
+    runs = commands.add_parser('runs', help='several runs side by side; those that differ in the seed alone share a row')
+    runs.add_argument('folders', nargs='+')
     backbone = commands.add_parser('backbone', help='cameras, depth and classes of the mini VGGT on held-out rooms')
     backbone.add_argument('--weights', default='weights/mini_vggt.safetensors')
     backbone.add_argument('--rooms', type=int, default=200, help='held-out rooms (default: 200)')
-    for command in (field, backbone):
+    for command in (field, probe, backbone):
         command.add_argument('--device', default='auto')
     args = parser.parse_args(argv)
+    if args.command == 'runs':
+        print(runs_table(args.folders))
+        return
     device = pick_device(args.device)
     autocast = torch.autocast(device.type, enabled=False)
 
@@ -313,16 +575,42 @@ def main(argv=None):
         return
 
     psfm, config = load_psfm(args.run, device)
+    on_rooms = config.data == 'rooms' and 'cells' in psfm.backbone.config.heads
+    # beside the run; of a file of weights, in out/<its name>
+    out = args.run if os.path.isdir(args.run) else os.path.join('out', os.path.splitext(os.path.basename(args.run))[0])
+    os.makedirs(out, exist_ok=True)
+
+    if args.command == 'probe':
+        if not on_rooms:
+            raise InputError(f'{args.run} was trained on {config.data}: facts to probe for are known of rooms alone')
+        if not 1 <= args.views <= RoomPool.VIEWS:
+            raise InputError(f'--views {args.views}: a room has {RoomPool.VIEWS} views')
+        if config.num_latents == 0:
+            raise InputError(f'{args.run} has no latents (--num-latents 0): there is nothing to probe')
+        if args.rooms < 200 or args.held_out < 100:
+            raise InputError(f'--rooms {args.rooms} --held-out {args.held_out}: a rare fact needs at least 200 rooms to be fitted on, and 100 to be asked of')
+        scores = probe_latents(psfm, config, args.rooms, args.held_out, args.views, device, autocast)
+        print(f'{args.held_out} held-out rooms, {args.views} views each; probes fitted on {args.rooms} other rooms. R2 (presence: accuracy), 95 % intervals\n{probe_table(scores)}')
+        with open(os.path.join(out, 'probe.json'), 'w') as file:
+            json.dump(scores, file, indent=1)
+        print(f'wrote {out}/probe.json')
+        return
+
     multiple = psfm.backbone.config.patch_size
     train_source, held_out = [make_source(config, split, multiple, device) for split in ('train', 'val')]
     metrics = evaluate_field(psfm, train_source, held_out, config.steps * config.accumulate, config, device, autocast)
     print(field_table(metrics, held_out.held_out))
-    path = os.path.join(args.run, 'metrics.json')
+    path = os.path.join(out, 'metrics.json')
     known = json.load(open(path)) if os.path.isfile(path) else {}
     with open(path, 'w') as file:
         json.dump({**known, **metrics}, file, indent=1)
-    draw_field(psfm, held_out, config, device, autocast, os.path.join(args.run, 'field.png'))
-    print(f'wrote {args.run}/metrics.json and {args.run}/field.png')
+    draw_field(psfm, held_out, config, device, autocast, os.path.join(out, 'field.png'))
+    print(f'wrote {out}/metrics.json and {out}/field.png')
+    if args.path:
+        if not on_rooms:
+            raise InputError(f'--path: {args.run} was trained on {config.data}, where the truth between the pictures is not known; it takes a run on rooms')
+        draw_path(psfm, config, device, autocast, os.path.join(out, 'path.gif'))
+        print(f'wrote {out}/path.gif')
 
 
 if __name__ == '__main__':

@@ -21,6 +21,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from model import (IMAGE_STATISTICS, MLP, Block, Encoder, InputError, Transformer, camera_rays, cast_matrices, full_precision, init_linear,
@@ -143,6 +144,7 @@ class PSFM(nn.Module):
         self.mask_ratio, self.context, self.standardised = mask_ratio, context, standardised
         self.backbone, self.teacher = backbone, teacher
         self.encoder = Encoder(backbone.feature_dim, width, encoder_depth, num_heads, num_latents, num_registers)
+        self.encoder.requires_grad_(num_latents > 0)
         self.decoder = FieldDecoder(width, decoder_depth, num_heads, num_registers)
         dims = {'geo': backbone.feature_dim, **({'sem': teacher.feature_dim} if teacher is not None else {})}
         self.heads = nn.ModuleDict({kind: MLP(width, 4 * width, dim) for kind, dim in dims.items()}).apply(init_linear)
@@ -214,7 +216,9 @@ class PSFM(nn.Module):
         return context, views, depth
 
     def encode(self, features, grid):
-        """Backbone features of the context views (B, Vc, N, 2C) -> z (B, Q, D)."""
+        """Backbone features of the context views (B, Vc, N, 2C) -> z (B, Q, D). Without latents (Q = 0), nothing is read."""
+        if len(self.encoder.queries) == 0:
+            return features.new_zeros(len(features), 0, self.encoder.queries.shape[1])
         return self.encoder(self.standardise('geo', features), grid)
 
     def decode(self, z, extrinsics, intrinsics, size, grid):
@@ -322,16 +326,26 @@ def build_psfm(config, dtype=torch.float32):
 
 
 def load_psfm(run, device='cpu'):
-    """The trained PSFM of a run's folder, in eval mode, and the configuration it was trained with (a namespace)."""
-    folder = next((path for path in (os.path.join(run, 'checkpoint'), os.path.join(run, 'checkpoint.old')) if os.path.isdir(path)), None)
-    if folder is None:
-        raise InputError(f'no checkpoint in {run}: train first (python train.py --config small)')
-    with open(os.path.join(folder, 'state.json')) as file:
-        config = SimpleNamespace(**json.load(file)['config'])
-    if config.task != 'psfm':
-        raise InputError(f'{run} holds a {config.task}, not a PSFM')
+    """A trained PSFM in eval mode, and the configuration it was trained with (a namespace).
+
+    `run`: the folder of a run, or a file with its weights, as weights/psfm_small.safetensors.
+    """
+    path = os.fspath(run)
+    if not os.path.isfile(path):
+        folders = [os.path.join(path, name) for name in ('checkpoint', 'checkpoint.old')]
+        path = next((file for file in (os.path.join(folder, 'model.safetensors') for folder in folders) if os.path.isfile(file)), None)
+        if path is None:
+            raise InputError(f'no checkpoint in {run}: train first (python train.py --config small)')
+    try:
+        with safe_open(path, 'pt') as file:
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise InputError(f'{path} is not a safetensors file, or not a whole one ({error})') from error
+    config = SimpleNamespace(**json.loads(metadata.get('config', '{}')))
+    if getattr(config, 'task', None) != 'psfm':
+        raise InputError(f'{path} does not hold a PSFM')
     psfm = build_psfm(config)
-    load_strictly(psfm, load_file(os.path.join(folder, 'model.safetensors')), folder, skip=('backbone.', 'teacher.'))
+    load_strictly(psfm, load_file(path), path, skip=('backbone.', 'teacher.'))
     return psfm.to(device).eval(), config
 
 

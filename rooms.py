@@ -144,9 +144,7 @@ def make_walk(rooms, num_views, seed):
     direction = torch.stack([angle.cos(), angle.sin()], -1)
     spot = direction[:, :, None] * rand(R, V, tries, 1, low=0.5, high=1.0) * 1.1 * limit[:, None, None]
     spot = torch.maximum(torch.minimum(spot, limit[:, None, None]), -limit[:, None, None])  # (R, V, tries, 2)
-    tall = rooms.present & (rooms.center[..., 2] + rooms.half[..., 2] > EYE_HEIGHT[0] - 0.4)
-    gap = (spot[..., None, :] - rooms.center[:, None, None, :, :2]).norm(dim=-1) - rooms.half[:, None, None, :, :2].norm(dim=-1)
-    gap = gap.masked_fill(~tall[:, None, None], FAR).amin(-1)                             # (R, V, tries)
+    gap = clearance(rooms, spot)                                                          # (R, V, tries)
     best = torch.where((gap > 0.3).any(-1), (gap > 0.3).float().argmax(-1), gap.argmax(-1))
     xy = spot.gather(2, best[..., None, None].expand(-1, -1, 1, 2))[:, :, 0]
     z = rand(R, 1, 1, low=EYE_HEIGHT[0], high=EYE_HEIGHT[1]) + 0.04 * torch.randn(R, V, 1, generator=g)
@@ -158,12 +156,43 @@ def make_walk(rooms, num_views, seed):
                        0.1 * torch.randn(R, V, generator=g))
     yaw = torch.atan2(aim[..., 1], aim[..., 0]) + turn
     pitch = rand(R, V, low=math.radians(-28), high=math.radians(-4))
-    roll = math.radians(2) * torch.randn(R, V, 1, generator=g)
+    roll = math.radians(2) * torch.randn(R, V, generator=g)
+    return look(position, yaw, pitch, roll)
+
+
+def make_path(rooms, num_views):
+    """A smooth closed path through each room, for a film: `num_views` views. -> extrinsics (R, V, 3, 4), world-to-camera.
+
+    An ellipse at eye height that looks across the room; of a few sizes, the one that is clearest of tall furniture.
+    """
+    R, V = len(rooms.size), num_views
+    angle = 2 * math.pi * torch.arange(V) / V
+    circle = torch.stack([angle.cos(), angle.sin()], -1)                                  # (V, 2)
+    shares = torch.linspace(0.8, 0.4, 9)
+    xy = (rooms.size[:, None, None, :2] / 2 - 0.35) * shares[:, None, None] * circle      # (R, 9, V, 2)
+    best = clearance(rooms, xy).amin(-1).argmax(-1)                                       # (R,)
+    xy = xy[torch.arange(R), best]                                                        # (R, V, 2)
+    position = F.pad(xy, (0, 1), value=sum(EYE_HEIGHT) / 2)
+    yaw = torch.atan2(-xy[..., 1], -xy[..., 0])
+    pitch = math.radians(-16) + math.radians(6) * (2 * angle).sin().expand(R, V)
+    return look(position, yaw, pitch, torch.zeros(R, V))
+
+
+def clearance(rooms, xy):
+    """Metres between places xy (R, ..., 2) on the floor plan and the nearest furniture that reaches a camera's height. -> (R, ...)"""
+    tall = rooms.present & (rooms.center[..., 2] + rooms.half[..., 2] > EYE_HEIGHT[0] - 0.4)
+    flat = xy.flatten(1, -2)                                                              # (R, n, 2)
+    gap = (flat[:, :, None] - rooms.center[:, None, :, :2]).norm(dim=-1) - rooms.half[:, None, :, :2].norm(dim=-1)
+    return gap.masked_fill(~tall[:, None], FAR).amin(-1).view(xy.shape[:-1])
+
+
+def look(position, yaw, pitch, roll):
+    """Cameras at `position` (R, V, 3), turned by yaw (0 looks along x), pitch (up) and roll (R, V), radians. -> extrinsics (R, V, 3, 4)"""
     forward = torch.stack([yaw.cos() * pitch.cos(), yaw.sin() * pitch.cos(), pitch.sin()], -1)
     right = F.normalize(torch.cross(forward, torch.tensor([0., 0., 1.]).expand_as(forward), dim=-1), dim=-1)
     down = torch.cross(forward, right, dim=-1)
-    right, down = roll.cos() * right + roll.sin() * down, roll.cos() * down - roll.sin() * right
-    rotation = torch.stack([right, down, forward], -2)                                    # (R, V, 3, 3), rows: camera axes
+    cos, sin = roll.cos()[..., None], roll.sin()[..., None]
+    rotation = torch.stack([cos * right + sin * down, cos * down - sin * right, forward], -2)  # (R, V, 3, 3), rows: camera axes
     return torch.cat([rotation, -rotation @ position[..., None]], -1)
 
 
@@ -313,6 +342,33 @@ def surface_classes(rooms, surface):
     category = rooms.category.to(flat.device).gather(1, (flat - 6).clamp(min=0)) + 3
     room = torch.where(flat == 4, 0, torch.where(flat == 5, 1, 2))
     return torch.where(flat >= 6, category, room).view(surface.shape)
+
+
+# -----------------------------------------------------------------------------
+# what can be known of a room
+
+SEEN = 4      # cells of data.CELL pixels that a piece must fill, over all views together, to count as seen
+
+
+def room_facts(rooms, surface, extrinsics):
+    """Numbers that a code of the scene should hold: of the room, and of the furniture that the views show.
+
+    surface (R, V, h, w) ids as `render` gives them, at the resolution of cells, extrinsics (R, V, 3, 4) -> dict of (R, n):
+    'sides' shorter and longer, metres; 'objects' how many; per category 'presence' (0 or 1) and 'count'; of categories that
+    one piece alone has, 'place', its centre in the first camera's frame, and 'distance' between the centres of every two,
+    metres. NaN where a fact is not defined.
+    """
+    R, C = len(rooms.size), len(CATEGORIES)
+    cells = F.one_hot(surface.flatten(1).long(), 6 + K)[..., 6:].sum(1)                   # (R, K)
+    seen = rooms.present & (cells >= SEEN)
+    member = F.one_hot(rooms.category, C) * seen[..., None]                               # (R, K, C)
+    count = member.sum(1)                                                                 # (R, C)
+    center = extrinsics[:, 0, :, :3] @ rooms.center.transpose(1, 2) + extrinsics[:, 0, :, 3:]  # (R, 3, K)
+    center = (center @ member.float()).transpose(1, 2)                                    # (R, C, 3), where count is 1
+    place = center.masked_fill((count != 1)[..., None], math.nan)
+    first, second = torch.triu_indices(C, C, offset=1)
+    return dict(sides=rooms.size[:, :2].sort(1).values, objects=seen.sum(1, keepdim=True).float(), presence=(count > 0).float(),
+                count=count.float(), place=place.flatten(1), distance=(place[:, first] - place[:, second]).norm(dim=-1))
 
 
 if __name__ == '__main__':

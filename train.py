@@ -51,7 +51,7 @@ class Config:
     encoder_depth: int = opt(3, 'blocks')
     decoder_depth: int = opt(3, 'blocks')
     num_heads: int = opt(4, 'attention heads')
-    num_latents: int = opt(32, 'Q, the size of z')
+    num_latents: int = opt(32, 'Q, the size of z; 0: a decoder that knows the camera alone')
     num_registers: int = opt(4, 'register tokens')
     mask_ratio: float = opt(0.5, 'share of the views that are hidden: targets')
     context: str = opt('asymmetric', 'asymmetric (one pass, context views see only each other) | separate (two passes)')

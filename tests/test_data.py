@@ -54,7 +54,7 @@ def test_the_window_moves():
 
 def test_splits_and_ranks_see_different_rooms():
     pools = [RoomPool('train', 0, 4), RoomPool('val', 0, 4), RoomPool('train', 0, 4, rank=1, world_size=2), RoomPool('train', 1, 4)]
-    images = [pool.render_block(0)['images'] for pool in pools]
+    images = [pool.render_block(0)[1]['images'] for pool in pools]
     assert all(not torch.equal(a, b) for i, a in enumerate(images) for b in images[:i])
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from model import camera_rays, invert_pose
-from rooms import CATEGORIES, CLASSES, FURNITURE, K, make_intrinsics, make_rooms, make_walk, render, room_seed, surface_classes
+from rooms import (CATEGORIES, CLASSES, FURNITURE, SEEN, K, make_intrinsics, make_path, make_rooms, make_walk, render, room_facts, room_seed,
+                   surface_classes)
 
 SIZE = (24, 32)
 
@@ -121,3 +122,42 @@ def test_classes_of_surfaces(world):
 def test_colours_differ_within_and_between_views(world):
     images = world[3]['image'].float()
     assert images.std((3, 4)).mean() > 10 and images.mean((2, 3, 4)).std() > 5
+
+
+def test_a_path_stays_inside_clear_of_furniture_and_closes(world):
+    rooms = make_rooms(40, seed=11)
+    extrinsics = make_path(rooms, 36)
+    eye = invert_pose(extrinsics)[..., 3]
+    assert (eye[..., :2].abs() < rooms.size[:, None, :2] / 2 - 0.3).all()
+    stride = (eye - eye.roll(1, 1)).norm(dim=-1)                  # the last step leads back to the first
+    assert stride.max() < 0.8 and stride.min() > 0.01
+    tall = rooms.present & (rooms.center[..., 2] + rooms.half[..., 2] > 1.2)
+    gap = torch.cdist(eye[..., :2], rooms.center[..., :2]) - rooms.half[:, None, :, :2].norm(dim=-1)
+    blocked = (gap.masked_fill(~tall[:, None], 9.0) < 0).flatten(1).any(1)
+    assert blocked.float().mean() < 0.2                           # a room can be too full for any ellipse
+    assert (render(rooms, extrinsics, make_intrinsics((8, 8), 40, 36), (8, 8))['depth'] > 0.05).all()
+
+
+def test_facts_of_rooms_are_those_of_their_object_lists(world):
+    rooms, extrinsics, _, views = world
+    surface = views['surface'][:, :5]
+    facts = room_facts(rooms, surface, extrinsics[:, :5])
+    for r in range(6):
+        seen = [k for k in range(K) if (surface[r] == 6 + k).sum() >= SEEN]
+        kinds = [CATEGORIES[rooms.category[r, k]] for k in seen]
+        assert facts['objects'][r].item() == len(seen) > 0
+        assert facts['sides'][r].tolist() == sorted(rooms.size[r, :2].tolist())
+        assert facts['count'][r].tolist() == [kinds.count(name) for name in CATEGORIES]
+        assert facts['presence'][r].tolist() == [name in kinds for name in CATEGORIES]
+        places = {}
+        for c, name in enumerate(CATEGORIES):
+            place = facts['place'][r, 3 * c:3 * c + 3]
+            if kinds.count(name) == 1:
+                world_point = torch.cat([rooms.center[r, seen[kinds.index(name)]], torch.ones(1)])
+                places[c] = extrinsics[r, 0] @ world_point
+                assert torch.allclose(place, places[c], atol=1e-5)
+            else:
+                assert place.isnan().all()
+        for i, (a, b) in enumerate(torch.triu_indices(8, 8, offset=1).T.tolist()):
+            distance = facts['distance'][r, i]
+            assert distance.isnan() if not {a, b} <= places.keys() else torch.isclose(distance, (places[a] - places[b]).norm(), atol=1e-5)

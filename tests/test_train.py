@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 import train
 from model import InputError
+from psfm import load_psfm
 from test_data import make_folder, picture
 from test_psfm import MASK, make_psfm
 from train import Config, learning_rate, main, make_optimizers, parse_config
@@ -128,6 +129,44 @@ def test_muon_takes_the_matrices_of_blocks_and_adamw_the_rest():
     trained = {id(p) for p in model.parameters() if p.requires_grad}
     assert ids(adamw) | ids(muon) == trained and not ids(adamw) & ids(muon)
     assert ids(muon) == {id(p) for name, p in model.named_parameters() if p.requires_grad and '.blocks.' in name and p.ndim == 2}
+
+
+def test_muon_is_torchs_muon_but_for_its_precision():
+    g = torch.Generator().manual_seed(0)
+    shapes = [(16, 48), (48, 16), (16, 48), (16, 16)]
+    ours, theirs = [[torch.nn.Parameter(torch.randn(*shape, generator=torch.Generator().manual_seed(i))) for i, shape in enumerate(shapes)] for _ in range(2)]
+    before = [p.detach().clone() for p in ours]
+    optimizers = [train.Muon(ours, lr=0.01, weight_decay=0.1),
+                  torch.optim.Muon(theirs, lr=0.01, weight_decay=0.1, momentum=0.95, adjust_lr_fn='match_rms_adamw')]
+    for _ in range(3):
+        for p, q in zip(ours, theirs):
+            p.grad = torch.randn(p.shape, generator=g)
+            q.grad = p.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, q, start in zip(ours, theirs, before):
+        assert (p - q).norm() < 0.02 * (q - start).norm()             # bf16 has three digits
+    values = torch.linalg.svdvals(train.orthogonalise(torch.randn(3, 20, 50, generator=g)))
+    assert values.min() > 0.5 and values.max() < 1.3
+
+
+def test_init_begins_with_the_weights_of_another_run(tmp_path):
+    first, second = tmp_path / 'first', tmp_path / 'second'
+    main(['--config', 'small', *TINY, '--out', str(first)])
+    weights = first / 'checkpoint' / 'model.safetensors'
+    main(['--config', 'small', *TINY, '--out', str(second), '--init', str(weights), '--seed', '3', '--steps', '1', '--lr', '0', '--muon-lr', '0'])
+    before, after = train.load_file(weights), train.load_file(second / 'checkpoint' / 'model.safetensors')
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    psfm, config = load_psfm(weights)                                 # a file of weights is as good as its run's folder
+    assert config.width == 32 and torch.equal(psfm.encoder.queries, before['encoder.queries'])
+    refuse('does not fit this PSFM: other shapes for', *TINY, '--width', '64', '--init', str(weights), '--out', str(second))
+
+
+def test_without_latents_the_decoder_knows_the_camera_alone(tmp_path):
+    main(['--config', 'small', *TINY, '--out', str(tmp_path), '--num-latents', '0', '--steps', '2'])
+    metrics = json.loads((tmp_path / 'metrics.json').read_text())
+    assert metrics['psfm'] == metrics['shuffled'] == metrics['camera']
+    assert load_psfm(tmp_path)[0].latents(torch.rand(1, 2, 3, 64, 64)).shape == (1, 0, 32)
 
 
 def average_gradient(rank, folder):
