@@ -346,23 +346,25 @@ def ridge_probe(x, y, x_test):
     x, x_test, y = x.double(), x_test.double(), y.double()
     mean, scale = x.mean(0), (x.std(0) + 1e-6) * x.shape[1] ** 0.5
     x, x_test = (x - mean) / scale, (x_test - mean) / scale
-    kernel, answers = x @ x.T, torch.empty(len(x_test), y.shape[1], dtype=torch.float64)
+    kernel, cross, answers = x @ x.T, x_test @ x.T, torch.empty(len(x_test), y.shape[1], dtype=torch.float64)
     same = {}                                                 # facts that are defined in the same rooms are solved together
     for fact in range(y.shape[1]):
         same.setdefault(y[:, fact].isnan().numpy().tobytes(), []).append(fact)
     for group in same.values():
         known = ~y[:, group[0]].isnan()
-        target = y[known][:, group]
-        values, vectors = torch.linalg.eigh(kernel[known][:, known])
+        n, target, k = int(known.sum()), y[known][:, group], kernel[known][:, known]
+        to_known = cross[:, known] - k.mean(0)                # both kernels centred on these rooms: the intercept is free
+        to_known = to_known - to_known.mean(1, keepdim=True)
+        values, vectors = torch.linalg.eigh(k - k.mean(0) - k.mean(1, keepdim=True) + k.mean())
         centred = vectors.T @ (target - target.mean(0))
         least, best = torch.full((len(group),), torch.inf, dtype=torch.float64), torch.zeros_like(target)
         for penalty in 10.0 ** torch.arange(-4, 3.1, 0.5):
             shrunk = 1 / (values.clamp(min=0) + penalty)
             weights = vectors @ (shrunk[:, None] * centred)
-            left_out = (weights / (vectors.square() @ shrunk)[:, None]).square().mean(0)
+            left_out = (weights / (vectors.square() @ shrunk - 1 / (n * penalty))[:, None]).square().mean(0)
             better = left_out < least
             least, best = torch.where(better, left_out, least), torch.where(better, weights, best)
-        answers[:, group] = x_test @ x[known].T @ best + target.mean(0)
+        answers[:, group] = to_known @ best + target.mean(0)
     return answers.float()
 
 

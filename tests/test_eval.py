@@ -52,16 +52,18 @@ def test_ridge_chooses_its_penalty_by_leaving_one_out():
     g = torch.Generator().manual_seed(1)
     x, x_test = torch.randn(30, 8, generator=g).double(), torch.randn(5, 8, generator=g).double()
     y = x[:, :1] + 0.5 * torch.randn(30, 1, generator=g).double()
-    mean, scale = x.mean(0), (x.std(0) + 1e-6) * 8 ** 0.5
-    u, u_test = (x - mean) / scale, (x_test - mean) / scale
-    solve = lambda u, y, penalty: torch.linalg.solve(u.T @ u + penalty * torch.eye(8), u.T @ y)
-    target = y - y.mean(0)
+    scale = (x.std(0) + 1e-6) * 8 ** 0.5
+
+    def answer(x, y, asked, penalty):
+        u, v = (x - x.mean(0)) / scale, (asked - x.mean(0)) / scale
+        return v @ torch.linalg.solve(u.T @ u + penalty * torch.eye(8), u.T @ (y - y.mean(0))) + y.mean(0)
     errors = {}
     for penalty in (10.0 ** torch.arange(-4, 3.1, 0.5)).tolist():
         others = [[j for j in range(30) if j != i] for i in range(30)]
-        errors[penalty] = sum((u[i] @ solve(u[others[i]], target[others[i]], penalty) - target[i]).square().item() for i in range(30))
-    expected = u_test @ solve(u, target, min(errors, key=errors.get)) + y.mean(0)
-    assert torch.allclose(ridge_probe(x, y, x_test).double(), expected, atol=1e-4)
+        errors[penalty] = sum((answer(x[others[i]], y[others[i]], x[i], penalty) - y[i]).square().item() for i in range(30))
+    expected = answer(x, y, x_test, min(errors, key=errors.get))
+    assert 1e-3 < min(errors, key=errors.get) < 1e3
+    assert torch.allclose(ridge_probe(x, y, x_test).double(), expected, atol=1e-5)
 
 
 def test_the_attentive_probe_finds_the_token_that_a_mean_hides():
