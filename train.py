@@ -50,7 +50,7 @@ class Config:
     width: int = opt(128, 'D, of encoder and decoder')
     encoder_depth: int = opt(3, 'blocks')
     decoder_depth: int = opt(3, 'blocks')
-    num_heads: int = opt(4, 'attention heads')
+    num_heads: int = opt(2, 'attention heads')
     num_latents: int = opt(32, 'Q, the size of z; 0: a decoder that knows the camera alone')
     num_registers: int = opt(4, 'register tokens')
     mask_ratio: float = opt(0.5, 'share of the views that are hidden: targets')
@@ -96,7 +96,7 @@ class Config:
 
 PRESETS = {
     # any laptop: procedural rooms, the mini backbone
-    'small': dict(num_heads=2, images_per_batch=24, steps=1200, lr=2e-3, muon_lr=4e-3, min_lr=0.03, eval_every=400, log_every=100),
+    'small': dict(images_per_batch=24, steps=1200, lr=2e-3, muon_lr=4e-3, min_lr=0.03, eval_every=400, log_every=100),
     # one consumer GPU: VGGT-1B at 224 pixels
     'medium': dict(backbone='facebook/VGGT-1B', width=384, encoder_depth=4, decoder_depth=4, num_heads=6, num_latents=64,
                    image_width=224, min_views=4, max_views=8, images_per_batch=24, min_gap=2, max_gap=10, workers=4,
