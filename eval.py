@@ -21,6 +21,7 @@ cos is the cosine, centred_cos the cosine after the training mean is taken off, 
 share of the (standardised) variance around that mean that is explained.
 """
 import argparse
+import functools
 import json
 import math
 import os
@@ -253,54 +254,64 @@ def draw_field(psfm, source, config, device, autocast, path, num_scenes=2, tile=
 # -----------------------------------------------------------------------------
 # path.gif
 
-@torch.no_grad()
-def draw_path(psfm, config, device, autocast, path, num_rooms=2, num_context=4, num_frames=36, tile=112):
-    """A film of the field: held-out rooms along a path of cameras at which no picture was taken, beside the ray-traced truth.
+FILM_CONTEXT, FILM_FRAMES = 4, 36
 
-    The encoder gets four views of the walk. The features that the backbone would see along the path come from passes with
-    two frames of the path as targets beside these four.
+
+@torch.no_grad()
+def field_along(psfm, context, frames, extrinsics, intrinsics):
+    """The field from cameras that the encoder knows nothing of, and what the backbone would see there.
+
+    context (Vc, 3, H, W) and frames (F, 3, H, W), F even, in [0, 1]; the frames' extrinsics (F, 3, 4) in the frame of the
+    first context view, SCENE_UNITs, intrinsics (3, 3). -> true and predicted features (F, N, 2C), grid. The true ones come
+    from passes in which two frames are the targets beside the context; the prediction never meets a frame.
     """
+    pairs = frames.unflatten(0, (-1, 2))                                                  # (F/2, 2, 3, H, W)
+    images = torch.cat([context.expand(len(pairs), -1, -1, -1, -1), pairs], 1)
+    mask = (torch.arange(images.shape[1], device=images.device) >= len(context)).expand(len(pairs), -1)
+    allowed, views, _ = psfm.observe(images, mask, len(context))
+    z = psfm.encode(allowed[:1], views.grid)                                              # (1, Q, D)
+    predicted = psfm.decode(z, extrinsics[None], intrinsics.expand(1, len(frames), 3, 3), frames.shape[-2:], views.grid)[0]
+    return views.features[:, len(context):].flatten(0, 1), predicted, views.grid
+
+
+@torch.no_grad()
+def draw_film(psfm, config, device, autocast, file, num_rooms=2, tile=112):
+    """A film of the field: held-out rooms from a path of cameras at which no picture was taken, beside the ray-traced truth."""
     pool = RoomPool('val', 0, num_rooms, image_size=(config.image_width,) * 2, device=device)
     rooms, block = pool.render_block(0)
     walk, size = block['extrinsics'], pool.size
-    chosen = torch.arange(num_context) * pool.VIEWS // num_context                        # spread over the walk
-    route = make_path(rooms.to('cpu'), num_frames).to(device)                             # (R, F, 3, 4)
-    seen = render(rooms, route, make_intrinsics(size, len(route), num_frames).to(device), size)
-    frames = []
+    chosen = torch.arange(FILM_CONTEXT) * pool.VIEWS // FILM_CONTEXT                      # spread over the walk
+    path = make_path(rooms.to('cpu'), FILM_FRAMES).to(device)                             # (R, F, 3, 4)
+    seen = render(rooms, path, make_intrinsics(size, len(path), FILM_FRAMES).to(device), size)
+    strips = []                                               # of each room: the context, and columns of (F, h, w, 3)
     for room in range(num_rooms):
-        context = block['images'][room, chosen].float() / 255                             # (Vc, 3, H, W)
-        truth = seen['image'][room].float() / 255                                         # (F, 3, H, W)
-        pairs = truth.unflatten(0, (-1, 2))                                               # (F/2, 2, 3, H, W)
-        mask = torch.tensor([[False] * num_context + [True] * 2], device=device).expand(len(pairs), -1)
+        context, frames = [images.float() / 255 for images in (block['images'][room, chosen], seen['image'][room])]
+        extrinsics = scene_extrinsics(torch.cat([walk[room, :1], path[room]])[None])[0, 1:]
         with autocast:
-            views = psfm.observe(torch.cat([context.expand(len(pairs), -1, -1, -1, -1), pairs], 1), mask, num_context)[1]
-            grid, features = views.grid, views.features[:, num_context:].flatten(0, 1)    # (F, N, 2C)
-            z = psfm.encode(views.features[:1, :num_context], grid)                       # context never saw the path
-            extrinsics = scene_extrinsics(torch.cat([walk[room, :1], route[room]])[None])[:, 1:]
-            intrinsics = block['intrinsics'][room, :1].expand(1, num_frames, 3, 3)
-            predicted = psfm.decode(z, extrinsics, intrinsics, size, grid)[0].float()     # (F, N, 2C)
+            features, predicted, grid = field_along(psfm, context, frames, extrinsics, block['intrinsics'][room, 0])
         colours, basis = to_colours(features)
-        ours = to_colours(predicted, basis)[0]
-        depth, read = seen['depth'][room] / SCENE_UNIT, psfm.backbone.read_out(predicted[None], grid)[0][0]
+        ours, _ = to_colours(predicted, basis)
+        depth, read = seen['depth'][room] / SCENE_UNIT, psfm.backbone.read_out(predicted[None].float(), grid)[0][0]
         far = depth.max()
-        frames.append((context, [truth.permute(0, 2, 3, 1), colours.unflatten(1, grid), ours.unflatten(1, grid), to_grey(1 - depth / far), to_grey(1 - read / far)]))
+        strips.append((context, [frames.permute(0, 2, 3, 1), colours.unflatten(1, grid), ours.unflatten(1, grid),
+                                 to_grey(1 - depth / far), to_grey(1 - read / far)]))
 
     titles = ['four context pictures', 'a new camera', 'backbone features', 'predicted from z', 'true depth', 'read off prediction']
-    gap, top, font = 4, 22, ImageFont.load_default(11)
+    gap, top, half, font = 4, 22, tile // 2 - 1, ImageFont.load_default(11)
     film = []
-    for f in range(num_frames):
-        canvas = Image.new('RGB', (6 * (tile + gap), top + num_rooms * (tile + gap)), 'white')
+    for f in range(FILM_FRAMES):
+        canvas = Image.new('RGB', (len(titles) * (tile + gap), top + num_rooms * (tile + gap)), 'white')
         draw = ImageDraw.Draw(canvas)
         for column, title in enumerate(titles):
             draw.text((column * (tile + gap) + tile // 2, top // 2), title, 'firebrick' if column in (3, 5) else 'black', font, anchor='mm')
-        for room, (context, columns) in enumerate(frames):
-            y, half = top + room * (tile + gap), tile // 2 - 1
-            for i, picture in enumerate(context[:4]):
+        for room, (context, columns) in enumerate(strips):
+            y = top + room * (tile + gap)
+            for i, picture in enumerate(context):
                 canvas.paste(to_tile(picture.permute(1, 2, 0), (half, half)), (i % 2 * (half + 2), y + i // 2 * (half + 2)))
             for column, pictures in enumerate(columns, 1):
                 canvas.paste(to_tile(pictures[f], (tile, tile)), (column * (tile + gap), y))
         film.append(canvas.quantize(256))
-    film[0].save(path, save_all=True, append_images=film[1:], duration=120, loop=0)
+    film[0].save(file, save_all=True, append_images=film[1:], duration=120, loop=0)
 
 
 def to_grey(x):
@@ -311,13 +322,13 @@ def to_grey(x):
 # -----------------------------------------------------------------------------
 # what does z know?
 
-PROBED = {'pooled': 'backbone features, mean over views', 'untrained': 'latents of an untrained encoder',
-          'latents': 'latents z of the trained encoder', 'tokens': 'backbone features, all of them'}
+PROBED = {'pooled': 'backbone features, one mean a room', 'untrained': 'latents of an untrained encoder',
+          'latents': 'latents z of the trained encoder', 'tokens': 'backbone features, means of 2 x 2'}
 FACTS = {'sides': 'side lengths', 'objects': 'objects', 'count': 'counts', 'presence': 'presence', 'place': 'places', 'distance': 'distances'}
 
 
 @torch.no_grad()
-def look_at_rooms(psfm, untrained, config, split, seed, num_rooms, num_views, device, autocast):
+def rooms_to_probe(psfm, untrained, config, split, seed, num_rooms, num_views, device, autocast):
     """What there is to probe. -> tokens {name of PROBED: (rooms, tokens, channels)}, facts {name of FACTS: (rooms, n)}, on the CPU."""
     pool = RoomPool(split, seed, num_rooms, image_size=(config.image_width,) * 2, device=device)
     tokens, facts = {name: [] for name in PROBED}, {name: [] for name in FACTS}
@@ -339,10 +350,7 @@ def look_at_rooms(psfm, untrained, config, split, seed, num_rooms, num_views, de
 
 
 def ridge_probe(x, y, x_test):
-    """Ridge regression in its kernel form: x (n, d), y (n, facts) with NaN where not defined, x_test (m, d) -> (m, facts).
-
-    The penalty of each fact is the one with the least leave-one-out error, which the eigenvectors give at once.
-    """
+    """Ridge regression: x (n, d), y (n, facts) with NaN where a fact is not defined, x_test (m, d) -> (m, facts)."""
     x, x_test, y = x.double(), x_test.double(), y.double()
     mean, scale = x.mean(0), (x.std(0) + 1e-6) * x.shape[1] ** 0.5
     x, x_test = (x - mean) / scale, (x_test - mean) / scale
@@ -350,22 +358,33 @@ def ridge_probe(x, y, x_test):
     same = {}                                                 # facts that are defined in the same rooms are solved together
     for fact in range(y.shape[1]):
         same.setdefault(y[:, fact].isnan().numpy().tobytes(), []).append(fact)
-    for group in same.values():
-        known = ~y[:, group[0]].isnan()
-        n, target, k = int(known.sum()), y[known][:, group], kernel[known][:, known]
-        to_known = cross[:, known] - k.mean(0)                # both kernels centred on these rooms: the intercept is free
-        to_known = to_known - to_known.mean(1, keepdim=True)
-        values, vectors = torch.linalg.eigh(k - k.mean(0) - k.mean(1, keepdim=True) + k.mean())
-        centred = vectors.T @ (target - target.mean(0))
-        least, best = torch.full((len(group),), torch.inf, dtype=torch.float64), torch.zeros_like(target)
-        for penalty in 10.0 ** torch.arange(-4, 3.1, 0.5):
-            shrunk = 1 / (values.clamp(min=0) + penalty)
-            weights = vectors @ (shrunk[:, None] * centred)
-            left_out = (weights / (vectors.square() @ shrunk - 1 / (n * penalty))[:, None]).square().mean(0)
-            better = left_out < least
-            least, best = torch.where(better, left_out, least), torch.where(better, weights, best)
-        answers[:, group] = to_known @ best + target.mean(0)
+    for facts in same.values():
+        known = ~y[:, facts[0]].isnan()
+        answers[:, facts] = kernel_ridge(kernel[known][:, known], cross[:, known], y[known][:, facts])
     return answers.float()
+
+
+def kernel_ridge(kernel, cross, y):
+    """Ridge regression with a free intercept, from products of inputs: (n, n), (m, n) and y (n, facts) -> (m, facts).
+
+    The penalty of each fact is the one with the least leave-one-out error, which needs no second fit: with
+    G = (kernel + penalty)^-1, the error at room i without room i is weights_i / (G_ii - 1 / (n penalty)), the last term
+    being the intercept's.
+    """
+    n, mean = len(y), y.mean(0)
+    cross = cross - kernel.mean(0)                            # centred on the n rooms, as the inputs themselves would be
+    cross = cross - cross.mean(1, keepdim=True)
+    kernel = kernel - kernel.mean(0) - kernel.mean(1, keepdim=True) + kernel.mean()
+    values, vectors = torch.linalg.eigh(kernel)
+    rotated = vectors.T @ (y - mean)
+    least, best = y.new_full((y.shape[1],), math.inf), torch.zeros_like(y)
+    for penalty in 10.0 ** torch.arange(-4, 3.1, 0.5):
+        inverse = 1 / (values.clamp(min=0) + penalty)
+        weights = vectors @ (inverse[:, None] * rotated)
+        left_out = weights / (vectors.square() @ inverse - 1 / (n * penalty))[:, None]
+        error = left_out.square().mean(0)
+        least, best = torch.where(error < least, error, least), torch.where(error < least, weights, best)
+    return cross @ best + mean
 
 
 class AttentiveProbe(nn.Module):
@@ -424,16 +443,19 @@ def fact_scores(answers, truth, fitted, resamples=1000):
     """Answers and truth {fact: (rooms, n)} -> {fact: (score, low, high)} with a 95 % bootstrap interval over rooms.
 
     R2 around the mean of the `fitted` rooms, every number of a fact weighing alike; of presence, the share that is right.
+    Numbers that fewer than ten fitted rooms have (two rare pieces, each alone of its kind) are left out.
     """
-    draws = torch.randint(len(truth['sides']), (resamples, len(truth['sides'])), generator=step_generator(0))
+    n = len(truth['sides'])
+    draws = torch.randint(n, (resamples, n), generator=step_generator(0))
     scores = {}
     for name in FACTS:
+        asked = truth[name].masked_fill((~fitted[name].isnan()).sum(0) < 10, math.nan)
         if name == 'presence':
-            wrong, total = ((answers[name] > 0.5) != (truth[name] > 0.5)).float().sum(1), torch.full((len(truth[name]),), float(truth[name].shape[1]))
+            wrong, total = ((answers[name] > 0.5) != (asked > 0.5)).float().sum(1), torch.full((n,), float(asked.shape[1]))
         else:
             mean = fitted[name].nanmean(0)
             scale = (fitted[name] - mean).square().nanmean(0)
-            wrong, total = [((x - truth[name]).square() / scale).nansum(1) for x in (answers[name], mean)]
+            wrong, total = [((x - asked).square() / scale).nansum(1) for x in (answers[name], mean)]
         resampled = 1 - wrong[draws].sum(1) / total[draws].sum(1)
         scores[name] = [(1 - wrong.sum() / total.sum()).item(), *resampled.quantile(torch.tensor([0.025, 0.975])).tolist()]
     return scores
@@ -441,11 +463,12 @@ def fact_scores(answers, truth, fitted, resamples=1000):
 
 def probe_latents(psfm, config, num_rooms, num_held_out, num_views, device, autocast):
     """-> {'mean': scores, 'pooled ridge': scores, 'pooled attentive': ..., ...}, see PROBED and `fact_scores`."""
+    torch.manual_seed(0)
     untrained = build_psfm(config).to(device).eval()
     untrained.load_state_dict({name: x for name, x in psfm.state_dict().items() if name.startswith('geo_')}, strict=False)
-    see = lambda *which: look_at_rooms(psfm, untrained, config, *which, num_views, device, autocast)
-    fit_tokens, fit_facts = see('train', 1_000_000, num_rooms)                            # a seed that no encoder is trained with
-    test_tokens, test_facts = see('val', 0, num_held_out)
+    gather = functools.partial(rooms_to_probe, psfm, untrained, config, num_views=num_views, device=device, autocast=autocast)
+    fit_tokens, fit_facts = gather(split='train', seed=1_000_000, num_rooms=num_rooms)    # a seed that no encoder is trained with
+    test_tokens, test_facts = gather(split='val', seed=0, num_rooms=num_held_out)
     y, widths = torch.cat([fit_facts[name] for name in FACTS], 1), [fit_facts[name].shape[1] for name in FACTS]
     score = lambda answers: fact_scores(dict(zip(FACTS, answers.split(widths, 1))), test_facts, fit_facts)
     scores = {'mean': score(y.nanmean(0).expand(len(test_facts['sides']), -1))}
@@ -469,27 +492,34 @@ def probe_table(scores):
 # several runs
 
 def runs_table(folders):
-    """A row for each configuration: what it changes from the first one, and means over its seeds with half the range."""
-    groups, of_no_matter = {}, {'seed', 'out', 'device', 'workers', 'resume', 'log_every', 'eval_every'}
+    """A row for each configuration: what it changes from the first one, and means over its seeds with half the range.
+
+    Whatever is not the folder of a finished run of PSFM is left out, by name.
+    """
+    groups, left_out, of_no_matter = {}, [], {'seed', 'out', 'device', 'workers', 'resume', 'log_every', 'eval_every'}
     for folder in folders:
         try:
             config, metrics = [json.load(open(os.path.join(folder, name))) for name in ('config.json', 'metrics.json')]
             read_out = metrics['read_out']['psfm'] if 'read_out' in metrics else dict(object_recall=math.nan, depth_abs_rel=math.nan)
             values = [metrics['psfm']['r2'], metrics['camera']['r2'], read_out['object_recall'], read_out['depth_abs_rel'], metrics['seconds'] / 60]
-        except (OSError, ValueError, KeyError) as error:
-            raise InputError(f'{folder} is not the folder of a finished PSFM run ({type(error).__name__}: {error})') from error
+        except (OSError, ValueError, KeyError):
+            left_out.append(folder)
+            continue
         settings = {key: value for key, value in config.items() if key not in of_no_matter}
         groups.setdefault(json.dumps(settings), []).append(values)
+    if not groups:
+        raise InputError(f'no finished PSFM run among {" ".join(folders)}')
     first = json.loads(next(iter(groups)))
     rows = [f'{"":46s}{"seeds":>6s}' + ''.join(f'{title:>15s}' for title in ('R2', 'camera', 'objects', 'depth abs-rel', 'minutes'))]
     for settings, runs in groups.items():
-        changed = ' '.join(f'{name}={value}' for name, value in json.loads(settings).items() if first.get(name) != value)
+        ours = json.loads(settings)
+        changed = ' '.join(f'{name}={ours.get(name)}' for name in {**first, **ours} if first.get(name) != ours.get(name))
         row = f'{changed or "(the first)":46s}{len(runs):6d}'
         for values in zip(*runs):
             spread = f' ±{(max(values) - min(values)) / 2:.3f}' if len(runs) > 1 else ''
             row += f'{sum(values) / len(runs):.3f}{spread}'.rjust(15)
         rows.append(row)
-    return '\n'.join(rows)
+    return '\n'.join(rows + [f'left out, not a finished PSFM run: {" ".join(left_out)}'] * bool(left_out))
 
 
 # -----------------------------------------------------------------------------
@@ -576,32 +606,36 @@ def main(argv=None):
         print(backbone_table(evaluate_backbone(vggt, RoomPool('val', 0, args.rooms, device=device), args.rooms, autocast)))
         return
 
-    psfm, config = load_psfm(args.run, device)
-    on_rooms = config.data == 'rooms' and 'cells' in psfm.backbone.config.heads
-    # beside the run; of a file of weights, in out/<its name>
-    out = args.run if os.path.isdir(args.run) else os.path.join('out', os.path.splitext(os.path.basename(args.run))[0])
-    os.makedirs(out, exist_ok=True)
-
     if args.command == 'probe':
-        if not on_rooms:
-            raise InputError(f'{args.run} was trained on {config.data}: facts to probe for are known of rooms alone')
         if not 1 <= args.views <= RoomPool.VIEWS:
             raise InputError(f'--views {args.views}: a room has {RoomPool.VIEWS} views')
+        if args.rooms < 200 or args.held_out < 100 or args.rooms % RoomPool.BLOCK or args.held_out % RoomPool.BLOCK:
+            raise InputError(f'--rooms {args.rooms} --held-out {args.held_out}: at least 200 and 100, for some facts are rare, and multiples of '
+                             f'{RoomPool.BLOCK}, for rooms are made so many at a time')
+    psfm, config = load_psfm(args.run, device)
+    if config.data != 'rooms' and (args.command == 'probe' or args.path):
+        raise InputError(f'{args.run} was trained on {config.data}: what is true there is not known, and this takes a run on rooms')
+    # beside the run; of a file of weights, in out/<its name>
+    out = args.run if os.path.isdir(args.run) else os.path.join('out', os.path.splitext(os.path.basename(args.run))[0])
+
+    if args.command == 'probe':
         if config.num_latents == 0:
             raise InputError(f'{args.run} has no latents (--num-latents 0): there is nothing to probe')
-        if args.rooms < 200 or args.held_out < 100:
-            raise InputError(f'--rooms {args.rooms} --held-out {args.held_out}: a rare fact needs at least 200 rooms to be fitted on, and 100 to be asked of')
         scores = probe_latents(psfm, config, args.rooms, args.held_out, args.views, device, autocast)
         print(f'{args.held_out} held-out rooms, {args.views} views each; probes fitted on {args.rooms} other rooms. R2 (presence: accuracy), 95 % intervals\n{probe_table(scores)}')
+        os.makedirs(out, exist_ok=True)
         with open(os.path.join(out, 'probe.json'), 'w') as file:
             json.dump(scores, file, indent=1)
         print(f'wrote {out}/probe.json')
         return
 
+    if args.path and 'cells' not in psfm.backbone.config.heads:
+        raise InputError(f'--path: the backbone of {args.run}, {config.backbone}, has no head that reads depth off predicted features; it takes a run on the mini VGGT')
     multiple = psfm.backbone.config.patch_size
     train_source, held_out = [make_source(config, split, multiple, device) for split in ('train', 'val')]
     metrics = evaluate_field(psfm, train_source, held_out, config.steps * config.accumulate, config, device, autocast)
     print(field_table(metrics, held_out.held_out))
+    os.makedirs(out, exist_ok=True)
     path = os.path.join(out, 'metrics.json')
     known = json.load(open(path)) if os.path.isfile(path) else {}
     with open(path, 'w') as file:
@@ -609,9 +643,7 @@ def main(argv=None):
     draw_field(psfm, held_out, config, device, autocast, os.path.join(out, 'field.png'))
     print(f'wrote {out}/metrics.json and {out}/field.png')
     if args.path:
-        if not on_rooms:
-            raise InputError(f'--path: {args.run} was trained on {config.data}, where the truth between the pictures is not known; it takes a run on rooms')
-        draw_path(psfm, config, device, autocast, os.path.join(out, 'path.gif'))
+        draw_film(psfm, config, device, autocast, os.path.join(out, 'path.gif'))
         print(f'wrote {out}/path.gif')
 
 

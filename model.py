@@ -19,6 +19,7 @@ import functools
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 
 
 IMAGE_STATISTICS = {'mean': [0.485, 0.456, 0.406], 'std': [0.229, 0.224, 0.225]}      # ImageNet's: what DINO and VGGT expect
@@ -248,6 +249,17 @@ def init_linear(module):
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
+
+
+def read_weights(path):
+    """A .safetensors file -> its state (name -> tensor) and its metadata. Raises InputError if it is not a whole one."""
+    try:
+        with safe_open(path, 'pt') as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    except SafetensorError as error:
+        raise InputError(f'{path} is not a safetensors file, or not a whole one ({error})') from error
+    except OSError as error:
+        raise InputError(f'no weights at {path} ({error})') from error
 
 
 def load_strictly(module, state, source, skip=(), assign=False):

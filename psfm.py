@@ -16,16 +16,15 @@ Shapes as in model.py. In a view mask (B, V), True is a target: a view to predic
 """
 import json
 import os
+import zlib
 from types import SimpleNamespace
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 
 from model import (IMAGE_STATISTICS, MLP, Block, Encoder, InputError, Transformer, camera_rays, cast_matrices, full_precision, init_linear,
-                   invert_pose, load_strictly, take_views, to_4x4)
+                   invert_pose, load_strictly, read_weights, take_views, to_4x4)
 from vggt import VGGT
 
 
@@ -135,6 +134,7 @@ class PSFM(nn.Module):
     features of one context view differ between the encoder's input and the decoder's target.
     `standardised`: features are standardised per channel before they are encoded or predicted.
     `teacher`: a second frozen network whose features are predicted as well ('sem'), images (B, V, 3, H, W) -> (B, V, N, S).
+    `num_latents` 0: the decoder alone, a rival that knows cameras and nothing of the scene; the encoder is left unused.
     `depth_probe`: also train an MLP that reads the backbone's depth off the decoder's output, detached: no gradient of it reaches the field.
     """
 
@@ -325,6 +325,11 @@ def build_psfm(config, dtype=torch.float32):
                 config.num_registers, config.mask_ratio, config.context, config.standardised, teacher, config.depth_probe)
 
 
+def fingerprint(backbone):
+    """Eight hex digits that tell one set of backbone weights from another: kept with what was trained on them."""
+    return f'{zlib.crc32(backbone.aggregator.camera_token.detach().cpu().float().numpy().tobytes()):08x}'
+
+
 def load_psfm(run, device='cpu'):
     """A trained PSFM in eval mode, and the configuration it was trained with (a namespace).
 
@@ -335,17 +340,16 @@ def load_psfm(run, device='cpu'):
         folders = [os.path.join(path, name) for name in ('checkpoint', 'checkpoint.old')]
         path = next((file for file in (os.path.join(folder, 'model.safetensors') for folder in folders) if os.path.isfile(file)), None)
         if path is None:
-            raise InputError(f'no checkpoint in {run}: train first (python train.py --config small)')
-    try:
-        with safe_open(path, 'pt') as file:
-            metadata = file.metadata() or {}
-    except SafetensorError as error:
-        raise InputError(f'{path} is not a safetensors file, or not a whole one ({error})') from error
+            raise InputError(f'no weights at {run}' if str(run).endswith('.safetensors') else
+                             f'no checkpoint in {run}: train first (python train.py --config small)')
+    state, metadata = read_weights(path)
     config = SimpleNamespace(**json.loads(metadata.get('config', '{}')))
     if getattr(config, 'task', None) != 'psfm':
         raise InputError(f'{path} does not hold a PSFM')
     psfm = build_psfm(config)
-    load_strictly(psfm, load_file(path), path, skip=('backbone.', 'teacher.'))
+    if metadata.get('backbone') not in (None, fingerprint(psfm.backbone)):
+        raise InputError(f'{path} was trained on another backbone than what is now in {config.backbone}: its latents mean nothing there')
+    load_strictly(psfm, state, path, skip=('backbone.', 'teacher.'))
     return psfm.to(device).eval(), config
 
 

@@ -157,7 +157,7 @@ def make_walk(rooms, num_views, seed):
     yaw = torch.atan2(aim[..., 1], aim[..., 0]) + turn
     pitch = rand(R, V, low=math.radians(-28), high=math.radians(-4))
     roll = math.radians(2) * torch.randn(R, V, generator=g)
-    return look(position, yaw, pitch, roll)
+    return cameras_at(position, yaw, pitch, roll)
 
 
 def make_path(rooms, num_views):
@@ -175,7 +175,7 @@ def make_path(rooms, num_views):
     position = F.pad(xy, (0, 1), value=sum(EYE_HEIGHT) / 2)
     yaw = torch.atan2(-xy[..., 1], -xy[..., 0])
     pitch = math.radians(-16) + math.radians(6) * (2 * angle).sin().expand(R, V)
-    return look(position, yaw, pitch, torch.zeros(R, V))
+    return cameras_at(position, yaw, pitch, torch.zeros(R, V))
 
 
 def clearance(rooms, xy):
@@ -186,7 +186,7 @@ def clearance(rooms, xy):
     return gap.masked_fill(~tall[:, None], FAR).amin(-1).view(xy.shape[:-1])
 
 
-def look(position, yaw, pitch, roll):
+def cameras_at(position, yaw, pitch, roll):
     """Cameras at `position` (R, V, 3), turned by yaw (0 looks along x), pitch (up) and roll (R, V), radians. -> extrinsics (R, V, 3, 4)"""
     forward = torch.stack([yaw.cos() * pitch.cos(), yaw.sin() * pitch.cos(), pitch.sin()], -1)
     right = F.normalize(torch.cross(forward, torch.tensor([0., 0., 1.]).expand_as(forward), dim=-1), dim=-1)

@@ -26,14 +26,14 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from data import Batches, RoomPool, make_source, step_generator
 from eval import backbone_line, backbone_table, draw_field, evaluate_backbone, evaluate_field, field_line, field_table
-from model import InputError, load_strictly, pick_device
-from psfm import build_psfm, compile_blocks, random_view_mask
+from model import InputError, load_strictly, pick_device, read_weights
+from psfm import build_psfm, compile_blocks, fingerprint, random_view_mask
 from vggt import MINI, VGGT, MiniVGGTTrainer, scene_extrinsics
 
 
@@ -72,7 +72,7 @@ class Config:
     new_rooms: float = opt(1.0, 'rooms: how many of them are replaced at each step')
     val_scenes: int = opt(96, 'held-out samples to evaluate on')
     # optimisation
-    init: str = opt('', 'weights to begin with instead of random ones: a .safetensors file of the same task and sizes')
+    init: str = opt('', '.safetensors file with weights to begin with, of the same task and sizes; features stay standardised as they were there')
     steps: int = opt(2000, 'optimiser steps')
     accumulate: int = opt(1, 'batches a step')
     lr: float = opt(1e-3, 'peak learning rate of AdamW')
@@ -150,6 +150,8 @@ def parse_config(argv=None):
     if config.task == 'psfm':
         if not config.data:
             raise InputError(f'{name} trains on your own pictures: --data FOLDER (one sub-folder a scene)')
+        if config.num_latents < 0:
+            raise InputError(f'--num-latents {config.num_latents} must be 0 or more')
         if config.min_views > config.max_views or config.min_views < 2:
             raise InputError(f'--min-views {config.min_views} --max-views {config.max_views}: at least 2, and in this order')
         if not 0 < config.mask_ratio < 1:
@@ -228,7 +230,9 @@ class Muon(torch.optim.Optimizer):
             for shape, params in shapes.items():
                 directions = []
                 for p in params:
-                    momentum = self.state[p].setdefault('momentum_buffer', torch.zeros_like(p))
+                    if not self.state[p]:
+                        self.state[p]['momentum'] = torch.zeros_like(p)
+                    momentum = self.state[p]['momentum']
                     momentum.lerp_(p.grad, 1 - group['momentum'])
                     directions.append(p.grad.lerp(momentum, group['momentum']))           # Nesterov's look ahead
                 directions = torch.stack(directions)
@@ -300,7 +304,10 @@ def save_checkpoint(folder, model, optimizers, step, config, dtype, metrics):
         shutil.rmtree(new, ignore_errors=True)
         os.makedirs(new)
         settings = dataclasses.asdict(config)
-        save_file(trained_state(model), os.path.join(new, 'model.safetensors'), {'config': json.dumps(settings), 'step': str(step)})
+        metadata = {'config': json.dumps(settings), 'step': str(step)}
+        if config.task == 'psfm':
+            metadata['backbone'] = fingerprint(model.backbone)
+        save_file(trained_state(model), os.path.join(new, 'model.safetensors'), metadata)
         torch.save([optimizer.state_dict() for optimizer in optimizers], os.path.join(new, 'optimizer.pt'))
         with open(os.path.join(new, 'state.json'), 'w') as file:
             json.dump(dict(step=step, dtype=str(dtype).removeprefix('torch.'), config=settings, metrics=metrics), file, indent=1)
@@ -335,7 +342,7 @@ def read_state(folder, config):
 
 def load_checkpoint(state, model, optimizers):
     folder = state['folder']
-    load_strictly(model, load_file(os.path.join(folder, 'model.safetensors')), folder, skip=FROZEN)
+    load_strictly(model, read_weights(os.path.join(folder, 'model.safetensors'))[0], folder, skip=FROZEN)
     states = torch.load(os.path.join(folder, 'optimizer.pt'), map_location='cpu', weights_only=True)
     for optimizer, saved in zip(optimizers, states):
         optimizer.load_state_dict(saved)
@@ -442,9 +449,9 @@ def main(argv=None):
         multiple = model.backbone.config.patch_size
     if config.init and not config.resume:
         if is_mini:
-            model.vggt.load_state_dict(VGGT.from_pretrained(config.init, MINI.heads).state_dict())
+            load_strictly(model.vggt, VGGT.from_pretrained(config.init).state_dict(), config.init)
         else:
-            load_strictly(model, load_file(config.init), config.init, skip=FROZEN)
+            load_strictly(model, read_weights(config.init)[0], config.init, skip=FROZEN)
     model.to(device)
     source = make_source(config, 'train', multiple, device, rank, world_size, say)
     held_out = make_source(config, 'val', multiple, device, say=quiet)

@@ -24,11 +24,9 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 
 from model import (IMAGE_STATISTICS, MLP, Block, InputError, RoPE2D, camera_rays, cast_matrices, full_precision, init_linear,
-                   invert_pose, load_strictly, relative_pose, take_views)
+                   invert_pose, load_strictly, read_weights, relative_pose, take_views)
 
 
 @dataclass(frozen=True)
@@ -446,13 +444,11 @@ class VGGT(nn.Module):
         weights); the weights of heads that were not asked for are skipped by name, and no others.
         """
         path = find_weights(source)
-        try:
-            with safe_open(path, 'pt') as file:
-                metadata = file.metadata() or {}
-        except SafetensorError as error:
-            raise InputError(f'{path} is not a safetensors file, or not a whole one ({error})') from error
+        state, metadata = read_weights(path)
         if 'config' in metadata:
             settings = json.loads(metadata['config'])
+            if 'task' in settings:
+                raise InputError(f'{path} holds the checkpoint of a run ({settings["task"]}), not a VGGT')
             config = VGGTConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
         else:
             config = VGGTConfig()
@@ -460,7 +456,7 @@ class VGGT(nn.Module):
             config = VGGTConfig(**{**asdict(config), 'heads': tuple(heads)})
         with torch.device('meta'):                            # no memory and no time for weights that are about to be replaced
             model = cls(config)
-        model.load({name: tensor.float() for name, tensor in load_file(path).items()}, path, assign=True)
+        model.load({name: tensor.float() for name, tensor in state.items()}, path, assign=True)
         return model
 
     def load(self, state, source, assign=False):

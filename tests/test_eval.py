@@ -9,11 +9,13 @@ import torch
 from PIL import Image
 
 import eval as evaluation
-from eval import attentive_probe, fact_scores, main, ridge_probe, runs_table
+from data import RoomPool
+from eval import attentive_probe, fact_scores, field_along, main, ridge_probe, runs_table
 from model import InputError
-from psfm import load_psfm
+from psfm import build_psfm, load_psfm
 from test_train import TINY, refuse
 from train import main as train
+from vggt import scene_extrinsics
 
 ROOT = Path(__file__).parent.parent
 
@@ -99,8 +101,26 @@ def test_scores_of_facts():
     for name, (score, low, high) in fact_scores(half, truth, fitted).items():
         assert low <= score <= high and (name == 'presence' or score == pytest.approx(0.75))
     noisy = {name: truth[name] + 0.5 * torch.randn(100, 4, generator=torch.Generator().manual_seed(2)) for name in truth}
+    fitted['place'][9:, 0] = math.nan                             # a number that nine rooms have: not asked for
+    noisy['place'][:, 0] = 1e6
+    assert fact_scores(noisy, truth, fitted)['place'][0] > 0.5
     score, low, high = fact_scores(noisy, truth, fitted)['sides']
     assert low < score - 0.01 and high > score + 0.01             # a hundred rooms leave some doubt
+
+
+def test_what_is_probed_is_what_it_is_called(tiny):
+    psfm, config = load_psfm(tiny)
+    other = build_psfm(config)
+    tokens, facts = evaluation.rooms_to_probe(psfm, other, config, 'val', 0, 8, 3, torch.device('cpu'), torch.autocast('cpu', enabled=False))
+    rooms, block = RoomPool('val', 0, 8).render_block(1)
+    images = block['images'][:, :3].float() / 255
+    assert torch.allclose(tokens['latents'][4:], psfm.latents(images), atol=1e-5)
+    assert not torch.allclose(tokens['untrained'], tokens['latents'], atol=1e-2)
+    with torch.no_grad():
+        features = psfm.backbone(images).features
+    assert torch.allclose(tokens['pooled'][4:, 0], features.mean((1, 2)), atol=1e-5)
+    assert tokens['tokens'].shape == (8, 3 * 16, 256) and torch.allclose(tokens['tokens'][4:].mean(1), features.mean((1, 2)), atol=1e-5)
+    assert torch.equal(facts['sides'][4:], rooms.size[:, :2].sort(1).values)
 
 
 def test_probe_command(tiny, capsys):
@@ -113,6 +133,26 @@ def test_probe_command(tiny, capsys):
 
 # -----------------------------------------------------------------------------
 # pictures, tables
+
+@pytest.mark.parametrize('context', ['asymmetric', 'separate'])
+def test_the_film_predicts_from_the_context_alone_and_from_the_right_cameras(tiny, context):
+    """With the walk's own cameras as the path: what the film shows is what the field says when it is asked directly."""
+    psfm, config = load_psfm(tiny)
+    psfm.context = context
+    _, block = RoomPool('val', 0, 4).render_block(0)
+    images, cameras = block['images'][0].float() / 255, scene_extrinsics(block['extrinsics'][:1])[0]
+    intrinsics = block['intrinsics'][0, 0]
+    features, predicted, grid = field_along(psfm, images[:4], images[4:], cameras[4:], intrinsics)
+    with torch.no_grad():
+        seen = psfm.backbone(images[None, :4])
+        z = psfm.encode(seen.features, seen.grid)
+        expected = psfm.decode(z, cameras[None, 4:], intrinsics.expand(1, 4, 3, 3), (64, 64), grid)[0]
+    assert torch.allclose(predicted, expected, atol=1e-4) and features.shape == predicted.shape
+    other_features, again, _ = field_along(psfm, images[:4], torch.rand_like(images[4:]), cameras[4:], intrinsics)
+    assert torch.equal(again, predicted) and not torch.allclose(other_features, features, atol=1e-2)
+    moved = field_along(psfm, images[:4], images[4:], cameras[4:].roll(1, 0), intrinsics)[1]
+    assert not torch.allclose(moved, predicted, atol=1e-4)
+
 
 def test_a_film_of_the_field(tiny):
     main(['field', '--run', str(tiny), '--path', '--device', 'cpu'])
@@ -135,14 +175,17 @@ def test_runs_of_one_configuration_share_a_row(tmp_path):
     assert len(rows) == 3 and rows[1].split()[:5] == ['(the', 'first)', '2', '0.650', '±0.050']
     assert rows[2].split()[:3] == ['num_latents=8', '1', '0.500']
     (tmp_path / 'a' / 'metrics.json').unlink()
-    with pytest.raises(InputError, match='is not the folder of a finished PSFM run'):
+    assert runs_table([str(tmp_path / name) for name in 'ab']).splitlines()[-1] == f'left out, not a finished PSFM run: {tmp_path}/a'
+    with pytest.raises(InputError, match='no finished PSFM run among'):
         runs_table([str(tmp_path / 'a')])
 
 
 @pytest.mark.parametrize('arguments,message', [
     (['probe', '--views', '9'], '--views 9: a room has 8 views'),
-    (['probe', '--rooms', '10'], 'a rare fact needs at least 200 rooms'),
-    (['runs', 'nowhere'], 'nowhere is not the folder of a finished PSFM run'),
+    (['probe', '--rooms', '401'], 'multiples of 4'),
+    (['probe', '--run', 'weights/none.safetensors'], 'no weights at weights/none.safetensors'),
+    (['probe', '--rooms', '10'], 'at least 200 and 100'),
+    (['runs', 'nowhere'], 'no finished PSFM run among nowhere'),
     (['field', '--run', 'weights/mini_vggt.safetensors'], 'weights/mini_vggt.safetensors does not hold a PSFM'),
     (['probe', '--run', 'README.md'], 'README.md is not a safetensors file'),
 ])

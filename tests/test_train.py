@@ -11,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import train
-from model import InputError
+from model import InputError, read_weights
 from psfm import load_psfm
 from test_data import make_folder, picture
 from test_psfm import MASK, make_psfm
@@ -84,7 +84,7 @@ def test_a_run_leaves_what_it_promises(tmp_path):
     assert metrics['read_out']['true']['class_accuracy'] > metrics['read_out']['psfm']['class_accuracy']
     picture = Image.open(tmp_path / 'field.png')
     assert picture.width > 500 and len(picture.getcolors(1 << 24)) > 1000
-    assert not any(name.startswith('backbone.') for name in train.load_file(tmp_path / 'checkpoint' / 'model.safetensors'))
+    assert not any(name.startswith('backbone.') for name in load_file(tmp_path / 'checkpoint' / 'model.safetensors'))
     code, said = run('eval.py', 'field', '--run', str(tmp_path), '--device', 'cpu')
     assert code == 0 and 'from the average latents' in said and 'rooms that training never shows' in said
     again = json.loads((tmp_path / 'metrics.json').read_text())
@@ -155,11 +155,37 @@ def test_init_begins_with_the_weights_of_another_run(tmp_path):
     main(['--config', 'small', *TINY, '--out', str(first)])
     weights = first / 'checkpoint' / 'model.safetensors'
     main(['--config', 'small', *TINY, '--out', str(second), '--init', str(weights), '--seed', '3', '--steps', '1', '--lr', '0', '--muon-lr', '0'])
-    before, after = train.load_file(weights), train.load_file(second / 'checkpoint' / 'model.safetensors')
+    before, after = load_file(weights), load_file(second / 'checkpoint' / 'model.safetensors')
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     psfm, config = load_psfm(weights)                                 # a file of weights is as good as its run's folder
     assert config.width == 32 and torch.equal(psfm.encoder.queries, before['encoder.queries'])
+    refuse('README.md is not a safetensors file', *TINY, '--init', 'README.md', '--out', str(second))
+    refuse('holds the checkpoint of a run (psfm), not a VGGT', *TINY, '--backbone', str(weights), '--out', str(second))
     refuse('does not fit this PSFM: other shapes for', *TINY, '--width', '64', '--init', str(weights), '--out', str(second))
+
+
+def test_init_of_the_mini_vggt_skips_the_lessons_with_two_views(tmp_path):
+    weights = ROOT / 'weights' / 'mini_vggt.safetensors'
+    main(['--config', 'mini-vggt', '--init', str(weights), '--num-rooms', '8', '--val-scenes', '8', '--steps', '1', '--lr', '0', '--muon-lr', '0',
+          '--device', 'cpu', '--out', str(tmp_path)])
+    before, after = load_file(weights), load_file(tmp_path / 'mini_vggt.safetensors')
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    pool = train.RoomPool('train', 0, 8)
+    views = lambda config: {train.mini_vggt_batch(pool, step, config)['images'].shape[1] for step in range(12)}
+    assert views(Config(task='mini-vggt', steps=1000)) == {2}
+    assert views(Config(task='mini-vggt', steps=1000, init='x')) == {3, 4, 5, 6}
+
+
+def test_latents_are_not_read_beside_another_backbone(tmp_path, monkeypatch):
+    main(['--config', 'small', *TINY, '--out', str(tmp_path), '--steps', '1'])
+    state, metadata = read_weights(ROOT / 'weights' / 'mini_vggt.safetensors')
+    save_file({**state, 'aggregator.camera_token': state['aggregator.camera_token'] + 1}, tmp_path / 'other.safetensors', metadata)
+    folder = tmp_path / 'checkpoint' / 'model.safetensors'
+    ours, settings = read_weights(folder)
+    changed = {**json.loads(settings['config']), 'backbone': str(tmp_path / 'other.safetensors')}
+    save_file(ours, folder, {**settings, 'config': json.dumps(changed)})
+    with pytest.raises(InputError, match='was trained on another backbone'):
+        load_psfm(tmp_path)
 
 
 def test_without_latents_the_decoder_knows_the_camera_alone(tmp_path):
@@ -255,6 +281,7 @@ def refuse(message, *arguments, script='train.py', **options):
     (['--mask-ratio', '1'], '--mask-ratio 1.0 must lie between 0 and 1'),
     (['--image-width', '60'], '--image-width 60 is not a multiple of the patch size 8: take 56 or 64'),
     (['--width', '100', '--num-heads', '3'], 'a head needs a multiple of 8 channels'),
+    (['--num-latents', '-1'], '--num-latents -1 must be 0 or more'),
     (['--max-views', '9'], '--max-views 9: a room has 8 views'),
     (['--device', 'gpu'], '--device gpu: torch knows no such device'),
     (['--min-gap', '5', '--max-gap', '2'], 'gaps in this order'),
