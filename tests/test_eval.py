@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import eval as evaluation
-from data import RoomPool
+from data import RoomPool, make_source
 from eval import attentive_probe, fact_scores, field_along, main, ridge_probe, runs_table
 from model import InputError
 from psfm import build_psfm, load_psfm
@@ -129,6 +129,15 @@ def test_probe_command(tiny, capsys):
     assert scores.keys() == {'mean'} | {f'{name} {kind}' for name in evaluation.PROBED for kind in ('ridge', 'attentive')}
     assert scores['mean']['sides'][0] == pytest.approx(0, abs=1e-6) and scores['tokens ridge']['sides'][0] > 0.2
     assert 'latents z of the trained encoder' in said and 'side lengths' in said
+
+
+def test_the_shipped_encoder_keeps_what_the_readme_says():
+    psfm, config = load_psfm(evaluation.SHIPPED)
+    config.num_rooms = config.val_scenes = 24
+    sources = [make_source(config, split, 8) for split in ('train', 'val')]
+    metrics = evaluation.evaluate_field(psfm, *sources, 0, config, torch.device('cpu'), torch.autocast('cpu', enabled=False))
+    assert metrics['psfm']['r2'] > 0.6 and metrics['psfm']['r2'] > metrics['camera']['r2'] + 0.2
+    assert metrics['read_out']['psfm']['object_recall'] > 0.35 > 10 * metrics['read_out']['camera']['object_recall']
 
 
 # -----------------------------------------------------------------------------
