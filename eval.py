@@ -484,7 +484,7 @@ def probe_table(scores):
     for name, row in scores.items():
         what, _, kind = name.partition(' ')
         label = f'{PROBED[what]:36s} {kind}' if kind else 'mean of the fitted rooms'
-        rows.append(f'{label:48s}' + ''.join(f'{value:8.2f} {f"{low:.2f}..{high:.2f}" if kind else "":>9s}'.rjust(18) for value, low, high in (row[fact] for fact in FACTS)))
+        rows.append(f'{label:48s}' + ''.join(f'{round(value, 2) + 0.0:8.2f}{f" {low:.2f}..{high:.2f}" if kind else ""}'.rjust(18) for value, low, high in (row[fact] for fact in FACTS)))
     return '\n'.join(rows)
 
 
