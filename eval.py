@@ -480,11 +480,12 @@ def probe_latents(psfm, config, num_rooms, num_held_out, num_views, device, auto
 
 
 def probe_table(scores):
-    rows = [' ' * 48 + ''.join(f'{title:>18s}' for title in FACTS.values())]
+    rows = [' ' * 48 + ''.join(f'{title:>20s}' for title in FACTS.values())]
     for name, row in scores.items():
         what, _, kind = name.partition(' ')
+        cells = [f'{round(value, 2) + 0.0:.2f}' + (f' {low:.2f}..{high:.2f}' if kind else ' ' * 11) for value, low, high in (row[fact] for fact in FACTS)]
         label = f'{PROBED[what]:36s} {kind}' if kind else 'mean of the fitted rooms'
-        rows.append(f'{label:48s}' + ''.join(f'{round(value, 2) + 0.0:8.2f}{f" {low:.2f}..{high:.2f}" if kind else ""}'.rjust(18) for value, low, high in (row[fact] for fact in FACTS)))
+        rows.append((f'{label:48s}' + ''.join(f'{cell:>20s}' for cell in cells)).rstrip())
     return '\n'.join(rows)
 
 
