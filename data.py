@@ -12,16 +12,19 @@ knows them (rooms do), extrinsics (B, V, 3, 4), intrinsics (B, V, 3, 3), and on 
 of cells x cells a patch (one cell = 4 x 4 pixels): depth (B, V, h, w) in metres and
 classes (B, V, h, w), indices into rooms.CLASSES.
 """
+import collections
 import functools
+import json
 import os
 import re
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageOps
 
 from model import InputError
-from rooms import make_intrinsics, make_rooms, make_walk, render, room_seed, surface_classes
+from rooms import K, ask, ask_2d, make_intrinsics, make_rooms, make_walk, render, room_seed, surface_classes, vsi_prompt
 
 CELL = 4      # pixels a side: depth and classes are kept at this resolution
 
@@ -124,15 +127,16 @@ def list_pictures(folder):
     return [os.path.join(folder, name) for name in sorted(names, key=natural_order)]
 
 
-def read_picture(path, width, multiple):
-    """A picture file -> uint8 array (H, W, 3): upright, RGB, `width` pixels wide, H a multiple of `multiple`, at most `width`.
+def open_picture(path, width=None):
+    """A picture file -> PIL image, upright, RGB. Any mode will do: grey, palette, alpha (on white), CMYK, 16 bits.
 
-    Rows are cropped evenly above and below. Any mode will do: grey, palette, alpha (on white), CMYK, 16 bits.
-    Raises InputError with the path if it cannot be read to its end.
+    `width`: what it will be resized to, so that a large JPEG need not be decoded in full. Raises InputError with the path
+    if it cannot be read to its end.
     """
     try:
         with Image.open(path) as picture:
-            picture.draft('RGB', (width, width))              # JPEG: decodes at 1/2, 1/4 or 1/8 where that is enough
+            if width:
+                picture.draft('RGB', (width, width))          # JPEG: decodes at 1/2, 1/4 or 1/8 where that is enough
             picture = ImageOps.exif_transpose(picture)
             if picture.mode.startswith(('I', 'F')):           # 16 bits and more: stretched to 8, since the range is anyone's
                 values = np.asarray(picture, dtype=np.float64)
@@ -141,15 +145,23 @@ def read_picture(path, width, multiple):
             elif picture.mode in ('LA', 'PA', 'RGBA') or 'transparency' in picture.info:
                 picture = picture.convert('RGBA')
                 picture = Image.alpha_composite(Image.new('RGBA', picture.size, 'white'), picture)
-            picture = picture.convert('RGB')
-            height = max(multiple, round(picture.height * width / picture.width))
-            picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+            return picture.convert('RGB')
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = 'not a picture' if isinstance(error, Image.UnidentifiedImageError) else str(error)
         raise InputError(f'{path} cannot be read: {reason}') from error
+
+
+def fit_picture(picture, width, multiple):
+    """PIL image -> uint8 array (H, W, 3), `width` pixels wide, H a multiple of `multiple`, at most `width`: cropped evenly above and below."""
+    height = max(multiple, round(picture.height * width / picture.width))
     keep = min(height, width) // multiple * multiple
     top = (height - keep) // 2
-    return np.asarray(picture)[top:top + keep]
+    return np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC))[top:top + keep]
+
+
+def read_picture(path, width, multiple):
+    """A picture file -> uint8 array, as the backbone wants it: `open_picture`, then `fit_picture`."""
+    return fit_picture(open_picture(path, width), width, multiple)
 
 
 @functools.lru_cache(maxsize=None)
@@ -258,3 +270,273 @@ def make_source(config, split, multiple, device='cpu', rank=0, world_size=1, say
         return RoomPool(split, 0, config.val_scenes, 0, size, device)
     return PhotoFolder(config.data, split, config.seed, config.image_width, multiple, config.min_views,
                        (config.min_gap, config.max_gap), rank if split == 'train' else 0, say)
+
+
+# -----------------------------------------------------------------------------
+# videos
+
+VIDEOS = ('.mp4', '.avi', '.mov', '.mkv', '.webm')
+
+
+def even_frames(count, num_frames):
+    """Indices of `num_frames` frames spread evenly over `count`, first and last included; all, if there are no more."""
+    return sorted(set(np.linspace(0, count - 1, min(num_frames, count)).astype(int).tolist()))
+
+
+def read_video(path, num_frames, every=None):
+    """Frames of a video file, or of a folder of frames (taken as one a second). -> list of PIL images
+
+    `num_frames`: spread evenly over the video. With `every`: one in so many seconds, at least 4 and at most num_frames.
+    Files need PyAV (pip install av). Raises InputError with the path.
+    """
+    def choose(count, seconds):
+        n = max(4, min(num_frames, round(seconds / every))) if every else num_frames
+        return even_frames(count, n)
+
+    if os.path.isdir(path):
+        pictures = list_pictures(path)
+        if not pictures:
+            raise InputError(f'no frames in the folder {path} ({" ".join(PICTURES)})')
+        return [open_picture(pictures[i]) for i in choose(len(pictures), len(pictures))]
+    if not os.path.isfile(path):
+        raise InputError(f'no video at {path}')
+    try:
+        import av
+    except ImportError as error:
+        raise InputError(f'{path}: reading video files takes PyAV (pip install av); a folder of frames goes without') from error
+    try:
+        with av.open(path) as container:                      # a first pass counts: headers are often wrong about it
+            stream = container.streams.video[0]
+            count = sum(1 for packet in container.demux(stream) if packet.size)
+            rate = float(stream.average_rate or 30)
+        wanted, frames = choose(count, count / rate), {}
+        with av.open(path) as container:
+            container.streams.video[0].thread_type = 'AUTO'
+            for i, frame in enumerate(container.decode(video=0)):
+                if i in wanted:
+                    frames[i] = frame.to_image()
+                if i >= wanted[-1]:
+                    break
+    except (av.error.FFmpegError, IndexError, ValueError) as error:
+        raise InputError(f'{path} cannot be read as a video, or not to its end: {error}') from error
+    if len(frames) < len(wanted):
+        raise InputError(f'{path} ends early: {len(frames)} of {len(wanted)} frames could be read')
+    return [frames[i] for i in wanted]
+
+
+# -----------------------------------------------------------------------------
+# conversations about pictures. An item is a dict: `images`, a list of PIL images, and `conversations`, a list of
+# {'from': 'human' | 'gpt', 'value': text}, where each <image> in a text stands for the next of the images.
+
+class RoomQuestions(torch.utils.data.Dataset):
+    """VSI-Bench's questions about rooms: item i is room i, seen from VIEWS places of a walk, and everything asked about it.
+
+    `kind` '2d' instead: item i is one to four pictures of different rooms, and questions which each picture answers alone.
+    `records`: the questions one by one, in VSI-Bench's schema, with `room`, the index of their room.
+    """
+    VIEWS = 6
+
+    def __init__(self, split, seed, num_rooms, kind='3d', progress=iter):
+        self.kind, self.seed, self.split = kind, seed, split
+        pool = RoomPool(split, seed, num_rooms)
+        images, self.questions, self.records, used = [], [], [], collections.Counter()
+        for index in progress(range(-(-num_rooms // pool.BLOCK))):
+            rooms, views = pool.render_block(index)
+            images.append(views['images'][:, :self.VIEWS].permute(0, 1, 3, 4, 2).contiguous())
+            surface = views['surface'][:, :self.VIEWS].long()
+            cells = F.one_hot(surface.flatten(2), 6 + K)[..., 6:].sum(2)                  # (BLOCK, V, K)
+            for room in range(pool.BLOCK):
+                number = index * pool.BLOCK + room
+                g = step_generator(seed, number, 5, split != 'train')
+                if kind == '2d':
+                    view = int(torch.randint(self.VIEWS, (1,), generator=g))
+                    self.questions.append((view, ask_2d(rooms, room, surface[room, view], g)))
+                else:
+                    self.questions.append(ask(rooms, room, cells[room], f'room-{split}-{seed}-{number}', g, used))
+                    self.records += [dict(record, id=len(self.records) + i, room=number) for i, record in enumerate(self.questions[-1])]
+        self.images = torch.cat(images).numpy()                                           # (R, V, H, W, 3) uint8
+
+    def __len__(self):
+        return len(self.questions)
+
+    def pictures(self, room):
+        return [Image.fromarray(image) for image in self.images[room]]
+
+    def __getitem__(self, i):
+        if self.kind == '2d':
+            return self.mixed(i)
+        order = torch.randperm(len(self.questions[i]), generator=step_generator(self.seed, i, 6)).tolist()
+        turns = [(vsi_prompt(self.questions[i][j]), self.questions[i][j]['ground_truth']) for j in order]
+        return dict(images=self.pictures(i), conversations=to_turns('<image>' * self.VIEWS, turns))
+
+    def mixed(self, i):
+        g = step_generator(self.seed, i, 7)
+        count = int(torch.randint(1, 5, (1,), generator=g))
+        chosen = [i, *torch.randint(len(self), (count - 1,), generator=g).tolist()]
+        turns = []
+        for number, room in enumerate(chosen, 1):
+            for question, options, answer in self.questions[room][1]:
+                question = question.replace('{picture}', f'picture {number}')
+                if options is None:
+                    turns.append((f'{question}\nPlease answer the question using a single word or phrase.', answer))
+                else:
+                    letters = 'ABCD'[:len(options)]
+                    lines = [question, 'Options:', *(f'{letter}. {text}' for letter, text in zip(letters, options)),
+                             "Answer with the option's letter from the given choices directly."]
+                    turns.append(('\n'.join(lines), letters[options.index(answer)]))
+        order = torch.randperm(len(turns), generator=g).tolist()[:12]
+        return dict(images=[Image.fromarray(self.images[room][self.questions[room][0]]) for room in chosen],
+                    conversations=to_turns('<image>' * count, [turns[j] for j in order]))
+
+
+def to_turns(before, turns):
+    """[(question, answer)] -> conversations; `before` stands in front of the first question."""
+    conversations = []
+    for question, answer in turns:
+        conversations += [{'from': 'human', 'value': before + question}, {'from': 'gpt', 'value': answer}]
+        before = ''
+    return conversations
+
+
+class Conversations(torch.utils.data.Dataset):
+    """Records of instruction data from JSON and JSONL files, in the format of LLaVA, VSI-590K and the VG-LLM mix.
+
+    files: paths, with an optional share after a colon ('vsi_590k.jsonl:0.25' takes a quarter, the same one every time).
+    A record: `conversations`, and `image` or `images` (a path or a list) or `video` (a file or a folder of frames), paths
+    relative to `media`. <video>, and a single <image> before a video, stand for all its frames. `spar_info`: markers to
+    be drawn on the images. All records are looked at beforehand; a faulty one stops with a sentence that names file and
+    record, or with `skip_bad` is counted and left out.
+    """
+
+    def __init__(self, files, media, num_frames=8, skip_bad=False, seed=0, say=print):
+        self.media, self.num_frames, self.records = media, num_frames, []
+        exists = functools.lru_cache(maxsize=None)(os.path.exists)
+        for file in files:
+            path, _, share = file.rpartition(':') if re.fullmatch(r'.*:[0-9.]+', file) else (file, '', '1')
+            faults, kept = [], []
+            for number, record, fault in read_records(path):
+                fault = fault or record_fault(record, media, exists)
+                if fault:
+                    faults.append(f'{path}, record {number}: {fault}')
+                else:
+                    kept.append(dict(record, where=f'{path}, record {number}'))
+            if faults and not skip_bad:
+                raise InputError(faults[0] + (f' ({len(faults)} such records of {len(faults) + len(kept)}; --skip-bad leaves them out)'))
+            if faults:
+                say(f'{path}: {len(faults)} of {len(faults) + len(kept)} records left out; the first: {faults[0]}')
+            if not 0 < float(share) <= 1:
+                raise InputError(f'{file}: the share after the colon lies between 0 and 1')
+            some = torch.randperm(len(kept), generator=step_generator(seed, 8))[:round(float(share) * len(kept))]
+            self.records += [kept[i] for i in sorted(some.tolist())] if float(share) < 1 else kept
+        if not self.records:
+            raise InputError(f'no usable record in {" ".join(files)}')
+
+    def __len__(self):
+        return len(self.records)
+
+    def __getitem__(self, i):
+        record = self.records[i]
+        try:
+            if 'video' in record:
+                images = read_video(os.path.join(self.media, record['video']), self.num_frames, every=2.0)
+            else:
+                images = [open_picture(os.path.join(self.media, path)) for path in media_paths(record)]
+            if record.get('spar_info'):
+                images = draw_markers(images, record['spar_info'])
+        except InputError as error:
+            raise InputError(f'{record["where"]}: {error}') from error
+        turns = []
+        for turn in record['conversations']:
+            text = turn['value']
+            if 'video' in record:
+                # VSI-590K writes <image> before videos too
+                text = re.sub(r'<(video|image)>\n?', lambda match: '<image>' * len(images), text, count=1)
+            turns.append({'from': turn['from'], 'value': text.replace('<image>\n', '<image>')})
+        return dict(images=images, conversations=turns)
+
+
+def read_records(path):
+    """Yields (number from 1, record, fault) of a .jsonl file, or of a .json file that holds one list."""
+    try:
+        with open(path, encoding='utf-8') as file:
+            if path.endswith('.jsonl'):
+                for number, line in enumerate(file, 1):
+                    if line.strip():
+                        try:
+                            yield number, json.loads(line), None
+                        except ValueError as error:
+                            yield number, None, f'not JSON ({error})'
+                return
+            records = json.load(file)
+    except FileNotFoundError as error:
+        raise InputError(f'no file {path}') from error
+    except (OSError, ValueError) as error:
+        raise InputError(f'{path} cannot be read as JSON: {error}') from error
+    if not isinstance(records, list):
+        raise InputError(f'{path} holds a {type(records).__name__}, not a list of records')
+    for number, record in enumerate(records, 1):
+        yield number, record, None
+
+
+def media_paths(record):
+    paths = record.get('images', record.get('image', []))
+    return [paths] if isinstance(paths, str) else list(paths or [])
+
+
+def record_fault(record, media, exists=os.path.exists):
+    """What is wrong with a record of instruction data, or None."""
+    turns = record.get('conversations') if isinstance(record, dict) else None
+    if not isinstance(turns, list) or len(turns) < 2:
+        return 'no list of at least two turns under "conversations"'
+    for i, turn in enumerate(turns):
+        if not isinstance(turn, dict) or turn.get('from') not in ('human', 'gpt'):
+            return f'turn {i + 1} is from {turn.get("from")!r}, not "human" or "gpt"' if isinstance(turn, dict) else f'turn {i + 1} is not an object'
+        if turn['from'] != ('human', 'gpt')[i % 2]:
+            return f'turn {i + 1} is from {turn["from"]!r}; human and gpt take turns, human first'
+        if not isinstance(turn.get('value'), str) or turn['from'] == 'gpt' and not turn['value'].strip():
+            return f'turn {i + 1} has an empty answer' if turn['from'] == 'gpt' else f'turn {i + 1} has no text under "value"'
+    if len(turns) % 2:
+        return 'the last turn is a question without an answer'
+    text = ''.join(turn['value'] for turn in turns)
+    videos = record.get('video')
+    if videos is not None:
+        if not isinstance(videos, str):
+            return '"video" is not one path'
+        if text.count('<video>') + text.count('<image>') != 1:
+            return f'{text.count("<video>") + text.count("<image>")} <video> tokens for one video'
+        paths = [videos]
+    else:
+        paths = media_paths(record)
+        if text.count('<video>'):
+            return 'a <video> token, but no "video"'
+        if text.count('<image>') != len(paths):
+            return f'{text.count("<image>")} <image> tokens for {len(paths)} images'
+    lost = [path for path in paths if not exists(os.path.join(media, path))]
+    if lost:
+        return f'missing {os.path.join(media, lost[0])}' + (f' and {len(lost) - 1} more' if len(lost) > 1 else '')
+
+
+MARKER_COLOURS = {'red': (255, 0, 0), 'green': (0, 255, 0), 'blue': (0, 0, 255), 'yellow': (255, 255, 0)}
+
+
+def draw_markers(images, spar_info):
+    """The points and boxes that SPAR's questions speak of ("the red point"), drawn on copies of the images.
+
+    spar_info: JSON text: <colour>_point [[x, y], ...] and <colour>_bbox [[x0, y0, x1, y1], ...] in thousandths of the image,
+    point_img_idx / bbox_img_idx [[...]]: on which image each of them lies, in the order of the keys.
+    """
+    info = json.loads(spar_info) if isinstance(spar_info, str) else spar_info
+    images = [image.copy() for image in images]
+    for kind in ('point', 'bbox'):
+        where = np.ravel(info.get(f'{kind}_img_idx', [])).astype(int).tolist()
+        marks = [(name.split('_')[0], mark) for name, marks in info.items() if name.endswith(f'_{kind}') for mark in marks]
+        for i, (colour, mark) in enumerate(marks):
+            image = images[where[i] if i < len(where) and where[i] < len(images) else 0]
+            draw, (W, H) = ImageDraw.Draw(image), image.size
+            x = [value * (W, H)[j % 2] / 1000 for j, value in enumerate(mark)]
+            paint, width = MARKER_COLOURS.get(colour, (255, 0, 0)), max(2, round(max(W, H) / 200))
+            if kind == 'point':
+                draw.ellipse([x[0] - 2 * width, x[1] - 2 * width, x[0] + 2 * width, x[1] + 2 * width], fill=paint)
+            else:
+                draw.rectangle(x, outline=paint, width=width)
+    return images

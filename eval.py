@@ -25,18 +25,22 @@ import functools
 import json
 import math
 import os
+import re
 import sys
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from data import RoomPool, make_source, step_generator
+from adapter import SceneLatents, load_spatial_vlm
+from data import RoomPool, RoomQuestions, make_source, open_picture, read_video, step_generator, to_turns
 from model import MLP, InputError, pick_device, take_views
 from psfm import build_psfm, context_index, load_psfm, random_view_mask
 from rooms import FURNITURE, make_intrinsics, make_path, render, room_facts
+from scoring import aggregate, prompt, relative_accuracy, score
 from vggt import SCENE_UNIT, VGGT, area_under_curve, pose_errors, scene_extrinsics
 
 SHIPPED = 'weights/psfm_small.safetensors'      # the encoder that the repository carries
@@ -524,6 +528,161 @@ def runs_table(folders):
 
 
 # -----------------------------------------------------------------------------
+# a Spa3-VLM and its answers
+
+@torch.no_grad()
+def generate(model, chat, latents, items, device, autocast, max_new_tokens=16):
+    """Greedy answers to a batch of items (data.py), each ending with a question. `latents`: pictures of the scenes -> their latents, or None."""
+    batch = chat.batch([chat.encode(item) for item in items], left=True, device=device)
+    del batch['labels']
+    with autocast:
+        ids = model.generate(latents=latents([item['images'] for item in items]) if latents else None, do_sample=False, max_new_tokens=max_new_tokens, **batch)
+    return [text.strip() for text in chat.tokenizer.batch_decode(ids[:, batch['input_ids'].shape[1]:], skip_special_tokens=True)]
+
+
+def answer_rooms(model, chat, latents, held_out, train_data, device, autocast, shuffled=False, batch=32):
+    """Every question about the held-out rooms, on its own. -> {task: percent, 'overall', 'prior': the same of `language_prior`, 'scores': [[question_type, score], ...]}
+
+    `shuffled`: each room's questions are answered with the pictures of the room and the latents of another one.
+    """
+    was_training = model.training
+    model.eval()
+    room_of, answers = [record['room'] for record in held_out.records], []
+    for start in tqdm(range(0, len(room_of), batch), 'asking', leave=False):
+        records = held_out.records[start:start + batch]
+        items = [dict(images=held_out.pictures(record['room']), conversations=to_turns('<image>' * held_out.VIEWS, [(prompt('vsibench', record), '')])[:1])
+                 for record in records]
+        others = lambda _: latents([held_out.pictures((record['room'] + 1) % len(held_out)) for record in records])
+        answers += generate(model, chat, others if latents and shuffled else latents, items, device, autocast)
+    model.train(was_training)
+    scored = [(record, score('vsibench', record, answer)) for record, answer in zip(held_out.records, answers)]
+    guess = language_prior(train_data.records)
+    prior = aggregate('vsibench', [(record, score('vsibench', record, guess(record))) for record in held_out.records])
+    return dict(aggregate('vsibench', scored), prior=prior, scores=[[record['question_type'], value] for record, value in scored])
+
+
+def language_prior(records):
+    """What one can answer without looking: of the training answers to the very same question (or, if it was asked fewer than
+    five times, of its task) the one that would have scored best. -> function record -> answer
+    """
+    text = lambda record, letter: record['options']['ABCD'.index(letter)][3:] if record['options'] else letter
+    groups = {}
+    for record in records:
+        question = re.sub(r'\(.*?\)', '', record['question'])                           # the order of options is no part of it
+        for key in ((record['question_type'], question), (record['question_type'], None)):
+            groups.setdefault(key, []).append(text(record, record['ground_truth']))
+
+    @functools.lru_cache(maxsize=None)
+    def best_number(key):
+        golds = np.array([float(gold) for gold in groups[key]])
+        total = lambda value: sum(relative_accuracy(error) for error in abs(value - golds) / golds)
+        return max(sorted(set(groups[key]), key=float), key=lambda value: total(float(value)))
+
+    def guess(record):
+        key = record['question_type'], re.sub(r'\(.*?\)', '', record['question'])
+        if len(groups.get(key, ())) < 5:
+            key = record['question_type'], None
+        if key not in groups:
+            return 'A'
+        if not record['options']:
+            return best_number(key)
+        return max('ABCD'[:len(record['options'])], key=lambda letter: groups[key].count(text(record, letter)))
+
+    return guess
+
+
+def overall_scores(types, scores, draws=1000):
+    """scores (seeds, questions) of questions of `types` -> {task: mean, .., 'overall': (mean, low, high)}: 95 % bootstrap over questions and seeds."""
+    names = sorted(set(types))
+    kind, scores = np.array([names.index(name) for name in types]), np.asarray(scores)
+
+    def overall(weight):                                      # (questions,) -> as aggregate('vsibench')
+        sums, counts = np.bincount(kind, weight * values, len(names)), np.bincount(kind, weight, len(names))
+        return aggregate('vsibench', [(dict(question_type=name), s / c) for name, s, c in zip(names, sums, counts) if c])
+
+    values = scores.mean(0)
+    result, random, drawn = overall(np.ones(len(kind))), np.random.default_rng(0), []
+    for _ in range(draws):
+        values = scores[random.integers(len(scores), size=len(scores))].mean(0)
+        drawn.append(overall(np.bincount(random.integers(len(kind), size=len(kind)), minlength=len(kind)).astype(float))['overall'])
+    return dict(result, overall=(result['overall'], *np.quantile(drawn, [0.025, 0.975]).tolist()))
+
+
+def rooms_line(metrics):
+    return f'held-out rooms: {metrics["overall"]:.1f} (the prior without looking: {metrics["prior"]["overall"]:.1f})'
+
+
+ROOM_COLUMNS = {'object_counting': 'count', 'object_abs_distance': 'abs.dist', 'object_size_estimation': 'obj.size', 'room_size_estimation': 'room size',
+                'object_rel_distance': 'rel.dist', 'object_rel_direction': 'rel.dir', 'route_planning': 'route', 'obj_appearance_order': 'order'}
+
+
+def rooms_table(arms):
+    """{arm: metrics of one run, or a list of those of several seeds} -> VSI-Bench's columns, with intervals."""
+    arms = {arm: runs if isinstance(runs, list) else [runs] for arm, runs in arms.items()}
+    first = next(iter(arms.values()))[0]
+    rows = [f'{"":28s}' + ''.join(f'{title:>10s}' for title in ROOM_COLUMNS.values()) + f'{"overall":>22s}']
+    rows.append(f'{"without looking":28s}' + ''.join(f'{first["prior"].get(task, math.nan):10.1f}' for task in ROOM_COLUMNS) + f'{first["prior"]["overall"]:22.1f}')
+    for arm, runs in arms.items():
+        types = [kind for kind, _ in runs[0]['scores']]
+        result = overall_scores(types, [[value for _, value in run['scores']] for run in runs])
+        mean, low, high = result['overall']
+        name = f'{arm}, {len(runs)} seed{"s" * (len(runs) > 1)}'
+        rows.append(f'{name:28s}' + ''.join(f'{result.get(task, math.nan):10.1f}' for task in ROOM_COLUMNS) + f'{mean:.1f} ({low:.1f}..{high:.1f})'.rjust(22))
+    return '\n'.join(rows)
+
+
+def load_answerer(run, device, max_pixels=None):
+    """The folder of a run of finetune.py -> (SpatialVLM, Chat, SceneLatents or None, settings), ready to answer."""
+    folder = next((path for path in (os.path.join(run, 'checkpoint'), os.path.join(run, 'checkpoint.old')) if os.path.isdir(path)), run)
+    model, chat, settings = load_spatial_vlm(folder, max_pixels=max_pixels)
+    latents = SceneLatents(settings['latents'], settings['encoder'], 'out/latents', device) if settings['latents'] != 'none' else None
+    return model.to(device).eval(), chat, latents, settings
+
+
+def ask(args, device, autocast):
+    """Answers one question about the user's own pictures."""
+    if bool(args.images) == bool(args.video):
+        raise InputError('ask takes --images a.jpg b.jpg ... or --video walk.mp4')
+    model, chat, latents, settings = load_answerer(args.run, device)
+    pictures = [open_picture(path) for path in args.images] if args.images else read_video(args.video, args.frames or settings['num_frames'])
+    conversations = [{'from': 'human', 'value': '<image>' * len(pictures) + args.question}]
+    print(generate(model, chat, latents, [dict(images=pictures, conversations=conversations)], device, autocast, max_new_tokens=64)[0])
+
+
+def ablate(args):
+    """Fine-tunes every arm with every seed from the same initialisation, on the same data in the same order; finished runs are kept. Prints the table."""
+    from finetune import make_data, parse_config, train
+    finished, data = {}, None
+    for seed in args.seeds:
+        for arm in args.arms:
+            out = os.path.join(args.out, f'{arm}-{seed}')
+            path = os.path.join(out, 'metrics.json')
+            if not os.path.isfile(path):
+                name, config = parse_config(['--config', args.config, '--latents', arm, '--seed', str(seed), '--out', out, *args.options])
+                if config.data != 'rooms':
+                    raise InputError('ablate compares on rooms: leave --data out')
+                data = data or make_data(config, lambda blocks: tqdm(blocks, 'rendering rooms', leave=False))
+                train(f'{arm}, seed {seed}', config, *data)
+            if arm == 'psfm' and 'shuffled' not in json.load(open(path)):
+                _, config = parse_config(['--config', args.config, *args.options])
+                data = data or make_data(config)
+                model, chat, latents, _ = load_answerer(out, pick_device(config.device))
+                other = answer_rooms(model, chat, latents, data[1], data[0], pick_device(config.device), torch.autocast('cpu', enabled=False), shuffled=True)
+                metrics = dict(json.load(open(path)), shuffled=other)
+                with open(path, 'w') as file:
+                    json.dump(metrics, file, indent=1)
+    for arm in args.arms:
+        for seed in args.seeds:
+            metrics = json.load(open(os.path.join(args.out, f'{arm}-{seed}', 'metrics.json')))
+            finished.setdefault(arm, []).append(metrics)
+            if 'shuffled' in metrics:
+                finished.setdefault('psfm, shuffled', []).append(metrics['shuffled'])
+    print(rooms_table(finished))
+    minutes = [run['seconds'] / 60 for runs in finished.values() for run in runs if 'seconds' in run]
+    print(f'{len(minutes)} runs of {min(minutes):.1f} to {max(minutes):.1f} minutes in {args.out}/')
+
+
+# -----------------------------------------------------------------------------
 # the mini backbone
 
 @torch.no_grad()
@@ -591,14 +750,44 @@ def main(argv=None):
     backbone = commands.add_parser('backbone', help='cameras, depth and classes of the mini VGGT on held-out rooms')
     backbone.add_argument('--weights', default='weights/mini_vggt.safetensors')
     backbone.add_argument('--rooms', type=int, default=200, help='held-out rooms (default: 200)')
-    for command in (field, probe, backbone):
+    rooms = commands.add_parser('rooms', help='a fine-tuned VLM on the held-out rooms')
+    rooms.add_argument('--latents', default='', choices=['', 'shuffled'], help="shuffled: with another room's latents")
+    rooms.add_argument('--rooms', type=int, default=96, help='held-out rooms (default: 96)')
+    question = commands.add_parser('ask', help='a question about your own pictures')
+    question.add_argument('--images', nargs='+', default=[])
+    question.add_argument('--video', default='', help='a file (needs PyAV) or a folder of frames')
+    question.add_argument('--frames', type=int, default=0, help='frames of the video (default: as in training)')
+    question.add_argument('--question', required=True)
+    for command in (rooms, question):
+        command.add_argument('--run', default='out/vlm-small', help='folder of a run of finetune.py (default: out/vlm-small)')
+    arms = commands.add_parser('ablate', help='do the latents help? every kind of them, fine-tuned from the same start')
+    arms.add_argument('--config', default='small')
+    arms.add_argument('--arms', nargs='+', default=['psfm', 'none', 'random', 'backbone'], choices=['psfm', 'none', 'random', 'backbone'])
+    arms.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
+    arms.add_argument('--out', default='out/ablate-vlm')
+    for command in (field, probe, backbone, rooms, question):
         command.add_argument('--device', default='auto')
-    args = parser.parse_args(argv)
+    args, options = parser.parse_known_args(argv)
+    if args.command == 'ablate':
+        args.options = options                                # the rest is finetune.py's
+        return ablate(args)
+    if options:
+        parser.error(f'unrecognized arguments: {" ".join(options)}')
     if args.command == 'runs':
         print(runs_table(args.folders))
         return
     device = pick_device(args.device)
     autocast = torch.autocast(device.type, enabled=False)
+
+    if args.command == 'ask':
+        return ask(args, device, autocast)
+    if args.command == 'rooms':
+        model, chat, latents, settings = load_answerer(args.run, device)
+        if args.latents and latents is None:
+            raise InputError(f'{args.run} was trained without latents: there is nothing to shuffle')
+        metrics = answer_rooms(model, chat, latents, RoomQuestions('val', 0, args.rooms), RoomQuestions('train', 0, 1000), device, autocast, bool(args.latents))
+        print(rooms_table({f'{settings["latents"]} {args.latents}'.strip(): metrics}))
+        return
 
     if args.command == 'backbone':
         vggt = VGGT.from_pretrained(args.weights).freeze().to(device)

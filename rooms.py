@@ -371,6 +371,214 @@ def room_facts(rooms, surface, extrinsics):
                 count=count.float(), place=place.flatten(1), distance=(place[:, first] - place[:, second]).norm(dim=-1))
 
 
+# -----------------------------------------------------------------------------
+# questions, in VSI-Bench's schema, wording and ground-truth definitions (arXiv 2412.14171)
+
+TASKS = {                                     # question_type: what VSI-Bench's results call it
+    'object_counting': 'count', 'object_abs_distance': 'abs distance', 'object_size_estimation': 'object size', 'room_size_estimation': 'room size',
+    'object_rel_distance': 'rel distance', 'object_rel_direction_easy': 'direction, easy', 'object_rel_direction_medium': 'direction, medium',
+    'object_rel_direction_hard': 'direction, hard', 'route_planning': 'route', 'obj_appearance_order': 'order'}
+NUMERICAL = ('object_counting', 'object_abs_distance', 'object_size_estimation', 'room_size_estimation')
+
+
+def vsi_prompt(record):
+    """The text that follows the frames, VSI-Bench's own for open models."""
+    lines = ['These are frames of a video.', record['question']]
+    if record['question_type'] in NUMERICAL:
+        return '\n'.join(lines + ['Please answer the question using a single word or phrase.'])
+    return '\n'.join(lines + ['Options:', *record['options'], "Answer with the option's letter from the given choices directly."])
+
+
+def corners(rooms, room):
+    """Corners of the furniture's outlines on the floor. -> (K, 4, 2) metres, in order around each piece"""
+    unit = torch.tensor([[1., 1.], [-1., 1.], [-1., -1.], [1., -1.]])
+    x, y = (unit * rooms.half[room, :, None, :2]).unbind(-1)                              # (K, 4)
+    cos, sin = rooms.yaw[room, :, None].cos(), rooms.yaw[room, :, None].sin()
+    return torch.stack([cos * x - sin * y, sin * x + cos * y], -1) + rooms.center[room, :, None, :2]
+
+
+def gaps(outlines):
+    """Metres between the closest points of every two pieces, (K, 4, 2) -> (K, K). All stand on the floor and none touch: the gap is that of the outlines."""
+    a, b = outlines[:, None, :, None], outlines.roll(-1, dims=1)[:, None, :, None]        # (K, 1, 4, 1, 2) edges from a to b
+    p = outlines[None, :, None]                                                           # (1, K, 1, 4, 2) points
+    share = (((p - a) * (b - a)).sum(-1, keepdim=True) / (b - a).square().sum(-1, keepdim=True)).clamp(0, 1)
+    gap = (a + share * (b - a) - p).norm(dim=-1).amin((2, 3))                             # (K, K): corners of one to edges of the other
+    return torch.minimum(gap, gap.T)
+
+
+def turn_angle(stand, face, point):
+    """Anticlockwise degrees in [0, 360) from the direction stand -> face to stand -> point (..., 2)."""
+    bearing = lambda to: torch.atan2(to[..., 1] - stand[..., 1], to[..., 0] - stand[..., 0])
+    return torch.rad2deg(bearing(point) - bearing(face)) % 360
+
+
+SECTORS = {      # task: (name of a sector, from, to), degrees
+    'object_rel_direction_easy': (('left', 0, 135), ('right', 225, 360)),
+    'object_rel_direction_medium': (('left', 0, 135), ('back', 135, 225), ('right', 225, 360)),
+    'object_rel_direction_hard': (('front-left', 0, 90), ('back-left', 90, 180), ('back-right', 180, 270), ('front-right', 270, 360))}
+DIRECTION_QUESTIONS = {
+    'object_rel_direction_easy': 'is the {c} to the left or the right of the {b}?',
+    'object_rel_direction_medium': 'is the {c} to my left, right, or back? An object is to my back if I would have to turn at least 135 degrees in order to face it.',
+    'object_rel_direction_hard': 'is the {c} to my front-left, front-right, back-left, or back-right? The directions refer to the quadrants of a Cartesian plane '
+                                 '(if I am standing at the origin and facing along the positive y-axis).'}
+TURNS = (('Turn Left', 45, 135), ('Turn Back', 145, 215), ('Turn Right', 225, 315))      # route planning; what lies between is left out
+
+
+def find_sector(sectors, angle, margin=0.0):
+    """-> the sector that holds `angle` with `margin` degrees to spare on both sides, or None"""
+    return next((name for name, low, high in sectors if low + margin <= angle < high - margin), None)
+
+
+def candidates(rooms, room, cells):
+    """Every question that the views answer without ambiguity. cells (V, K): how many cells each piece fills in each view.
+
+    -> {question_type: [(class of answers, to balance them; question; options or None; answer)]}. A category is asked about
+    only if every piece of it in the room is seen.
+    """
+    seen = cells.sum(0) >= SEEN
+    members, outlines = {}, corners(rooms, room)
+    for k in rooms.present[room].nonzero()[:, 0].tolist():
+        members.setdefault(CATEGORIES[rooms.category[room, k]], []).append(k)
+    members = {name: pieces for name, pieces in members.items() if seen[pieces].all()}
+    unique = {name: pieces[0] for name, pieces in members.items() if len(pieces) == 1}
+    gap, place = gaps(outlines), rooms.center[room, :, :2]
+    area = (rooms.size[room, 0] * rooms.size[room, 1]).item()
+    found = {task: [] for task in TASKS}
+
+    # numbers: how many, how large, how far
+    for name, pieces in members.items():
+        if len(pieces) > 1:
+            found['object_counting'].append((len(pieces), f'How many {name}(s) are in this room?', None, str(len(pieces))))
+    for name, k in unique.items():
+        longest = round(200 * rooms.half[room, k].max().item())
+        found['object_size_estimation'].append((f'{name} {longest // 20}', f'What is the length of the longest dimension (length, width, or height) of the {name}, '
+                                                'measured in centimeters?', None, str(longest)))
+    found['room_size_estimation'].append((area // 6, 'What is the size of this room (in square meters)? If multiple rooms are shown, estimate the size of the '
+                                          'combined space.', None, f'{area:.1f}'))
+    for a, i in unique.items():
+        for b, j in unique.items():
+            if i != j and gap[i, j] >= 0.2:
+                found['object_abs_distance'].append((int(gap[i, j] / 0.5), 'Measuring from the closest point of each object, what is the distance between '
+                                                     f'the {a} and the {b} (in meters)?', None, f'{gap[i, j]:.1f}'))
+
+    # which is the closest: of all others whose distances can be told apart, up to four
+    for a, i in unique.items():
+        others = sorted((gap[i, pieces].min().item(), name) for name, pieces in members.items() if name != a)
+        apart = [others[0]] if others and others[0][0] >= 0.15 else []
+        for distance, name in others[1:] if apart else ():
+            if distance - apart[-1][0] > (0.3 if area > 40 else 0.15):
+                apart.append((distance, name))
+        if len(apart) >= 3:
+            names = [name for _, name in apart[:4]]
+            question = f'Measuring from the closest point of each object, which of these objects ({{options}}) is the closest to the {a}?'
+            found['object_rel_distance'].append((names[0], question, names, names[0]))
+
+    # where is it from there: three unique pieces
+    near = (gap > 0.3) & (gap < 5)
+    for a, i in unique.items():
+        for b, j in unique.items():
+            for c, k in unique.items():
+                if len({i, j, k}) < 3 or not (near[i, j] and near[i, k] and near[j, k]):
+                    continue
+                angle = turn_angle(place[i], place[j], place[k]).item()
+                outline = turn_angle(place[i], place[j], outlines[k]).tolist()
+                for task, sectors in SECTORS.items():
+                    answer = find_sector(sectors, angle, 10)
+                    # the release's boxes have eight corners, two of each of our outline's
+                    if answer and 2 * sum(find_sector(sectors, corner) != answer for corner in outline) <= 2:
+                        question = f'If I am standing by the {a} and facing the {b}, ' + DIRECTION_QUESTIONS[task].format(b=b, c=c)
+                        found[task].append((answer, question, [name for name, _, _ in sectors], answer))
+                turn = find_sector(TURNS, turn_angle(place[j], 2 * place[j] - place[i], place[k]).item())
+                if turn:
+                    question = (f"You are a robot beginning at the {a} facing the {b}. You want to navigate to the {c}. You will perform the following actions "
+                                "(Note: for each [please fill in], choose either 'turn back,' 'turn left,' or 'turn right.'): "
+                                f'1. Go forward until the {b} 2. [please fill in] 3. Go forward until the {c}. You have reached the final destination.')
+                    found['route_planning'].append((turn, question, [name for name, _, _ in TURNS], turn))
+
+    # in which order do categories appear: one each of views that show something for the first time
+    first = {}
+    for name in CATEGORIES:
+        pieces = [k for k in range(K) if rooms.present[room, k] and CATEGORIES[rooms.category[room, k]] == name]
+        views = (cells[:, pieces].sum(1) >= SEEN).nonzero()[:, 0].tolist()
+        if views:
+            first.setdefault(views[0], []).append(name)
+    if len(first) >= 3:
+        found['obj_appearance_order'].append((None, None, first, None))                   # drawn in `ask`
+    return found
+
+
+def ask(rooms, room, cells, scene, g, used, per_task=1):
+    """Questions about one room: of every task up to `per_task`, the rarest answers first, so that no answer is much commoner than another.
+
+    `used`: Counter of the classes of answers so far, over the whole set. -> list of records in VSI-Bench's schema.
+    """
+    draw = lambda items: items[int(torch.randint(len(items), (1,), generator=g))]
+    shuffled = lambda items: [items[i] for i in torch.randperm(len(items), generator=g)]
+    records = []
+    for task, choices in candidates(rooms, room, cells).items():
+        for _ in range(min(per_task, len(choices))):
+            fewest = min(used[task, choice[0]] for choice in choices)
+            if task == 'object_counting' and fewest > 2 + sum(n for key, n in used.items() if key[0] == task) / 2:
+                break                                         # most rooms have only pairs: 'two' stays half of the answers
+            chosen = draw([choice for choice in choices if used[task, choice[0]] == fewest])
+            choices = [choice for choice in choices if choice[1] != chosen[1]]
+            answer_class, question, options, answer = chosen
+            used[task, answer_class] += 1
+            if task == 'obj_appearance_order':
+                names = [draw(names) for view, names in sorted(options.items())][:4]
+                answer, orders = ', '.join(names), set()
+                while len(orders) < 3:
+                    orders.add(', '.join(shuffled(names)))
+                    orders.discard(answer)
+                options = [answer, *sorted(orders)]
+                question = f'What will be the first-time appearance order of the following categories in the video: {", ".join(shuffled(names))}?'
+            if options is not None:
+                options = shuffled(options)
+                question = question.replace('{options}', ', '.join(options))
+                letters = 'ABCD'[:len(options)]
+                answer, options = letters[options.index(answer)], [f'{letter}. {text}' for letter, text in zip(letters, options)]
+            records.append(dict(dataset='rooms', scene_name=scene, question_type=task, question=question, options=options, ground_truth=answer))
+    return records
+
+
+# ... and about single pictures, which need no scene: what the mini VLM is pre-trained on
+
+def ask_2d(rooms, room, surface, g):
+    """Questions about one picture, which they call {picture}. surface (h, w) ids at the resolution of cells.
+
+    -> list of (question, options or None, answer): what is there, how many, where in the picture, left or right of what.
+    """
+    draw = lambda items: items[int(torch.randint(len(items), (1,), generator=g))]
+    shuffled = lambda items: [items[i] for i in torch.randperm(len(items), generator=g)]
+    columns = torch.arange(surface.shape[1]).expand_as(surface).float() / surface.shape[1]
+    members = {}
+    for k in range(K):
+        mask = surface == 6 + k
+        if mask.sum() >= SEEN:
+            members.setdefault(CATEGORIES[rooms.category[room, k]], []).append(columns[mask].mean().item())
+    absent = [name for name in CATEGORIES if name not in members]
+    unique = {name: x[0] for name, x in members.items() if len(x) == 1}
+    questions = []
+    there = draw([True, False])
+    if (members if there else absent):
+        questions.append((f'Is there a {draw(list(members) if there else absent)} in {{picture}}?', None, 'yes' if there else 'no'))
+    if members:
+        name = draw(list(members))
+        questions.append((f'How many {name}(s) are in {{picture}}?', None, str(len(members[name]))))
+        questions.append(('Which objects are in {picture}?', None, ', '.join(name for name in CATEGORIES if name in members)))
+        if len(absent) >= 2:
+            questions.append(('Which of these objects is in {picture}?', shuffled([name, *shuffled(absent)[:3]]), name))
+    if unique:
+        name = draw(list(unique))
+        questions.append((f'Is the {name} on the left, in the middle or on the right of {{picture}}?', ['left', 'middle', 'right'],
+                          ('left', 'middle', 'right')[min(2, int(3 * unique[name]))]))
+    pairs = [(a, b) for a in unique for b in unique if a != b and abs(unique[a] - unique[b]) > 0.08]
+    if pairs:
+        a, b = draw(pairs)
+        questions.append((f'In {{picture}}, is the {a} to the left or the right of the {b}?', shuffled(['left', 'right']), 'left' if unique[a] < unique[b] else 'right'))
+    return shuffled(questions)
+
+
 if __name__ == '__main__':
     from PIL import Image
     rooms = make_rooms(5, seed=room_seed('val', 0, 0))

@@ -123,28 +123,35 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f'error: {message}\n')
 
 
-def parse_config(argv=None):
-    """Command line -> (name of the preset, Config): the preset's values, then the options given."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument('--config', default='small', help=f'one of {", ".join(PRESETS)} (default: small)')
+def parse_options(argv, doc, Config, presets, choices):
+    """Command line -> (name of the preset, Config): the preset's values, then the options given. Any script's dataclass will do."""
+    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument('--config', default='small', help=f'one of {", ".join(presets)} (default: small)')
     for f in dataclasses.fields(Config):
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type, metavar=f.type.__name__)
         parser.add_argument('--' + f.name.replace('_', '-'), dest=f.name, default=argparse.SUPPRESS,
                             help=f.metadata['help'].replace('%', '%%'), **kind)
     given = vars(parser.parse_args(argv))
     name = given.pop('config')
-    if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, 1)
-        raise InputError(f'no preset {name!r}' + (f', did you mean {near[0]}?' if near else '') + f'; there are {", ".join(PRESETS)}')
-    config = Config(**{'out': os.path.join('out', name), **PRESETS[name], **given})
+    if name not in presets:
+        near = difflib.get_close_matches(name, presets, 1)
+        raise InputError(f'no preset {name!r}' + (f', did you mean {near[0]}?' if near else '') + f'; there are {", ".join(presets)}')
+    config = Config(**{**presets[name], **given})
+    for key, allowed in choices.items():
+        if getattr(config, key) not in allowed:
+            raise InputError(f'--{key.replace("_", "-")} takes {" or ".join(allowed)}, not {getattr(config, key)}')
+    return name, config
+
+
+def parse_config(argv=None):
+    """Command line -> (name of the preset, Config), checked."""
+    name, config = parse_options(argv, __doc__, Config, PRESETS, CHOICES)
+    config = config if config.out else dataclasses.replace(config, out=os.path.join('out', name))
     for key in ('steps', 'images_per_batch', 'accumulate', 'eval_every', 'log_every', 'val_scenes', 'num_rooms'):
         if getattr(config, key) < 1:
             raise InputError(f'--{key.replace("_", "-")} must be at least 1, not {getattr(config, key)}')
     if config.workers < 0 or not 1 <= config.min_gap <= config.max_gap:
         raise InputError(f'--workers {config.workers} --min-gap {config.min_gap} --max-gap {config.max_gap}: none may be negative, gaps in this order')
-    for key, choices in CHOICES.items():
-        if getattr(config, key) not in choices:
-            raise InputError(f'--{key} takes {" or ".join(choices)}, not {getattr(config, key)}')
     if config.task == 'mini-vggt' and config.data != 'rooms':
         raise InputError('mini-vggt learns from rooms alone, where cameras and depth are known: leave --data out')
     if config.task == 'psfm':
@@ -297,20 +304,13 @@ def trained_state(model):
     return {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items() if not name.startswith(FROZEN)}
 
 
-def save_checkpoint(folder, model, optimizers, step, config, dtype, metrics):
-    """Writes a new folder beside the old one, then swaps them: at no moment is there no whole checkpoint."""
+def write_checkpoint(folder, step, write):
+    """`write` fills a new folder beside the old one, then they are swapped: at no moment is there no whole checkpoint."""
     new, old = folder + '.new', folder + '.old'
     try:
         shutil.rmtree(new, ignore_errors=True)
         os.makedirs(new)
-        settings = dataclasses.asdict(config)
-        metadata = {'config': json.dumps(settings), 'step': str(step)}
-        if config.task == 'psfm':
-            metadata['backbone'] = fingerprint(model.backbone)
-        save_file(trained_state(model), os.path.join(new, 'model.safetensors'), metadata)
-        torch.save([optimizer.state_dict() for optimizer in optimizers], os.path.join(new, 'optimizer.pt'))
-        with open(os.path.join(new, 'state.json'), 'w') as file:
-            json.dump(dict(step=step, dtype=str(dtype).removeprefix('torch.'), config=settings, metrics=metrics), file, indent=1)
+        write(new)
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(new, ignore_errors=True)
         raise InputError(f'could not write the checkpoint of step {step} to {folder} ({error}); '
@@ -320,6 +320,20 @@ def save_checkpoint(folder, model, optimizers, step, config, dtype, metrics):
         os.rename(folder, old)
     os.rename(new, folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def save_checkpoint(folder, model, optimizers, step, config, dtype, metrics):
+    settings = dataclasses.asdict(config)
+    metadata = {'config': json.dumps(settings), 'step': str(step)}
+    if config.task == 'psfm':
+        metadata['backbone'] = fingerprint(model.backbone)
+
+    def write(new):
+        save_file(trained_state(model), os.path.join(new, 'model.safetensors'), metadata)
+        torch.save([optimizer.state_dict() for optimizer in optimizers], os.path.join(new, 'optimizer.pt'))
+        with open(os.path.join(new, 'state.json'), 'w') as file:
+            json.dump(dict(step=step, dtype=str(dtype).removeprefix('torch.'), config=settings, metrics=metrics), file, indent=1)
+    write_checkpoint(folder, step, write)
 
 
 def read_state(folder, config):

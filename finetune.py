@@ -1,0 +1,380 @@
+"""
+Fine-tunes an open VLM that is given the latents of a scene: Spa3-VLM (Spa3R, arXiv 2602.21186).
+
+    python finetune.py --config small                                 # any laptop: the mini VLM on questions about rooms
+    python finetune.py --config small --encoder out/small             # with your own encoder
+    torchrun --nproc_per_node 8 finetune.py --config base --data vsi_590k.jsonl --media media/ --shard     # the paper: Qwen2.5-VL-3B
+    python finetune.py --config mini-vlm                              # makes weights/mini_vlm.safetensors
+
+Loss on the answers' tokens alone. A scene's latents are computed once and kept in --cache.
+Everything goes to out/vlm-<config>/: config.json, log.jsonl, metrics.json, checkpoint/ (`--resume` continues from it).
+"""
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from tqdm import tqdm
+
+from adapter import LATENTS, SceneLatents, SpatialVLM, build_adapter, build_tokenizer, load_spatial_vlm, load_vlm, mini_vlm, save_mini_vlm, save_spatial_vlm
+from data import Conversations, RoomQuestions, step_generator
+from eval import SHIPPED, answer_rooms, rooms_line, rooms_table
+from model import InputError, pick_device
+from train import Muon, check_finite, learning_rate, open_log, opt, parse_options, peak_memory, pick_dtype, quiet, read_state, write_checkpoint
+
+
+@dataclass(frozen=True)
+class Config:
+    # what is trained
+    task: str = opt('spatial', 'spatial | mini-vlm (pre-trains the mini VLM on single pictures)')
+    vlm: str = opt('weights/mini_vlm.safetensors', 'the VLM: a file, a folder, or a hub id of the Qwen2-VL kind')
+    latents: str = opt('psfm', 'psfm | none (no adapter) | random (untrained encoder) | backbone (its features, pooled)')
+    encoder: str = opt(SHIPPED, "the trained encoder: a run's folder, or a file of weights")
+    train: str = opt('adapter+llm', 'adapter | adapter+llm | lora (adapter, and low-rank updates of the language model; needs peft)')
+    lora_rank: int = opt(16, 'lora: rank')
+    # data
+    data: str = opt('rooms', 'rooms, or files of conversations with commas between (JSON or JSONL; a.json:0.25 takes a quarter)')
+    media: str = opt('.', "folder that the records' paths start from")
+    num_frames: int = opt(8, 'frames of a video, at most')
+    max_pixels: int = opt(518 * 518, 'pictures are scaled down to so many pixels for the VLM')
+    skip_bad: bool = opt(False, 'leave faulty records out instead of stopping')
+    num_rooms: int = opt(3000, 'rooms: how many to train on')
+    val_scenes: int = opt(96, 'rooms: held-out ones to be asked about; files: records held out for a loss')
+    cache: str = opt('out/latents', "folder for the scenes' latents; '' computes them anew each time")
+    workers: int = opt(0, 'processes that read pictures')
+    # optimisation
+    batch: int = opt(8, 'conversations a batch')
+    accumulate: int = opt(1, 'batches a step')
+    steps: int = opt(0, 'optimiser steps; 0: one epoch')
+    lr: float = opt(1e-5, 'peak learning rate of the language model')
+    adapter_lr: float = opt(1e-4, 'peak learning rate of the adapter')
+    muon_lr: float = opt(0.0, "peak learning rate of Muon for the matrices of the VLM's blocks; 0: AdamW for them too")
+    min_lr: float = opt(0.0, 'where the cosine ends, as a share of the peak')
+    warmup: int = opt(100, 'steps of linear warm-up (a tenth of all at most)')
+    decay_from: float = opt(0.0, 'share of the training after which the cosine begins')
+    weight_decay: float = opt(0.01, 'on matrices only')
+    beta2: float = opt(0.98, "Adam's second moment")
+    clip: float = opt(1.0, 'largest gradient norm')
+    # running
+    checkpointing: bool = opt(False, 'recompute activations in the backward pass: less memory, a third more time')
+    shard: bool = opt(False, 'torchrun: FSDP2 instead of DDP, for models that one GPU cannot train')
+    eval_every: int = opt(500, 'steps between evaluations and checkpoints')
+    log_every: int = opt(50, 'steps between log lines')
+    out: str = opt('', 'folder for everything that is written (default: out/vlm-<config>)')
+    seed: int = opt(0, 'of weights and of the order of the data')
+    device: str = opt('auto', 'auto | cpu | cuda')
+    dtype: str = opt('auto', 'auto | float32 | bfloat16 (autocast)')
+    resume: bool = opt(False, 'continue from <out>/checkpoint')
+
+
+PRESETS = {
+    # any laptop: the mini VLM, rooms
+    'small': dict(steps=600, lr=1e-3, adapter_lr=1e-3, muon_lr=2e-3, min_lr=0.03, eval_every=600),
+    # the paper: 8 GPUs x 1 x 8, one epoch
+    'base': dict(vlm='Qwen/Qwen2.5-VL-3B-Instruct', encoder='out/base', data='', batch=1, accumulate=8, warmup=250, weight_decay=0.01, beta2=0.999,
+                 checkpointing=True, workers=8, val_scenes=64, eval_every=1000, log_every=20),
+    # makes weights/mini_vlm.safetensors
+    'mini-vlm': dict(task='mini-vlm', vlm='', latents='none', num_rooms=6000, batch=16, steps=4000, lr=1e-3, muon_lr=4e-3, min_lr=0.02, decay_from=0.5,
+                     eval_every=1000),
+}
+CHOICES = dict(task=('spatial', 'mini-vlm'), latents=tuple(kind for kind in LATENTS if kind != 'shuffled'), train=('adapter', 'adapter+llm', 'lora'),
+               dtype=('auto', 'float32', 'bfloat16'))
+
+
+def parse_config(argv=None):
+    """Command line -> (name of the preset, Config), checked."""
+    name, config = parse_options(argv, __doc__, Config, PRESETS, CHOICES)
+    config = config if config.out else dataclasses.replace(config, out=os.path.join('out', f'vlm-{name}'))
+    for key in ('batch', 'accumulate', 'eval_every', 'log_every', 'num_rooms', 'val_scenes', 'num_frames'):
+        if getattr(config, key) < 1:
+            raise InputError(f'--{key.replace("_", "-")} must be at least 1, not {getattr(config, key)}')
+    if not config.data:
+        raise InputError(f'{name} trains on your own files: --data a.json,b.jsonl --media FOLDER')
+    if config.latents == 'none' and config.train == 'adapter':
+        raise InputError('--latents none --train adapter: without latents there is no adapter, and nothing to train')
+    return name, config
+
+
+# -----------------------------------------------------------------------------
+# data
+
+class Encoded(torch.utils.data.Dataset):
+    """Conversations as the VLM reads them: item `step` is batch `step`, the same whatever came before it."""
+
+    def __init__(self, data, chat, config, rank=0, world_size=1):
+        self.data, self.chat, self.config, self.rank, self.world_size = data, chat, config, rank, world_size
+
+    def samples(self, step):
+        """Indices of batch `step`: one random order an epoch, dealt out to the processes."""
+        B, n, config = self.config.batch, len(self.data), self.config
+        first = (step * self.world_size + self.rank) * B
+        return [int(order(n, (first + i) // n, config.seed)[(first + i) % n]) for i in range(B)]
+
+    def __getitem__(self, step):
+        items = [self.data[i] for i in self.samples(step)]
+        return [self.chat.encode(item) for item in items], [item['images'] for item in items]
+
+
+@functools.lru_cache(maxsize=4)
+def order(n, epoch, seed):
+    return torch.randperm(n, generator=step_generator(seed, epoch, 9))
+
+
+def make_data(config, progress=iter, say=print):
+    """-> (training data, held-out data)"""
+    if config.data == 'rooms':
+        kind = '2d' if config.task == 'mini-vlm' else '3d'
+        return RoomQuestions('train', 0, config.num_rooms, kind, progress), RoomQuestions('val', 0, config.val_scenes, kind)
+    data = Conversations(config.data.split(','), config.media, config.num_frames, config.skip_bad, say=say)
+    if len(data) <= config.val_scenes:
+        raise InputError(f'{config.data}: {len(data)} records, of which --val-scenes {config.val_scenes} are to be held out: none would be left')
+    lot = torch.randperm(len(data), generator=step_generator(10)).tolist()
+    return torch.utils.data.Subset(data, lot[config.val_scenes:]), torch.utils.data.Subset(data, lot[:config.val_scenes])
+
+
+# -----------------------------------------------------------------------------
+# model
+
+def build_model(config, data, dtype=torch.float32):
+    """-> (SpatialVLM, Chat, SceneLatents or None)"""
+    if config.task == 'mini-vlm':
+        words = [turn['value'].replace('<image>', '') for i in range(min(len(data), 400)) for turn in data[i]['conversations']]
+        questions = RoomQuestions('train', 0, 400)
+        words += [turn['value'].replace('<image>', '') for i in range(len(questions)) for turn in questions[i]['conversations']]
+        vlm, chat = mini_vlm(build_tokenizer(words))
+        return SpatialVLM(vlm).requires_grad_(True), chat, None
+    vlm, chat = load_vlm(config.vlm, dtype, config.max_pixels)
+    latents = adapter = None
+    if config.latents != 'none':
+        latents = SceneLatents(config.latents, config.encoder, config.cache or None)
+        adapter = build_adapter(vlm, latents.width)
+    model = SpatialVLM(vlm, adapter).trainable('adapter' if config.train == 'lora' else config.train)
+    if config.train == 'lora':
+        add_lora(vlm.model.language_model, config.lora_rank)
+    return model, chat, latents
+
+
+def add_lora(language_model, rank):
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise InputError('--train lora takes peft (pip install peft)') from error
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj']),
+                            language_model)
+
+
+def make_optimizers(model, config, device):
+    """AdamW with one group of learning rates for the adapter and one for the VLM; with `muon_lr`, Muon for the matrices of the VLM's blocks."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    in_blocks = lambda name, p: config.muon_lr > 0 and p.ndim == 2 and ('layers.' in name or 'blocks.' in name)
+    groups = []
+    for part, lr in (('adapter.', config.adapter_lr), ('vlm.', config.lr)):
+        mine = [p for name, p in named if name.startswith(part) and not in_blocks(name, p)]
+        for params, decay in (([p for p in mine if p.ndim >= 2], config.weight_decay), ([p for p in mine if p.ndim < 2], 0.0)):
+            if params:
+                groups.append(dict(params=params, lr=lr, weight_decay=decay))
+    optimizers = [torch.optim.AdamW(groups, betas=(0.9, config.beta2), fused=device.type in ('cuda', 'cpu') and not config.shard)]
+    matrices = [p for name, p in named if in_blocks(name, p)]
+    if matrices:
+        optimizers.append(Muon(matrices, config.muon_lr, config.weight_decay))
+    return optimizers
+
+
+def shard_model(model):
+    """FSDP2: every block of the language model gathered when its turn comes, the rest at the root."""
+    from torch.distributed.fsdp import fully_shard
+    for layer in model.vlm.model.language_model.layers:
+        fully_shard(layer)
+    return fully_shard(model)
+
+
+def loss_of(model, batch, latents):
+    """Mean cross entropy over the answers' tokens of a batch."""
+    labels = batch['labels']
+    inputs = {name: x for name, x in batch.items() if name != 'labels'}
+    logits = model(latents=latents, use_cache=False, **inputs).logits
+    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
+
+
+@torch.no_grad()
+def held_out_loss(model, chat, latents, data, config, device, autocast):
+    """Mean loss over the held-out conversations, each weighing alike."""
+    losses = []
+    for i in range(len(data)):
+        item = data[i]
+        with autocast:
+            losses.append(loss_of(model, chat.batch([chat.encode(item)], device=device), latents([item['images']]) if latents else None).item())
+    return sum(losses) / len(losses)
+
+
+def save(folder, model, chat, optimizers, step, config, dtype, metrics, is_main, sharded):
+    """A checkpoint that eval.py can use (save_spatial_vlm), and what --resume needs beside it."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(model, options=options) if sharded else None             # every process takes part
+    if not is_main:
+        return
+    settings = dict(vlm=os.path.abspath(config.vlm) if os.path.exists(config.vlm) else config.vlm, latents=config.latents,
+                    encoder=os.path.abspath(config.encoder) if os.path.exists(config.encoder) else config.encoder, num_frames=config.num_frames,
+                    max_pixels=config.max_pixels, lora_rank=config.lora_rank if config.train == 'lora' else 0)
+
+    def write(new):
+        save_spatial_vlm(model, chat, new, settings, with_vlm=config.train == 'adapter+llm', state=state)
+        if not sharded:
+            torch.save([optimizer.state_dict() for optimizer in optimizers], os.path.join(new, 'optimizer.pt'))
+        with open(os.path.join(new, 'state.json'), 'w') as file:
+            json.dump(dict(step=step, dtype=str(dtype).removeprefix('torch.'), config=dataclasses.asdict(config), metrics=metrics), file, indent=1)
+    write_checkpoint(folder, step, write)
+
+
+# -----------------------------------------------------------------------------
+
+def train(name, config, data=None, held_out=None, say=None):
+    """One run. -> metrics. `data`, `held_out`: to be shared between runs, else made as the configuration says."""
+    began = time.time()
+
+    # the machine
+    rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    device = pick_device(config.device)
+    if world_size > 1 and not dist.is_initialized():
+        if device.type == 'cuda':
+            device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
+            torch.cuda.set_device(device)
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+    is_main = rank == 0
+    say = (say or tqdm.write) if is_main else quiet
+    checkpoint = os.path.join(config.out, 'checkpoint')
+    state = read_state(checkpoint, config) if config.resume else dict(step=0, metrics={})
+    first = state['step']
+    dtype, reason = pick_dtype(state.get('dtype', config.dtype), device)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    torch.manual_seed(config.seed)
+
+    # data and model
+    if data is None:
+        data, held_out = make_data(config, lambda blocks: tqdm(blocks, 'rendering rooms', leave=False, disable=not is_main), say)
+    model, chat, latents = build_model(config, data)
+    if config.resume:
+        model, chat, _ = load_spatial_vlm(state['folder'], max_pixels=config.max_pixels)
+        model = model.requires_grad_(True) if config.task == 'mini-vlm' else model.trainable(config.train)
+    model.to(device)
+    if latents:
+        latents.psfm.to(device)
+        latents.device, latents.say = device, say
+    os.makedirs(config.out, exist_ok=True)
+    if is_main:
+        with open(os.path.join(config.out, 'config.json'), 'w') as file:
+            json.dump(dataclasses.asdict(config), file, indent=1)
+    if config.checkpointing:
+        model.vlm.gradient_checkpointing_enable(dict(use_reentrant=False))
+        model.vlm.enable_input_require_grads()
+    steps = config.steps or math.ceil(len(data) / (config.batch * config.accumulate * world_size))
+    config = dataclasses.replace(config, steps=steps)
+    say(f'{name}: ' + ' '.join(f'{key}={value}' for key, value in dataclasses.asdict(config).items()))
+    if config.shard and world_size > 1:
+        model = shard_model(model)
+    optimizers = make_optimizers(model, config, device)
+    peaks = [group['lr'] for optimizer in optimizers for group in optimizer.param_groups]
+    if config.resume:
+        states = torch.load(os.path.join(state['folder'], 'optimizer.pt'), map_location='cpu', weights_only=True)
+        for optimizer, saved in zip(optimizers, states):
+            optimizer.load_state_dict(saved)
+    count = lambda grad: sum(p.numel() for p in model.parameters() if p.requires_grad == grad) / 1e6
+    say(f'{count(True):.2f} M parameters to train, {count(False):.2f} M frozen | {len(data)} conversations | {device}, {dtype} ({reason}) | writing to {config.out}/')
+    loader = iter(torch.utils.data.DataLoader(Encoded(data, chat, config, rank, world_size), batch_size=None, num_workers=config.workers,
+                                              sampler=range(first * config.accumulate, steps * config.accumulate)))
+    wrapped = torch.nn.parallel.DistributedDataParallel(model) if world_size > 1 and not config.shard else model
+    model.train()
+
+    log = open_log(os.path.join(config.out, 'log.jsonl'), first) if is_main else open(os.devnull, 'w')
+    metrics, busy, logged = state['metrics'], 0.0, first
+    for step in range(first, steps + 1):
+        # evaluate and save
+        if step == steps or step > first and step % config.eval_every == 0:
+            if config.data == 'rooms' and config.task == 'spatial':
+                metrics = answer_rooms(model, chat, latents, held_out, data, device, autocast) if is_main else {}
+                line = rooms_line(metrics) if is_main else ''
+            else:
+                model.eval()
+                metrics = dict(loss=held_out_loss(model, chat, latents, held_out, config, device, autocast))
+                model.train()
+                line = f'held-out loss {metrics["loss"]:.4f}'
+            say(f'step {step:05d}/{steps:05d} | {line}')
+            log.write(json.dumps(dict(step=step, metrics={key: value for key, value in metrics.items() if key != 'answers'})) + '\n')
+            if step > first:
+                check_finite(losses, norm, step, checkpoint)
+            save(checkpoint, model, chat, optimizers, step, config, dtype, {}, is_main, config.shard and world_size > 1)
+        if step == steps:
+            break
+
+        # this step's learning rate
+        start, share = time.time(), learning_rate(step, config)
+        for group, peak in zip([group for optimizer in optimizers for group in optimizer.param_groups], peaks):
+            group['lr'] = share * peak
+
+        # forward, backward, update
+        for micro in range(config.accumulate):
+            items, pictures = next(loader)
+            batch, z = chat.batch(items, device=device), latents(pictures) if latents else None
+            last = micro == config.accumulate - 1
+            with contextlib.nullcontext() if last or world_size == 1 or config.shard else wrapped.no_sync():
+                with autocast:
+                    losses = dict(loss=loss_of(wrapped, batch, z))
+                (losses['loss'] / config.accumulate).backward()
+        norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], config.clip)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        is_logged = step == first or (step + 1) % config.log_every == 0
+        if is_logged:
+            values = check_finite(losses, norm, step, checkpoint)
+        busy += time.time() - start
+
+        # log
+        if is_logged:
+            record = dict(step=step, **values, lr=share * config.lr, grad_norm=norm.item(), step_ms=1e3 * busy / (step + 1 - logged),
+                          memory_gb=peak_memory(device) / 2 ** 30, seconds=time.time() - began)
+            log.write(json.dumps(record) + '\n')
+            log.flush()
+            cached = f' | latents: {latents.found} found, {latents.computed} computed' if latents else ''
+            say(f'step {step:05d}/{steps:05d} | loss {values["loss"]:.4f} | lr {record["lr"]:.1e} | gnorm {norm.item():.2f} | {record["step_ms"]:.0f} ms | '
+                f'mem {record["memory_gb"]:.1f} GB{cached}')
+            busy, logged = 0.0, step + 1
+
+    # what came of it
+    metrics.update(step=steps, seconds=time.time() - began, peak_memory_gb=peak_memory(device) / 2 ** 30)
+    if is_main:
+        with open(os.path.join(config.out, 'metrics.json'), 'w') as file:
+            json.dump(metrics, file, indent=1)
+        say(f'\n{name} took {metrics["seconds"] / 60:.1f} minutes and {metrics["peak_memory_gb"]:.1f} GB')
+        if config.task == 'mini-vlm':
+            path = os.path.join(config.out if config.out != 'out/vlm-mini-vlm' else 'weights', 'mini_vlm.safetensors')
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            save_mini_vlm(model.vlm, chat, path, {}, 'python finetune.py ' + ' '.join(sys.argv[1:]))
+            say(f'wrote {path}\nnext: python finetune.py --config small --vlm {path}')
+        elif config.data == 'rooms':
+            say(f'{rooms_table({config.latents: metrics})}\nwrote {config.out}/metrics.json, log.jsonl, checkpoint/')
+    return metrics
+
+
+def main(argv=None):
+    name, config = parse_config(argv)
+    train(name, config)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == '__main__':
+    try:
+        main()
+    except (InputError, OSError) as error:
+        sys.exit('error: ' + str(error).strip().splitlines()[-1].removeprefix('model.InputError: '))
+    except KeyboardInterrupt:
+        sys.exit('stopped; --resume goes on from the checkpoint of the last evaluation, if there was one')
