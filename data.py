@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 
 from model import InputError
-from rooms import K, ask, ask_2d, make_intrinsics, make_rooms, make_walk, render, room_seed, surface_classes, vsi_prompt
+from rooms import CLASSES, K, ask, ask_2d, make_intrinsics, make_rooms, make_walk, render, room_seed, surface_classes, vsi_prompt
 
 CELL = 4      # pixels a side: depth and classes are kept at this resolution
 
@@ -331,7 +331,8 @@ def read_video(path, num_frames, every=None):
 class RoomQuestions(torch.utils.data.Dataset):
     """VSI-Bench's questions about rooms: item i is room i, seen from VIEWS places of a walk, and everything asked about it.
 
-    `kind` '2d' instead: item i is one to four pictures of different rooms, and questions which each picture answers alone.
+    `kind` '2d' instead: item i is picture i and up to five others, of any rooms, and questions that one picture answers each.
+    Then an item also has `classes` (pictures, 16, 11): of each sixteenth of a picture, which share shows which of rooms.CLASSES.
     `records`: the questions one by one, in VSI-Bench's schema, with `room`, the index of their room.
     """
     VIEWS = 6
@@ -339,7 +340,7 @@ class RoomQuestions(torch.utils.data.Dataset):
     def __init__(self, split, seed, num_rooms, kind='3d', progress=iter):
         self.kind, self.seed, self.split = kind, seed, split
         pool = RoomPool(split, seed, num_rooms)
-        images, self.questions, self.records, used = [], [], [], collections.Counter()
+        images, classes, self.questions, self.records, used = [], [], [], [], collections.Counter()
         for index in progress(range(-(-num_rooms // pool.BLOCK))):
             rooms, views = pool.render_block(index)
             images.append(views['images'][:, :self.VIEWS].permute(0, 1, 3, 4, 2).contiguous())
@@ -349,11 +350,13 @@ class RoomQuestions(torch.utils.data.Dataset):
                 number = index * pool.BLOCK + room
                 g = step_generator(seed, number, 5, split != 'train')
                 if kind == '2d':
-                    view = int(torch.randint(self.VIEWS, (1,), generator=g))
-                    self.questions.append((view, ask_2d(rooms, room, surface[room, view], g)))
+                    shown = F.one_hot(surface_classes(rooms, surface)[room], len(CLASSES)).float().permute(0, 3, 1, 2)   # (V, 11, 16, 16)
+                    classes.append(F.avg_pool2d(shown, 4).flatten(2).transpose(1, 2))
+                    self.questions += [ask_2d(rooms, room, surface[room, view], g) for view in range(self.VIEWS)]
                 else:
                     self.questions.append(ask(rooms, room, cells[room], f'room-{split}-{seed}-{number}', g, used))
                     self.records += [dict(record, id=len(self.records) + i, room=number) for i, record in enumerate(self.questions[-1])]
+        self.classes = torch.cat(classes) if classes else None                            # (R V, 16, 11)
         self.images = torch.cat(images).numpy()                                           # (R, V, H, W, 3) uint8
 
     def __len__(self):
@@ -371,11 +374,11 @@ class RoomQuestions(torch.utils.data.Dataset):
 
     def mixed(self, i):
         g = step_generator(self.seed, i, 7)
-        count = int(torch.randint(1, 5, (1,), generator=g))
+        count = max(1, int(torch.randint(-3, 7, (1,), generator=g)))                      # one alone every other time
         chosen = [i, *torch.randint(len(self), (count - 1,), generator=g).tolist()]
         turns = []
-        for number, room in enumerate(chosen, 1):
-            for question, options, answer in self.questions[room][1]:
+        for number, picture in enumerate(chosen, 1):
+            for question, options, answer in self.questions[picture]:
                 question = question.replace('{picture}', f'picture {number}')
                 if options is None:
                     turns.append((f'{question}\nPlease answer the question using a single word or phrase.', answer))
@@ -384,9 +387,10 @@ class RoomQuestions(torch.utils.data.Dataset):
                     lines = [question, 'Options:', *(f'{letter}. {text}' for letter, text in zip(letters, options)),
                              "Answer with the option's letter from the given choices directly."]
                     turns.append(('\n'.join(lines), letters[options.index(answer)]))
-        order = torch.randperm(len(turns), generator=g).tolist()[:12]
-        return dict(images=[Image.fromarray(self.images[room][self.questions[room][0]]) for room in chosen],
-                    conversations=to_turns('<image>' * count, [turns[j] for j in order]))
+        turns = [turns[j] for j in torch.randperm(len(turns), generator=g).tolist()[:12]]
+        pictures = self.images.reshape(-1, *self.images.shape[2:])
+        return dict(images=[Image.fromarray(pictures[picture]) for picture in chosen], classes=self.classes[chosen],
+                    conversations=to_turns('<image>' * count, turns or [('Is there a picture?', 'yes')]))
 
 
 def to_turns(before, turns):

@@ -12,6 +12,7 @@ Everything goes to out/vlm-<config>/: config.json, log.jsonl, metrics.json, chec
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from tqdm import tqdm
 
@@ -28,6 +30,7 @@ from adapter import LATENTS, SceneLatents, SpatialVLM, build_adapter, build_toke
 from data import Conversations, RoomQuestions, step_generator
 from eval import SHIPPED, answer_rooms, rooms_line, rooms_table
 from model import InputError, pick_device
+from rooms import ANSWER_WORDS, CATEGORIES, CLASSES
 from train import Muon, check_finite, learning_rate, open_log, opt, parse_options, peak_memory, pick_dtype, quiet, read_state, write_checkpoint
 
 
@@ -82,7 +85,7 @@ PRESETS = {
     'base': dict(vlm='Qwen/Qwen2.5-VL-3B-Instruct', encoder='out/base', data='', batch=1, accumulate=8, warmup=250, weight_decay=0.01, beta2=0.999,
                  checkpointing=True, workers=8, val_scenes=64, eval_every=1000, log_every=20),
     # makes weights/mini_vlm.safetensors
-    'mini-vlm': dict(task='mini-vlm', vlm='', latents='none', num_rooms=6000, batch=16, steps=4000, lr=1e-3, muon_lr=4e-3, min_lr=0.02, decay_from=0.5,
+    'mini-vlm': dict(task='mini-vlm', vlm='', latents='none', num_rooms=2400, batch=16, steps=2500, lr=1e-3, muon_lr=4e-3, min_lr=0.02, decay_from=0.5,
                      eval_every=1000),
 }
 CHOICES = dict(task=('spatial', 'mini-vlm'), latents=tuple(kind for kind in LATENTS if kind != 'shuffled'), train=('adapter', 'adapter+llm', 'lora'),
@@ -120,7 +123,8 @@ class Encoded(torch.utils.data.Dataset):
 
     def __getitem__(self, step):
         items = [self.data[i] for i in self.samples(step)]
-        return [self.chat.encode(item) for item in items], [item['images'] for item in items]
+        classes = torch.cat([item['classes'] for item in items]) if 'classes' in items[0] else None
+        return [self.chat.encode(item) for item in items], [item['images'] for item in items], classes
 
 
 @functools.lru_cache(maxsize=4)
@@ -149,7 +153,8 @@ def build_model(config, data, dtype=torch.float32):
         words = [turn['value'].replace('<image>', '') for i in range(min(len(data), 400)) for turn in data[i]['conversations']]
         questions = RoomQuestions('train', 0, 400)
         words += [turn['value'].replace('<image>', '') for i in range(len(questions)) for turn in questions[i]['conversations']]
-        vlm, chat = mini_vlm(build_tokenizer(words))
+        words += ['system\n', 'user\n', 'assistant\n'] * 400
+        vlm, chat = mini_vlm(build_tokenizer(words, CATEGORIES + ANSWER_WORDS))
         return SpatialVLM(vlm).requires_grad_(True), chat, None
     vlm, chat = load_vlm(config.vlm, dtype, config.max_pixels)
     latents = adapter = None
@@ -201,18 +206,40 @@ def loss_of(model, batch, latents):
     labels = batch['labels']
     inputs = {name: x for name, x in batch.items() if name != 'labels'}
     logits = model(latents=latents, use_cache=False, **inputs).logits
-    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
+    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
+
+
+class Sight(nn.Module):
+    """Only to pre-train the mini VLM: what its vision tower sees in each patch. A stand-in for the pictures that an open VLM's tower has learned from."""
+
+    def __init__(self, vlm):
+        super().__init__()
+        self.head = nn.Linear(vlm.config.get_text_config().hidden_size, len(CLASSES))
+        vlm.model.visual.register_forward_hook(self.keep)
+
+    def keep(self, module, inputs, outputs):
+        self.tokens = outputs.pooler_output                   # (all patches of the batch, h)
+
+    def loss(self, classes):
+        """Cross entropy with the shares of the classes in each patch, (pictures, patches, classes)."""
+        return nn.functional.cross_entropy(self.head(self.tokens).float(), classes.flatten(0, 1))
 
 
 @torch.no_grad()
-def held_out_loss(model, chat, latents, data, config, device, autocast):
-    """Mean loss over the held-out conversations, each weighing alike."""
-    losses = []
+def held_out_loss(model, chat, latents, data, device, autocast):
+    """-> {loss, accuracy}: mean over the held-out conversations, and the share of the answers whose tokens are all the likeliest."""
+    losses, right, count = 0.0, 0, 0
     for i in range(len(data)):
-        item = data[i]
+        batch = chat.batch([chat.encode(data[i])], device=device)
+        labels = batch.pop('labels')[0, 1:]
         with autocast:
-            losses.append(loss_of(model, chat.batch([chat.encode(item)], device=device), latents([item['images']]) if latents else None).item())
-    return sum(losses) / len(losses)
+            logits = model(latents=latents([data[i]['images']]) if latents else None, use_cache=False, **batch).logits[0, :-1].float()
+        losses += nn.functional.cross_entropy(logits, labels, ignore_index=-100).item() / len(data)
+        hit, answer = (logits.argmax(-1) == labels).tolist(), (labels != -100).tolist()
+        for asked, run in itertools.groupby(zip(answer, hit), key=lambda pair: pair[0]):
+            if asked:
+                right, count = right + all(ok for _, ok in run), count + 1
+    return dict(loss=losses, accuracy=right / count)
 
 
 def save(folder, model, chat, optimizers, step, config, dtype, metrics, is_main, sharded):
@@ -275,12 +302,15 @@ def train(name, config, data=None, held_out=None, say=None):
     if config.checkpointing:
         model.vlm.gradient_checkpointing_enable(dict(use_reentrant=False))
         model.vlm.enable_input_require_grads()
+    sight = Sight(model.vlm).to(device) if config.task == 'mini-vlm' else None
     steps = config.steps or math.ceil(len(data) / (config.batch * config.accumulate * world_size))
     config = dataclasses.replace(config, steps=steps)
     say(f'{name}: ' + ' '.join(f'{key}={value}' for key, value in dataclasses.asdict(config).items()))
     if config.shard and world_size > 1:
         model = shard_model(model)
     optimizers = make_optimizers(model, config, device)
+    if sight:
+        optimizers[0].add_param_group(dict(params=list(sight.parameters()), lr=config.lr))
     peaks = [group['lr'] for optimizer in optimizers for group in optimizer.param_groups]
     if config.resume:
         states = torch.load(os.path.join(state['folder'], 'optimizer.pt'), map_location='cpu', weights_only=True)
@@ -290,7 +320,7 @@ def train(name, config, data=None, held_out=None, say=None):
     say(f'{count(True):.2f} M parameters to train, {count(False):.2f} M frozen | {len(data)} conversations | {device}, {dtype} ({reason}) | writing to {config.out}/')
     loader = iter(torch.utils.data.DataLoader(Encoded(data, chat, config, rank, world_size), batch_size=None, num_workers=config.workers,
                                               sampler=range(first * config.accumulate, steps * config.accumulate)))
-    wrapped = torch.nn.parallel.DistributedDataParallel(model) if world_size > 1 and not config.shard else model
+    wrapped = nn.parallel.DistributedDataParallel(model) if world_size > 1 and not config.shard else model
     model.train()
 
     log = open_log(os.path.join(config.out, 'log.jsonl'), first) if is_main else open(os.devnull, 'w')
@@ -303,9 +333,9 @@ def train(name, config, data=None, held_out=None, say=None):
                 line = rooms_line(metrics) if is_main else ''
             else:
                 model.eval()
-                metrics = dict(loss=held_out_loss(model, chat, latents, held_out, config, device, autocast))
+                metrics = held_out_loss(model, chat, latents, held_out, device, autocast)
                 model.train()
-                line = f'held-out loss {metrics["loss"]:.4f}'
+                line = f'held-out loss {metrics["loss"]:.4f}, answers right {metrics["accuracy"]:.3f}'
             say(f'step {step:05d}/{steps:05d} | {line}')
             log.write(json.dumps(dict(step=step, metrics={key: value for key, value in metrics.items() if key != 'answers'})) + '\n')
             if step > first:
@@ -321,14 +351,17 @@ def train(name, config, data=None, held_out=None, say=None):
 
         # forward, backward, update
         for micro in range(config.accumulate):
-            items, pictures = next(loader)
+            items, pictures, classes = next(loader)
             batch, z = chat.batch(items, device=device), latents(pictures) if latents else None
             last = micro == config.accumulate - 1
             with contextlib.nullcontext() if last or world_size == 1 or config.shard else wrapped.no_sync():
                 with autocast:
-                    losses = dict(loss=loss_of(wrapped, batch, z))
+                    losses = dict(answers=loss_of(wrapped, batch, z))
+                    if sight:
+                        losses['sight'] = sight.loss(classes.to(device))
+                    losses['loss'] = sum(losses.values())
                 (losses['loss'] / config.accumulate).backward()
-        norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], config.clip)
+        norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], config.clip)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -344,7 +377,8 @@ def train(name, config, data=None, held_out=None, say=None):
             log.write(json.dumps(record) + '\n')
             log.flush()
             cached = f' | latents: {latents.found} found, {latents.computed} computed' if latents else ''
-            say(f'step {step:05d}/{steps:05d} | loss {values["loss"]:.4f} | lr {record["lr"]:.1e} | gnorm {norm.item():.2f} | {record["step_ms"]:.0f} ms | '
+            parts = ' '.join(f'{key} {value:.3f}' for key, value in values.items() if key != 'loss') if sight else ''
+            say(f'step {step:05d}/{steps:05d} | loss {values["loss"]:.4f} {parts}| lr {record["lr"]:.1e} | gnorm {norm.item():.2f} | {record["step_ms"]:.0f} ms | '
                 f'mem {record["memory_gb"]:.1f} GB{cached}')
             busy, logged = 0.0, step + 1
 

@@ -378,6 +378,7 @@ TASKS = {                                     # question_type: what VSI-Bench's 
     'object_counting': 'count', 'object_abs_distance': 'abs distance', 'object_size_estimation': 'object size', 'room_size_estimation': 'room size',
     'object_rel_distance': 'rel distance', 'object_rel_direction_easy': 'direction, easy', 'object_rel_direction_medium': 'direction, medium',
     'object_rel_direction_hard': 'direction, hard', 'route_planning': 'route', 'obj_appearance_order': 'order'}
+ANSWER_WORDS = ['front-left', 'front-right', 'back-left', 'back-right', 'left', 'middle', 'right', 'back', 'yes', 'no', 'Turn Left', 'Turn Back', 'Turn Right']
 NUMERICAL = ('object_counting', 'object_abs_distance', 'object_size_estimation', 'room_size_estimation')
 
 

@@ -109,7 +109,7 @@ def score_sparbench(doc, output, corrected=False):
         if not numbers and not task.endswith('_mv'):
             return 0.0
         answer, truth = float(numbers[-1 if task.endswith('_mv') else 0]) if numbers else -1.0, float(truth)
-        return relative_accuracy(abs(answer - truth) / truth if truth else abs(answer))
+        return relative_accuracy(abs(answer - truth) / abs(truth) if truth else abs(answer))
     if task == 'view_change_infer':
         pairs = list(zip(spar_moves(truth.lower()), spar_moves(output.lower())))
         return sum(relative_accuracy(abs(gold - answer) / abs(answer) if answer else abs(gold)) for gold, answer in pairs) / len(pairs)

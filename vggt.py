@@ -127,7 +127,7 @@ class ConvStem(nn.Module):
         self.convs = nn.Sequential(nn.Conv2d(3, 48, 4, 2, 1), nn.GELU(), nn.Conv2d(48, 96, 4, 2, 1), nn.GELU(),
                                    nn.Conv2d(96, C, config.patch_size // 4, config.patch_size // 4))
         self.norm = nn.LayerNorm(C, eps=1e-6)
-        place = ((torch.arange(G) + 0.5) / G * 2 - 1)[:, None] * math.pi / 2 * 2 ** torch.linspace(-1, 2.5, C // 4)
+        place = ((torch.arange(G) + 0.5) / G * 2 - 1)[:, None] * math.pi / 2 * 2 ** (3.5 * torch.arange(C // 4) / (C // 4 - 1) - 1)
         place = torch.cat([place.sin(), place.cos()], -1)                                 # (G, C/2)
         place = torch.cat([place[:, None].expand(-1, G, -1), place.expand(G, -1, -1)], -1)
         self.pos_embed = nn.Parameter(0.7 * place.reshape(1, G * G, C))

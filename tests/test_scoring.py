@@ -15,19 +15,19 @@ def pairs(items):
     return [(item['doc'], item['score']) for item in items]
 
 
-@pytest.mark.parametrize('benchmark', BENCHMARKS)
-def test_scores(benchmark):
-    for case in CASES[benchmark]['cases']:
+@pytest.mark.parametrize('name', BENCHMARKS)
+def test_scores(name):
+    for case in CASES[name]['cases']:
         expected = 0.0 if isinstance(case['score'], dict) else case['score']              # where the official code raises: 0
-        assert evaluation.score(benchmark, case['doc'], case['output']) == pytest.approx(expected, abs=1e-12), case
+        assert evaluation.score(name, case['doc'], case['output']) == pytest.approx(expected, abs=1e-12), case
 
 
-@pytest.mark.parametrize('benchmark', BENCHMARKS)
-def test_prompts(benchmark):
+@pytest.mark.parametrize('name', BENCHMARKS)
+def test_prompts(name):
     official = dict(cvbench='cv.lmms', viewspatial='vs.official')
-    for case in CASES[benchmark]['prompts']:
-        if case.get('scorer') in (None, official.get(benchmark)):
-            assert evaluation.prompt(benchmark, case['doc']) == case['prompt']
+    for case in CASES[name]['prompts']:
+        if case.get('scorer') in (None, official.get(name)):
+            assert evaluation.prompt(name, case['doc']) == case['prompt']
 
 
 def approx(value):
