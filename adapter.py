@@ -153,13 +153,15 @@ class SpatialVLM(nn.Module):
             self.hold(input_ids, None)
 
     def trainable(self, what):
-        """Freezes all but `what`: 'adapter' or 'adapter+llm'. The vision tower and its projector are always frozen (the paper)."""
+        """Freezes all but `what`: 'adapter', 'adapter+llm', or 'lora' (adapter and low-rank updates). The vision tower and its projector are always frozen (the paper)."""
         self.requires_grad_(False)
         if self.adapter is not None:
             self.adapter.requires_grad_(True)
         if what == 'adapter+llm':
             self.vlm.model.language_model.requires_grad_(True)
             self.vlm.get_output_embeddings().requires_grad_(True)
+        for name, p in self.vlm.named_parameters():
+            p.requires_grad_(p.requires_grad or what == 'lora' and '.lora_' in name)
         return self
 
 
@@ -250,7 +252,7 @@ def load_vlm(source, dtype=torch.float32, max_pixels=None):
     try:
         vlm = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(source)
-        image_processor = AutoImageProcessor.from_pretrained(source, use_fast=False)
+        image_processor = AutoImageProcessor.from_pretrained(source, backend='pil')
     except (OSError, ValueError, ImportError) as error:
         raise InputError(f'no VLM at {source}: {str(error).strip().splitlines()[0]}') from error
     if not hasattr(image_processor, 'merge_size'):
@@ -333,6 +335,16 @@ def build_adapter(vlm, latent_width):
     return Adapter(latent_width, text.hidden_size, text.num_attention_heads)
 
 
+def add_lora(language_model, rank):
+    """Low-rank updates (LoRA, arXiv 2106.09685) beside every matrix of the blocks, in place. Needs peft."""
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise InputError('--train lora takes peft (pip install peft)') from error
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj']),
+                            language_model)
+
+
 def save_spatial_vlm(model, chat, folder, settings, with_vlm, state=None):
     """-> folder/{spatial_vlm.json, adapter.safetensors, vlm/}. settings: a dict with `vlm` (what to load when it was not trained), `latents`, `encoder`.
 
@@ -344,6 +356,8 @@ def save_spatial_vlm(model, chat, folder, settings, with_vlm, state=None):
     if model.adapter is not None:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in part('adapter.').items()}, os.path.join(folder, 'adapter.safetensors'))
         settings = dict(settings, latent_width=model.adapter.projector.fc1.in_features)
+    if settings.get('lora_rank'):
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in part('vlm.').items() if '.lora_' in name}, os.path.join(folder, 'lora.safetensors'))
     if with_vlm:
         model.vlm.save_pretrained(os.path.join(folder, 'vlm'), state_dict=part('vlm.'))
         chat.save_pretrained(os.path.join(folder, 'vlm'))
@@ -361,6 +375,10 @@ def load_spatial_vlm(folder, dtype=torch.float32, max_pixels=None):
         raise InputError(f'{folder} is not a fine-tuned Spa3-VLM ({path}: {error})') from error
     source = os.path.join(folder, 'vlm') if settings['vlm'] == 'vlm' else settings['vlm']
     vlm, chat = load_vlm(source, dtype, max_pixels)
+    if settings.get('lora_rank'):
+        add_lora(vlm.model.language_model, settings['lora_rank'])
+        low_rank = read_weights(os.path.join(folder, 'lora.safetensors'))[0]
+        load_strictly(vlm, {**vlm.state_dict(), **low_rank}, os.path.join(folder, 'lora.safetensors'))
     adapter = None
     if settings['latents'] != 'none':
         adapter = build_adapter(vlm, settings['latent_width'])                            # after the VLM: transformers initialises what its files lack anew

@@ -14,6 +14,8 @@ classes (B, V, h, w), indices into rooms.CLASSES.
 """
 import collections
 import functools
+import glob
+import io
 import json
 import os
 import re
@@ -331,8 +333,8 @@ def read_video(path, num_frames, every=None):
 class RoomQuestions(torch.utils.data.Dataset):
     """VSI-Bench's questions about rooms: item i is room i, seen from VIEWS places of a walk, and everything asked about it.
 
-    `kind` '2d' instead: item i is picture i and up to five others, of any rooms, and questions that one picture answers each.
-    Then an item also has `classes` (pictures, 16, 11): of each sixteenth of a picture, which share shows which of rooms.CLASSES.
+    `kind` '2d' instead: item i is one picture and what it alone answers; it also has `classes` (16, 11): of each sixteenth of
+    the picture, which share shows which of rooms.CLASSES.
     `records`: the questions one by one, in VSI-Bench's schema, with `room`, the index of their room.
     """
     VIEWS = 6
@@ -366,31 +368,13 @@ class RoomQuestions(torch.utils.data.Dataset):
         return [Image.fromarray(image) for image in self.images[room]]
 
     def __getitem__(self, i):
-        if self.kind == '2d':
-            return self.mixed(i)
         order = torch.randperm(len(self.questions[i]), generator=step_generator(self.seed, i, 6)).tolist()
-        turns = [(vsi_prompt(self.questions[i][j]), self.questions[i][j]['ground_truth']) for j in order]
-        return dict(images=self.pictures(i), conversations=to_turns('<image>' * self.VIEWS, turns))
-
-    def mixed(self, i):
-        g = step_generator(self.seed, i, 7)
-        count = max(1, int(torch.randint(-3, 7, (1,), generator=g)))                      # one alone every other time
-        chosen = [i, *torch.randint(len(self), (count - 1,), generator=g).tolist()]
-        turns = []
-        for number, picture in enumerate(chosen, 1):
-            for question, options, answer in self.questions[picture]:
-                question = question.replace('{picture}', f'picture {number}')
-                if options is None:
-                    turns.append((f'{question}\nPlease answer the question using a single word or phrase.', answer))
-                else:
-                    letters = 'ABCD'[:len(options)]
-                    lines = [question, 'Options:', *(f'{letter}. {text}' for letter, text in zip(letters, options)),
-                             "Answer with the option's letter from the given choices directly."]
-                    turns.append(('\n'.join(lines), letters[options.index(answer)]))
-        turns = [turns[j] for j in torch.randperm(len(turns), generator=g).tolist()[:12]]
-        pictures = self.images.reshape(-1, *self.images.shape[2:])
-        return dict(images=[Image.fromarray(pictures[picture]) for picture in chosen], classes=self.classes[chosen],
-                    conversations=to_turns('<image>' * count, turns or [('Is there a picture?', 'yes')]))
+        questions = [self.questions[i][j] for j in order]
+        if self.kind == '3d':
+            turns = [(vsi_prompt(question), question['ground_truth']) for question in questions]
+            return dict(images=self.pictures(i), conversations=to_turns('<image>' * self.VIEWS, turns))
+        picture = Image.fromarray(self.images.reshape(-1, *self.images.shape[2:])[i])
+        return dict(images=[picture], classes=self.classes[i], conversations=to_turns('<image>', questions))
 
 
 def to_turns(before, turns):
@@ -544,3 +528,116 @@ def draw_markers(images, spar_info):
             else:
                 draw.rectangle(x, outline=paint, width=width)
     return images
+
+
+# -----------------------------------------------------------------------------
+# the four benchmarks, as the hub has them
+
+def read_benchmark(name, root):
+    """Questions of a benchmark from a folder with the hub's files (or from the hub itself, if `root` is an id there).
+
+    name: vsibench, cvbench, sparbench, viewspatial. -> list of dicts: the document's own fields, `key` (which tells one
+    question from another) and `media`: the path of a video, or a list of pictures (paths, or bytes as in parquet files).
+    """
+    if not os.path.isdir(root):
+        root = download_benchmark(root)
+    docs = {'vsibench': read_vsibench, 'cvbench': read_cvbench, 'sparbench': read_sparbench, 'viewspatial': read_viewspatial}[name](root)
+    fields = {'vsibench': ('question_type', 'question', 'ground_truth'), 'cvbench': ('task', 'source', 'prompt', 'choices', 'answer'),
+              'sparbench': ('task', 'question', 'answer'), 'viewspatial': ('question_type', 'question', 'choices', 'answer')}[name]
+    for doc in docs:
+        lacking = [field for field in fields if doc.get(field) is None]
+        if lacking:
+            raise InputError(f'{root}: question {doc["key"]} of {name} has no {" nor ".join(lacking)}; it has {", ".join(map(str, doc))}')
+    return docs
+
+
+def download_benchmark(name):
+    if name.count('/') != 1 or name.startswith(('.', '/')):
+        raise InputError(f'no folder {name}')
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    try:
+        return snapshot_download(name, repo_type='dataset')
+    except (RepositoryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise InputError(f'no folder {name}, and it could not be fetched from the hub ({str(error).strip().splitlines()[0]})') from error
+
+
+def read_parquet(paths):
+    """Rows of parquet files as dicts. Needs pyarrow."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise InputError(f'{paths[0]}: reading parquet files takes pyarrow (pip install pyarrow)') from error
+    rows = []
+    for path in paths:
+        try:
+            rows += pyarrow.parquet.read_table(path).to_pylist()
+        except (pyarrow.ArrowException, OSError) as error:
+            raise InputError(f'{path} cannot be read as parquet: {str(error).strip().splitlines()[0]}') from error
+    return rows
+
+
+def find_parquet(root, *patterns):
+    for pattern in patterns:
+        paths = sorted(glob.glob(os.path.join(root, pattern)))
+        if paths:
+            return paths
+    raise InputError(f'no {" nor ".join(patterns)} in {root}')
+
+
+def read_lines(path):
+    records = []
+    for number, record, fault in read_records(path):
+        if fault or not isinstance(record, dict):
+            raise InputError(f'{path}, record {number}: {fault or "not an object"}')
+        records.append(record)
+    return records
+
+
+def read_vsibench(root):
+    path = os.path.join(root, 'test.jsonl')
+    docs = read_lines(path) if os.path.isfile(path) else read_parquet(find_parquet(root, 'test-*.parquet', 'test*.parquet'))
+    for i, doc in enumerate(docs):
+        for field in ('dataset', 'scene_name'):
+            if field not in doc:
+                raise InputError(f'{root}: question {i} has no {field}')
+        doc.update(key=str(doc.get('id', i)), media=os.path.join(root, doc['dataset'], f'{doc["scene_name"]}.mp4'))
+    return docs
+
+
+def read_cvbench(root):
+    path = [os.path.join(root, name) for name in ('test_2d.jsonl', 'test_3d.jsonl')]
+    if glob.glob(os.path.join(root, 'test*.parquet')):
+        docs = read_parquet(find_parquet(root, 'test.parquet', 'test-*.parquet', 'test_*.parquet'))
+    else:
+        docs = [doc for file in path if os.path.isfile(file) for doc in read_lines(file)]
+    if not docs:
+        raise InputError(f'neither test*.parquet nor test_2d.jsonl and test_3d.jsonl in {root}')
+    for i, doc in enumerate(docs):
+        picture = doc.pop('image', None)
+        doc.update(key=f'{doc.get("type", "")}{doc.get("idx", i)}', media=[picture['bytes'] if picture else os.path.join(root, doc.get('filename', ''))])
+    return docs
+
+
+def read_sparbench(root):
+    docs = read_parquet(find_parquet(root, 'data/test-*.parquet', 'test-*.parquet'))
+    for i, doc in enumerate(docs):
+        doc.update(key=str(doc.get('id', i)), media=[picture['bytes'] if isinstance(picture, dict) else picture for picture in doc.pop('image', None) or []])
+    return docs
+
+
+def read_viewspatial(root):
+    path = os.path.join(root, 'ViewSpatial-Bench.json')
+    docs = read_lines(path)
+    for i, doc in enumerate(docs):
+        paths = doc.get('image_path') or []
+        doc.update(key=str(i), media=[os.path.join(root, path.removeprefix('ViewSpatial-Bench/')) for path in paths])
+    return docs
+
+
+def open_media(media, num_frames):
+    """`media` of a question -> list of PIL images: all pictures, or `num_frames` of a video."""
+    if isinstance(media, str):
+        return read_video(media, num_frames)
+    return [open_picture(io.BytesIO(picture) if isinstance(picture, bytes) else picture) for picture in media]

@@ -36,11 +36,11 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from adapter import SceneLatents, load_spatial_vlm
-from data import RoomPool, RoomQuestions, make_source, open_picture, read_video, step_generator, to_turns
+from data import RoomPool, RoomQuestions, make_source, open_media, open_picture, read_benchmark, read_records, read_video, step_generator, to_turns
 from model import MLP, InputError, pick_device, take_views
 from psfm import build_psfm, context_index, load_psfm, random_view_mask
 from rooms import FURNITURE, make_intrinsics, make_path, render, room_facts
-from scoring import aggregate, prompt, relative_accuracy, score
+from scoring import BENCHMARKS, aggregate, prompt, relative_accuracy, results_table, score
 from vggt import SCENE_UNIT, VGGT, area_under_curve, pose_errors, scene_extrinsics
 
 SHIPPED = 'weights/psfm_small.safetensors'      # the encoder that the repository carries
@@ -683,6 +683,82 @@ def ablate(args):
 
 
 # -----------------------------------------------------------------------------
+# the four benchmarks
+
+NEW_TOKENS = dict(vsibench=16, cvbench=1024, sparbench=100, viewspatial=128)      # as the official evaluators allow
+
+
+def read_answers(path):
+    """A JSONL file of answers -> {key: output}. A last line that was cut off is passed over."""
+    answers = {}
+    for number, record, fault in read_records(path):
+        if isinstance(record, dict) and 'output' in record and ('key' in record or 'id' in record):
+            answers[str(record.get('key', record.get('id')))] = str(record['output'])
+        elif not fault:
+            raise InputError(f'{path}, record {number}: an answer has "key" (or "id") and "output"')
+    return answers
+
+
+def benchmark(args, device, autocast):
+    """Asks every question, appends the answers to a file as they come (what is there already is not asked again), prints the results."""
+    docs = read_benchmark(args.command, args.data)
+    task = lambda doc: doc.get('question_type', doc.get('task'))
+    if args.tasks:
+        known = sorted({task(doc) for doc in docs})
+        unknown = [name for name in args.tasks if name not in known]
+        if unknown:
+            raise InputError(f'--tasks {" ".join(unknown)}: {args.command} has {", ".join(known)}')
+        docs = [doc for doc in docs if task(doc) in args.tasks]
+    docs = docs[:args.limit or None]
+    if args.predictions:
+        answers = read_answers(args.predictions)
+    else:
+        docs, answers = ask_benchmark(docs, args, device, autocast)
+    answered = [doc for doc in docs if doc['key'] in answers]
+    if not answered:
+        raise InputError('none of the questions has an answer')
+    if len(answered) < len(docs):
+        print(f'{len(docs) - len(answered)} of {len(docs)} questions have no answer and are not counted')
+    scored, mended = [[(doc, score(args.command, doc, answers[doc['key']], corrected)) for doc in answered] for corrected in (False, True)]
+    print(results_table(args.command, scored, mended))
+
+
+def ask_benchmark(docs, args, device, autocast):
+    """-> (the questions whose pictures are there, {key: output})"""
+    lost = [doc for doc in docs if any(isinstance(path, str) and not os.path.exists(path) for path in ([doc['media']] if isinstance(doc['media'], str) else doc['media']))]
+    if lost:
+        path = lost[0]['media'] if isinstance(lost[0]['media'], str) else next(path for path in lost[0]['media'] if isinstance(path, str) and not os.path.exists(path))
+        if len(lost) == len(docs):
+            raise InputError(f'none of the {len(docs)} questions has its pictures; the first one looks for {path}')
+        print(f'{len(lost)} of {len(docs)} questions are left out, for their pictures are missing; the first: {path}')
+        gone = {doc['key'] for doc in lost}
+        docs = [doc for doc in docs if doc['key'] not in gone]
+    model, chat, latents, _ = load_answerer(args.run, device, args.max_pixels)
+    path = os.path.join(args.out or args.run, f'{args.command}.jsonl')
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    answers = read_answers(path) if os.path.isfile(path) else {}
+    due = [doc for doc in docs if doc['key'] not in answers]
+    print(f'{len(due)} questions to ask, {len(docs) - len(due)} answered before, in {path}')
+    with open(path, 'a') as file:
+        for start in tqdm(range(0, len(due), args.batch), args.command):
+            items, group = [], []
+            for doc in due[start:start + args.batch]:
+                try:
+                    images = open_media(doc['media'], args.frames)
+                except InputError as error:
+                    tqdm.write(f'question {doc["key"]} is left out: {error}')
+                    continue
+                group.append(doc)
+                items.append(dict(images=images, conversations=[{'from': 'human', 'value': '<image>' * len(images) + prompt(args.command, doc)}]))
+            if items:
+                for doc, output in zip(group, generate(model, chat, latents, items, device, autocast, NEW_TOKENS[args.command])):
+                    answers[doc['key']] = output
+                    file.write(json.dumps(dict(key=doc['key'], output=output)) + '\n')
+                file.flush()
+    return docs, answers
+
+
+# -----------------------------------------------------------------------------
 # the mini backbone
 
 @torch.no_grad()
@@ -758,14 +834,25 @@ def main(argv=None):
     question.add_argument('--video', default='', help='a file (needs PyAV) or a folder of frames')
     question.add_argument('--frames', type=int, default=0, help='frames of the video (default: as in training)')
     question.add_argument('--question', required=True)
-    for command in (rooms, question):
+    benchmarks = [commands.add_parser(name, help=f'{title}: from a folder with the files of the hub, or from the hub') for name, title in
+                  zip(BENCHMARKS, ('VSI-Bench', 'CV-Bench', 'SPAR-Bench', 'ViewSpatial-Bench'))]
+    for command in benchmarks:
+        command.add_argument('--data', required=True, help='the folder, or an id on the hub')
+        command.add_argument('--tasks', nargs='+', default=[], help='only these')
+        command.add_argument('--limit', type=int, default=0, help='only the first so many questions')
+        command.add_argument('--frames', type=int, default=32, help='frames of a video (default: 32)')
+        command.add_argument('--batch', type=int, default=1, help='questions at once (default: 1)')
+        command.add_argument('--max-pixels', type=int, default=518 * 518, help='pixels of a picture, at most')
+        command.add_argument('--predictions', default='', help="score these answers (JSONL with key and output) without any model")
+        command.add_argument('--out', default='', help='folder for the answers (default: the run)')
+    for command in (rooms, question, *benchmarks):
         command.add_argument('--run', default='out/vlm-small', help='folder of a run of finetune.py (default: out/vlm-small)')
     arms = commands.add_parser('ablate', help='do the latents help? every kind of them, fine-tuned from the same start')
     arms.add_argument('--config', default='small')
     arms.add_argument('--arms', nargs='+', default=['psfm', 'none', 'random', 'backbone'], choices=['psfm', 'none', 'random', 'backbone'])
     arms.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
     arms.add_argument('--out', default='out/ablate-vlm')
-    for command in (field, probe, backbone, rooms, question):
+    for command in (field, probe, backbone, rooms, question, *benchmarks):
         command.add_argument('--device', default='auto')
     args, options = parser.parse_known_args(argv)
     if args.command == 'ablate':
@@ -781,6 +868,8 @@ def main(argv=None):
 
     if args.command == 'ask':
         return ask(args, device, autocast)
+    if args.command in BENCHMARKS:
+        return benchmark(args, device, autocast)
     if args.command == 'rooms':
         model, chat, latents, settings = load_answerer(args.run, device)
         if args.latents and latents is None:

@@ -26,7 +26,7 @@ import torch.nn as nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from tqdm import tqdm
 
-from adapter import LATENTS, SceneLatents, SpatialVLM, build_adapter, build_tokenizer, load_spatial_vlm, load_vlm, mini_vlm, save_mini_vlm, save_spatial_vlm
+from adapter import LATENTS, SceneLatents, SpatialVLM, add_lora, build_adapter, build_tokenizer, load_spatial_vlm, load_vlm, mini_vlm, save_mini_vlm, save_spatial_vlm
 from data import Conversations, RoomQuestions, step_generator
 from eval import SHIPPED, answer_rooms, rooms_line, rooms_table
 from model import InputError, pick_device
@@ -123,7 +123,7 @@ class Encoded(torch.utils.data.Dataset):
 
     def __getitem__(self, step):
         items = [self.data[i] for i in self.samples(step)]
-        classes = torch.cat([item['classes'] for item in items]) if 'classes' in items[0] else None
+        classes = torch.stack([item['classes'] for item in items]) if 'classes' in items[0] else None
         return [self.chat.encode(item) for item in items], [item['images'] for item in items], classes
 
 
@@ -161,19 +161,9 @@ def build_model(config, data, dtype=torch.float32):
     if config.latents != 'none':
         latents = SceneLatents(config.latents, config.encoder, config.cache or None)
         adapter = build_adapter(vlm, latents.width)
-    model = SpatialVLM(vlm, adapter).trainable('adapter' if config.train == 'lora' else config.train)
     if config.train == 'lora':
         add_lora(vlm.model.language_model, config.lora_rank)
-    return model, chat, latents
-
-
-def add_lora(language_model, rank):
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise InputError('--train lora takes peft (pip install peft)') from error
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj']),
-                            language_model)
+    return SpatialVLM(vlm, adapter).trainable(config.train), chat, latents
 
 
 def make_optimizers(model, config, device):

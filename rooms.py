@@ -385,7 +385,7 @@ NUMERICAL = ('object_counting', 'object_abs_distance', 'object_size_estimation',
 def vsi_prompt(record):
     """The text that follows the frames, VSI-Bench's own for open models."""
     lines = ['These are frames of a video.', record['question']]
-    if record['question_type'] in NUMERICAL:
+    if record.get('question_type') in NUMERICAL or not record['options']:
         return '\n'.join(lines + ['Please answer the question using a single word or phrase.'])
     return '\n'.join(lines + ['Options:', *record['options'], "Answer with the option's letter from the given choices directly."])
 
@@ -545,9 +545,9 @@ def ask(rooms, room, cells, scene, g, used, per_task=1):
 # ... and about single pictures, which need no scene: what the mini VLM is pre-trained on
 
 def ask_2d(rooms, room, surface, g):
-    """Questions about one picture, which they call {picture}. surface (h, w) ids at the resolution of cells.
+    """Questions about one picture: what is there, how many, where in the picture, left or right of what. surface (h, w) ids of cells.
 
-    -> list of (question, options or None, answer): what is there, how many, where in the picture, left or right of what.
+    -> list of (prompt, answer)
     """
     draw = lambda items: items[int(torch.randint(len(items), (1,), generator=g))]
     shuffled = lambda items: [items[i] for i in torch.randperm(len(items), generator=g)]
@@ -560,24 +560,25 @@ def ask_2d(rooms, room, surface, g):
     absent = [name for name in CATEGORIES if name not in members]
     unique = {name: x[0] for name, x in members.items() if len(x) == 1}
     questions = []
-    there = draw([True, False])
-    if (members if there else absent):
-        questions.append((f'Is there a {draw(list(members) if there else absent)} in {{picture}}?', None, 'yes' if there else 'no'))
+    there = bool(members) and (not absent or draw([True, False]))
+    questions.append((f'Is there a {draw(list(members) if there else absent)} in the picture?', None, 'yes' if there else 'no'))
     if members:
         name = draw(list(members))
-        questions.append((f'How many {name}(s) are in {{picture}}?', None, str(len(members[name]))))
-        questions.append(('Which objects are in {picture}?', None, ', '.join(name for name in CATEGORIES if name in members)))
+        questions.append((f'How many {name}(s) are in the picture?', None, str(len(members[name]))))
+        questions.append(('Which objects are in the picture?', None, ', '.join(name for name in CATEGORIES if name in members)))
         if len(absent) >= 2:
-            questions.append(('Which of these objects is in {picture}?', shuffled([name, *shuffled(absent)[:3]]), name))
+            questions.append(('Which of these objects is in the picture?', shuffled([name, *shuffled(absent)[:3]]), name))
     if unique:
         name = draw(list(unique))
-        questions.append((f'Is the {name} on the left, in the middle or on the right of {{picture}}?', ['left', 'middle', 'right'],
+        questions.append((f'Is the {name} on the left, in the middle or on the right of the picture?', ['left', 'middle', 'right'],
                           ('left', 'middle', 'right')[min(2, int(3 * unique[name]))]))
     pairs = [(a, b) for a in unique for b in unique if a != b and abs(unique[a] - unique[b]) > 0.08]
     if pairs:
         a, b = draw(pairs)
-        questions.append((f'In {{picture}}, is the {a} to the left or the right of the {b}?', shuffled(['left', 'right']), 'left' if unique[a] < unique[b] else 'right'))
-    return shuffled(questions)
+        questions.append((f'In the picture, is the {a} to the left or the right of the {b}?', shuffled(['left', 'right']), 'left' if unique[a] < unique[b] else 'right'))
+    letters = lambda options: [f'{letter}. {text}' for letter, text in zip('ABCD', options)] if options else None
+    return [(vsi_prompt(dict(question=question, options=letters(options))), 'ABCD'[options.index(answer)] if options else answer)
+            for question, options, answer in questions]
 
 
 if __name__ == '__main__':

@@ -183,3 +183,43 @@ def score(benchmark, doc, output, corrected=False):
 def aggregate(benchmark, scored):
     """[(doc, score), ...] -> {task or group: percent, ..., 'overall': percent}, whichever tasks there are."""
     return AGGREGATES[benchmark](scored)
+
+
+# -----------------------------------------------------------------------------
+# results that others published, percent: columns, and (model, source, values). None of them was measured here.
+
+REFERENCES = {
+    'vsibench': (('overall', 'object_counting', 'object_abs_distance', 'object_size_estimation', 'room_size_estimation', 'object_rel_distance',
+                  'object_rel_direction', 'route_planning', 'obj_appearance_order'), [
+        ('chance (frequency)', 'SEE&TREK', (34.0, 62.1, 32.0, 29.9, 33.1, 25.1, 47.9, 28.4, 25.2)),
+        ('human, 400 questions', 'SEE&TREK', (79.2, 94.3, 47.0, 60.4, 45.9, 94.7, 95.8, 95.8, 100.0)),
+        ('GPT-4o', 'SEE&TREK', (34.0, 46.2, 5.3, 43.8, 38.2, 37.0, 41.3, 31.5, 28.5)),
+        ('Gemini-1.5-Pro', 'SEE&TREK', (45.4, 56.2, 30.9, 64.1, 43.6, 51.3, 46.3, 36.0, 34.6)),
+        ('Qwen2.5-VL-3B', 'GeoVR', (29.0, 24.3, 24.7, 31.7, 22.6, 38.3, 42.6, 26.3, 21.2)),
+        ('Spatial-MLLM-4B', 'GeoVR', (48.4, 65.3, 34.8, 63.1, 45.1, 41.3, 46.2, 33.5, 46.3)),
+        ('VLM-3R-7B', 'two papers', (60.9, 70.2, 49.4, 69.2, 67.1, 65.4, 80.5, 45.4, 40.1)),
+        ('Spa3-VLM-4B', 'Spa3R', (58.6,)), ('... without geometry', 'Spa3R', (50.9,)), ('... raw VGGT features', 'Spa3R', (55.1,))]),
+    'cvbench': (('overall', '2D', '3D'), [
+        ('Qwen2.5-VL-3B', 'Spa3R', (70.6, 69.1, 72.2)), ('SpatialLadder-3B', 'Spa3R', (73.7, 72.4, 74.9)), ('Spa3-VLM-4B', 'Spa3R', (75.6, 72.9, 78.3))]),
+    'sparbench': (('overall', 'Low', 'Medium', 'High'), [
+        ('chance (frequency)', 'SPAR', (32.74, 31.19, 38.25, 32.29)), ('human, tiny set', 'SPAR', (67.27, 55.31, 72.32, 76.22)),
+        ('GPT-4o, tiny set', 'SPAR', (36.39, 29.25, 24.93, 45.11)), ('Qwen2.5-VL-7B', 'SPAR', (33.07, 28.75, 22.97, 40.27)),
+        ('VLM-3R-7B', 'G2VLM', (43.21, 39.78, 28.43, 51.18)), ('Spa3-VLM-4B', 'Spa3R', (58.4,))]),
+    'viewspatial': (('overall', 'camera', 'person'), [
+        ('chance (random)', 'ViewSpatial', (26.33, 25.50, 27.12)), ('GPT-4o', 'ViewSpatial', (34.98, 33.57, 36.29)),
+        ('Qwen2.5-VL-3B', 'ViewSpatial', (35.85, 39.80, 32.14)), ('MVSM, fine-tuned 3B', 'ViewSpatial', (82.09, 85.05, 79.31)), ('Spa3-VLM-4B', 'Spa3R', (43.9,))])}
+
+
+def results_table(name, scored, corrected=None):
+    """[(doc, score)] -> per task, and beside what others published. `corrected`: the same answers under the mended scorer."""
+    ours, mended = aggregate(name, scored), aggregate(name, corrected) if corrected else None
+    rows = [f'{name}, {len(scored)} questions'] + [f'  {task:58s}{value:8.2f}' + (f'  (corrected scorer: {mended[task]:.2f})' if mended and abs(mended[task] - value) > 1e-9 else '')
+                                                   for task, value in ours.items() if task != 'overall']
+    columns, published = REFERENCES[name]
+    short = [column if len(column) < 9 else ''.join(word[:4] for word in column.split('_'))[:9] for column in columns]
+    rows.append(f'\n{"":24s}{"source":16s}' + ''.join(f'{column:>10s}' for column in short))
+    number = lambda value: f'{value:10.2f}' if value is not None else f'{"-":>10s}'
+    for model, source, values in published:
+        rows.append(f'{model:24s}{source:16s}' + ''.join(map(number, (*values, *[None] * (len(columns) - len(values))))))
+    rows.append(f'{"this run":24s}{"measured":16s}' + ''.join(number(ours.get(column)) for column in columns))
+    return '\n'.join(rows)

@@ -15,6 +15,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from adapter import Adapter, from_release
+from model import load_strictly
 from psfm import PSFM
 from vggt import VGGT, VGGTConfig
 
@@ -127,12 +129,17 @@ def check_psfm(config, weights, given):
     assert_close(losses['geo_cos'][None], given['loss_geo_cos'], 'loss_geo_cos')
 
 
+@torch.no_grad()
+def check_adapter(config, weights, given):
+    adapter = Adapter(config['latent_width'], config['hidden_size'], config['num_heads'])
+    load_strictly(adapter, from_release(weights), 'the fixture')
+    assert_close(adapter(given['image_embeds'], given['latents'][0]), given['fused'], 'fused')
+
+
 @pytest.mark.parametrize('path', FILES, ids=lambda path: path.stem)
 def test_parity(path):
     kind, config, weights, given = read(path)
-    if kind == 'adapter':
-        pytest.skip('the adapter is not built yet')
-    {'vggt': check_vggt, 'vggt_masked': check_vggt, 'psfm': check_psfm}[kind](config, weights, given)
+    {'vggt': check_vggt, 'vggt_masked': check_vggt, 'psfm': check_psfm, 'adapter': check_adapter}[kind](config, weights, given)
 
 
 @pytest.mark.skipif(not (FOLDER / 'released_keys.json').is_file(), reason=f'no released_keys.json in {FOLDER}')

@@ -1,0 +1,204 @@
+"""Fine-tuning end to end with a tiny VLM, and every fault that a file of conversations can have."""
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import eval as evaluation
+import finetune
+from adapter import build_tokenizer, load_spatial_vlm, mini_vlm, save_mini_vlm
+from data import Conversations, RoomQuestions, draw_markers
+from model import InputError
+from rooms import ANSWER_WORDS, CATEGORIES
+
+SIZES = dict(width=64, depth=1)
+
+
+@pytest.fixture(scope='module')
+def vlm(tmp_path_factory):
+    torch.manual_seed(0)
+    rooms = RoomQuestions('train', 0, 8)
+    words = [turn['value'].replace('<image>', '') for i in range(8) for turn in rooms[i]['conversations']]
+    path = str(tmp_path_factory.mktemp('vlm') / 'tiny.safetensors')
+    save_mini_vlm(*mini_vlm(build_tokenizer(words * 5, CATEGORIES + ANSWER_WORDS), **SIZES), path, SIZES)
+    return path
+
+
+def options(vlm, out, *more):
+    return ['--config', 'small', '--vlm', vlm, '--num-rooms', '16', '--val-scenes', '4', '--batch', '4', '--steps', '4', '--eval-every', '2', '--log-every', '1',
+            '--cache', f'{out}/latents', '--out', f'{out}/run', '--device', 'cpu', '--dtype', 'float32', *more]
+
+
+def losses(out):
+    records = [json.loads(line) for line in open(f'{out}/run/log.jsonl')]
+    return [record['loss'] for record in records if 'loss' in record]
+
+
+def test_rooms_end_to_end(vlm, tmp_path, capsys):
+    finetune.main(options(vlm, tmp_path))
+    metrics = json.load(open(tmp_path / 'run' / 'metrics.json'))
+    assert 0 <= metrics['overall'] <= 100 and len(metrics['scores']) == len(RoomQuestions('val', 0, 4).records)
+    evaluation.main(['rooms', '--run', str(tmp_path / 'run'), '--rooms', '4', '--device', 'cpu'])
+    evaluation.main(['rooms', '--run', str(tmp_path / 'run'), '--rooms', '4', '--latents', 'shuffled', '--device', 'cpu'])
+    assert 'psfm shuffled' in capsys.readouterr().out
+    Image.new('RGB', (80, 60), 'red').save(tmp_path / 'a.png')
+    evaluation.main(['ask', '--run', str(tmp_path / 'run'), '--images', str(tmp_path / 'a.png'), '--question', 'How many table(s) are in this room?', '--device', 'cpu'])
+
+    # the same losses with latents computed anew, and from a checkpoint half way
+    first = losses(tmp_path)
+    finetune.main(options(vlm, tmp_path / 'anew', '--cache', ''))
+    assert losses(tmp_path / 'anew') == pytest.approx(first, abs=1e-4)
+    half = tmp_path / 'half'
+    finetune.main(options(vlm, half, '--steps', '2', '--warmup', '0', '--min-lr', '1'))
+    finetune.main(options(vlm, half, '--steps', '4', '--warmup', '0', '--min-lr', '1', '--resume'))
+    finetune.main(options(vlm, tmp_path / 'whole', '--steps', '4', '--warmup', '0', '--min-lr', '1'))
+    assert losses(half) == pytest.approx(losses(tmp_path / 'whole'), abs=1e-5)
+
+
+@pytest.mark.parametrize('latents, train', [('none', 'adapter+llm'), ('random', 'adapter'), ('backbone', 'adapter')])
+def test_arms(vlm, tmp_path, latents, train):
+    finetune.main(options(vlm, tmp_path, '--steps', '1', '--latents', latents, '--train', train, '--checkpointing'))
+    model, _, settings = load_spatial_vlm(str(tmp_path / 'run' / 'checkpoint'))
+    assert settings['latents'] == latents and (model.adapter is None) == (latents == 'none')
+    assert (tmp_path / 'run' / 'checkpoint' / 'vlm').exists() == (train == 'adapter+llm')
+
+
+def test_mini_vlm(tmp_path, capsys):
+    finetune.main(['--config', 'mini-vlm', '--num-rooms', '8', '--val-scenes', '4', '--batch', '2', '--steps', '2', '--out', str(tmp_path), '--device', 'cpu', '--log-every', '1'])
+    finetune.main(options(str(tmp_path / 'mini_vlm.safetensors'), tmp_path / 'next', '--steps', '1', '--latents', 'none'))
+
+
+def test_ablate(vlm, tmp_path, capsys):
+    arguments = ['ablate', '--arms', 'psfm', 'none', '--seeds', '0', '--out', str(tmp_path / 'arms'), *options(vlm, tmp_path, '--steps', '1')[2:]]
+    at = arguments.index(f'{tmp_path}/run')
+    del arguments[at - 1:at + 1]
+    evaluation.main(arguments)
+    shown = capsys.readouterr().out
+    assert 'without looking' in shown and 'psfm, shuffled' in shown and 'none, 1 seed' in shown
+
+
+def test_lora(vlm, tmp_path):
+    pytest.importorskip('peft')
+    finetune.main(options(vlm, tmp_path, '--steps', '1', '--train', 'lora'))
+    model, _, settings = load_spatial_vlm(str(tmp_path / 'run' / 'checkpoint'))
+    assert settings['lora_rank'] == 16 and any('lora_B' in name and p.abs().max() > 0 for name, p in model.named_parameters())
+
+
+# -----------------------------------------------------------------------------
+# scores of rooms
+
+def test_prior_beats_nothing_and_knows_its_place():
+    train, held_out = RoomQuestions('train', 0, 60), RoomQuestions('val', 0, 12)
+    guess = evaluation.language_prior(train.records)
+    for record in held_out.records:
+        answer = guess(record)
+        assert answer in 'ABCD' if record['options'] else float(answer) > 0
+    constant = evaluation.language_prior([dict(question_type='object_counting', question='How many x(s)?', options=None, ground_truth=text) for text in '223'])
+    assert constant(dict(question_type='object_counting', question='How many y(s)?', options=None)) == '2'
+
+
+def test_intervals_hold_the_mean_and_shrink():
+    types, g = ['object_counting', 'route_planning'] * 50, np.random.default_rng(0)
+    few, many = g.random((1, 100)).round(), np.tile(g.random((1, 100)).round(), (1, 20))
+    mean, low, high = evaluation.overall_scores(types, few)['overall']
+    assert low < mean < high
+    mean2, low2, high2 = evaluation.overall_scores(types * 20, many)['overall']
+    assert high2 - low2 < (high - low) / 2
+
+
+# -----------------------------------------------------------------------------
+# files of conversations
+
+GOOD = dict(image='a.png', conversations=[{'from': 'human', 'value': '<image>\nWhat is it?'}, {'from': 'gpt', 'value': 'red'}])
+
+
+def turns(*pairs):
+    return [{'from': who, 'value': text} for who, text in pairs]
+
+
+@pytest.fixture
+def media(tmp_path):
+    Image.new('RGB', (64, 48), 'red').save(tmp_path / 'a.png')
+    (tmp_path / 'frames').mkdir()
+    for i in range(12):
+        Image.new('RGB', (64, 48), (20 * i, 0, 0)).save(tmp_path / 'frames' / f'{i}.png')
+    return tmp_path
+
+
+def write(folder, *records):
+    path = folder / 'data.jsonl'
+    path.write_text('\n'.join(record if isinstance(record, str) else json.dumps(record) for record in records))
+    return str(path)
+
+
+@pytest.mark.parametrize('record, fault', [
+    (dict(GOOD, image='gone.png'), 'missing .*gone.png'),
+    (dict(GOOD, image=['a.png', 'a.png']), '1 <image> tokens for 2 images'),
+    (dict(GOOD, conversations=turns(('human', '<image><image> x'), ('gpt', 'y'))), '2 <image> tokens for 1 images'),
+    (dict(GOOD, conversations=turns(('human', '<image> x'), ('gpt', ' '))), 'empty answer'),
+    (dict(GOOD, conversations=turns(('human', '<image> x'), ('robot', 'y'))), "'robot', not"),
+    (dict(GOOD, conversations=turns(('gpt', '<image> x'), ('human', 'y'))), 'human first'),
+    (dict(GOOD, conversations=turns(('human', '<image> x'), ('gpt', 'y'), ('human', 'z'))), 'without an answer'),
+    (dict(image='a.png'), 'no list of at least two turns'),
+    (dict(video='gone', conversations=turns(('human', '<video> x'), ('gpt', 'y'))), 'missing .*gone'),
+    (dict(GOOD, conversations=turns(('human', '<video> x'), ('gpt', 'y'))), 'no "video"'),
+    ('{"conversations": [', 'not JSON')])
+def test_faulty_records(media, record, fault):
+    path = write(media, GOOD, record, GOOD)
+    with pytest.raises(InputError, match=f'data.jsonl, record 2: .*{fault}'):
+        Conversations([path], str(media))
+    said = []
+    assert len(Conversations([path], str(media), skip_bad=True, say=said.append)) == 2
+    assert '1 of 3 records left out' in said[0]
+
+
+def test_no_usable_record(media):
+    with pytest.raises(InputError, match='no usable record'):
+        Conversations([write(media, dict(image='x'))], str(media), skip_bad=True, say=print)
+    with pytest.raises(InputError, match='no file'):
+        Conversations(['nowhere.json'], str(media))
+
+
+def test_videos_and_their_tokens(media):
+    # VSI-590K writes <image> before videos too
+    for token in ('<video>', '<image>'):
+        record = dict(video='frames', conversations=turns(('human', f'{token}\nHow many?'), ('gpt', '3')))
+        item = Conversations([write(media, record)], str(media), num_frames=8)[0]
+        assert len(item['images']) == 6                       # twelve seconds, one frame in two
+        assert item['conversations'][0]['value'] == '<image>' * 6 + 'How many?'
+
+
+def test_shares_of_files(media):
+    path = write(media, *[GOOD] * 20)
+    assert len(Conversations([f'{path}:0.25', path], str(media))) == 25
+    with pytest.raises(InputError, match='between 0 and 1'):
+        Conversations([f'{path}:7'], str(media))
+
+
+def test_markers_are_drawn():
+    images = [Image.new('RGB', (200, 100), 'white') for _ in range(3)]
+    info = json.dumps(dict(red_point=[[500, 500]], blue_point=[[250, 500]], point_img_idx=[[0, 2]], green_bbox=[[100, 100, 900, 900]], bbox_img_idx=[[1]]))
+    drawn = draw_markers(images, info)
+    assert drawn[0].getpixel((100, 50)) == (255, 0, 0) and drawn[2].getpixel((50, 50)) == (0, 0, 255)
+    assert drawn[1].getpixel((20, 50)) == (0, 255, 0) and drawn[1].getpixel((100, 50)) == (255, 255, 255)
+    assert images[0].getpixel((100, 50)) == (255, 255, 255)
+
+
+def test_files_end_to_end(vlm, media, capsys):
+    record = dict(GOOD, conversations=turns(('human', '<image>\nHow many table(s) are in this room?'), ('gpt', '2')))
+    path = write(media, *[record] * 6)
+    finetune.main(options(vlm, media, '--data', path, '--media', str(media), '--val-scenes', '2', '--steps', '2'))
+    assert math.isfinite(json.load(open(media / 'run' / 'metrics.json'))['loss'])
+    with pytest.raises(InputError, match='none would be left'):
+        finetune.main(options(vlm, media, '--data', path, '--media', str(media), '--val-scenes', '6'))
+
+
+@pytest.mark.parametrize('more, fault', [
+    (['--latents', 'none', '--train', 'adapter'], 'nothing to train'), (['--batch', '0'], '--batch must be at least 1'), (['--data', ''], 'your own files'),
+    (['--train', 'everything'], '--train takes'), (['--vlm', 'nowhere'], 'no VLM at nowhere')])
+def test_faulty_options(vlm, tmp_path, more, fault):
+    with pytest.raises(InputError, match=fault):
+        finetune.main(options(vlm, tmp_path, *more))
