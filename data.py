@@ -15,10 +15,13 @@ classes (B, V, h, w), indices into rooms.CLASSES.
 import collections
 import functools
 import glob
+import hashlib
 import io
 import json
 import os
 import re
+import shutil
+import sys
 
 import numpy as np
 import torch
@@ -175,10 +178,97 @@ def reading_fault(path, changed):
         return str(error)
 
 
-class PhotoFolder:
-    """Scenes of photographs: every sub-folder of `root` with pictures is a scene; pictures in `root` itself are one more.
+INDEX = 'out/index'      # where lists of pictures are kept: in our own folder, never in anybody's data set
 
-    A tenth of the scenes is held out. Of a single scene, the last quarter of the pictures is, if enough are left.
+
+class Index:
+    """Names of the pictures in each folder of a data set, kept as JSON; a folder that has changed since is listed anew."""
+
+    def __init__(self, root):
+        self.path = os.path.join(INDEX, hashlib.sha256(os.path.abspath(root).encode()).hexdigest()[:16] + '.json')
+        try:
+            with open(self.path) as file:
+                self.known = json.load(file)
+        except (OSError, ValueError):
+            self.known = {}
+        self.changed = False
+
+    def pictures(self, folder):
+        stamp = os.stat(folder).st_mtime_ns
+        if self.known.get(folder, [None])[0] != stamp:
+            self.known[folder] = [stamp, [os.path.basename(path) for path in list_pictures(folder)]]
+            self.changed = True
+        return [os.path.join(folder, name) for name in self.known[folder][1]]
+
+    def save(self):
+        if not self.changed:
+            return
+        try:
+            os.makedirs(INDEX, exist_ok=True)
+            with open(f'{self.path}.{os.getpid()}', 'w') as file:
+                json.dump(self.known, file)
+            os.replace(f'{self.path}.{os.getpid()}', self.path)
+        except OSError:
+            pass                                              # it only saves time
+
+
+def find_scenes(root):
+    """-> layout, {scene: its pictures in order}, {split: names of its scenes, as the data set's own lists have them}.
+
+    ScanNet     <root>/[scans/]<scene>/color/<frame>.jpg, scannetv2_train.txt and scannetv2_val.txt beside them
+    ScanNet++   <root>/data/<scene>/dslr/undistorted_images/, <root>/splits/nvs_sem_train.txt and nvs_sem_val.txt
+    videos      <root>/*.mp4: frames are taken out once, into a folder of ours
+    folders     <root>/<scene>/, and pictures in <root> itself
+    """
+    index = Index(root)
+    subfolders = lambda path: sorted((entry.path for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith('.')), key=natural_order)
+    folders, layout, lists = subfolders(root), 'folders', {}
+    base = os.path.join(root, 'scans') if os.path.isdir(os.path.join(root, 'scans')) else root
+    if os.path.isdir(os.path.join(root, 'data')) and any(os.path.isdir(os.path.join(folder, 'dslr')) for folder in subfolders(os.path.join(root, 'data'))):
+        layout, lists = 'ScanNet++', {'train': 'splits/nvs_sem_train.txt', 'val': 'splits/nvs_sem_val.txt'}
+        places = {os.path.basename(folder): os.path.join(folder, 'dslr', 'undistorted_images') for folder in subfolders(os.path.join(root, 'data'))}
+    elif any(os.path.isdir(os.path.join(folder, 'color')) for folder in subfolders(base)):
+        layout, lists = 'ScanNet', {'train': 'scannetv2_train.txt', 'val': 'scannetv2_val.txt'}
+        places = {os.path.basename(folder): os.path.join(folder, 'color') for folder in subfolders(base)}
+    else:
+        places = {**{os.path.basename(folder): folder for folder in folders}, '(its own pictures)': root}
+    scenes = {name: index.pictures(folder) for name, folder in places.items() if os.path.isdir(folder)}
+    videos = [entry.path for entry in os.scandir(root) if entry.is_file() and entry.name.lower().endswith(VIDEOS)]
+    if layout == 'folders' and videos:
+        layout = 'videos'
+        scenes.update({os.path.basename(path): index.pictures(extract_frames(path)) for path in sorted(videos, key=natural_order)})
+    index.save()
+    splits = {}
+    for split, name in lists.items():
+        path = next((path for path in (os.path.join(folder, name) for folder in (root, base)) if os.path.isfile(path)), None)
+        if path:
+            with open(path) as file:
+                splits[split] = file.read().split()
+    return layout, {name: pictures for name, pictures in scenes.items() if pictures}, splits
+
+
+def extract_frames(path, per_second=2, height=518):
+    """Frames of a video, two a second, as JPEGs in a folder of ours; done once for each state of the file. -> the folder"""
+    stat = os.stat(path)
+    folder = os.path.join(INDEX, hashlib.sha256(f'{os.path.abspath(path)} {stat.st_size} {stat.st_mtime_ns}'.encode()).hexdigest()[:16])
+    if not os.path.isdir(folder):
+        unfinished = f'{folder}.{os.getpid()}'
+        os.makedirs(unfinished, exist_ok=True)
+        try:
+            for i, frame in enumerate(read_video(path, 10 ** 6, every=1 / per_second)):
+                frame.resize((max(1, frame.width * height // frame.height), height)).save(os.path.join(unfinished, f'{i:06d}.jpg'), quality=92)
+            os.replace(unfinished, folder)
+        except BaseException:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+    return folder
+
+
+class PhotoFolder:
+    """Scenes of photographs, in any layout of `find_scenes`.
+
+    Where the data set has lists of its splits, they decide, and a scene on no list is not used. Else a tenth of the scenes
+    is held out; of a single scene, the last quarter of the pictures is, if enough are left.
     Pictures that cannot be read and scenes with fewer than `min_views` pictures are left out, by name. (Beyond
     CHECKED pictures only names are looked at beforehand, and an unreadable one stops the run when its turn comes.)
     """
@@ -186,12 +276,14 @@ class PhotoFolder:
 
     def __init__(self, root, split, seed, width, multiple, min_views, gap=(1, 4), rank=0, say=print):
         if not os.path.isdir(root):
-            raise InputError(f'no folder {root}: --data takes a folder of pictures, or of sub-folders with pictures')
-        folders = sorted((entry.path for entry in os.scandir(root) if entry.is_dir()), key=natural_order)
-        scenes = {os.path.basename(folder): list_pictures(folder) for folder in folders}
-        scenes = {name: pictures for name, pictures in {**scenes, '(its own pictures)': list_pictures(root)}.items() if pictures}
+            raise InputError(f'no folder {root}: --data takes a folder of pictures, of sub-folders with pictures, or of videos')
+        layout, scenes, splits = find_scenes(root)
         if not scenes:
             raise InputError(f'no pictures in {root} nor in its sub-folders ({" ".join(PICTURES)})')
+        if splits:
+            scenes = {name: pictures for name, pictures in scenes.items() if name in set().union(*splits.values())}
+            if not scenes:
+                raise InputError(f'{root}: none of the scenes on the lists of {layout} is there; see python data.py check {root}')
         if sum(map(len, scenes.values())) <= self.CHECKED:
             faults = {path: reading_fault(path, os.stat(path).st_mtime_ns) for pictures in scenes.values() for path in pictures}
             scenes = {name: [path for path in pictures if not faults[path]] for name, pictures in scenes.items()}
@@ -205,7 +297,13 @@ class PhotoFolder:
             raise InputError(f'no scene of {root} has the {min_views} pictures that --min-views asks for')
 
         names = sorted(scenes, key=natural_order)
-        if len(names) > 1:
+        if splits:
+            mine = {name for name in scenes if name in splits.get(split, ())}
+            if not mine:
+                raise InputError(f'{root}: no scene of the {split} list of {layout} is there with {min_views} pictures or more')
+            self.held_out = f'{sum(name in splits.get("val", ()) for name in names)} scenes of the val list of {layout}'
+            chosen = {name: scenes[name] for name in names if name in mine}
+        elif len(names) > 1:
             held_out = names[::-1][::10]                      # the last one, and every tenth before it
             self.held_out = f'scene {", ".join(held_out)}' if len(held_out) < 4 else f'{len(held_out)} scenes'
             chosen = {name: scenes[name] for name in names if (name in held_out) == (split == 'val')}
@@ -641,3 +739,48 @@ def open_media(media, num_frames):
     if isinstance(media, str):
         return read_video(media, num_frames)
     return [open_picture(io.BytesIO(picture) if isinstance(picture, bytes) else picture) for picture in media]
+
+
+# -----------------------------------------------------------------------------
+
+def check(root, sample=3):
+    """What is in a data set, and what is missing or broken, from a few pictures of each scene."""
+    if not os.path.isdir(root):
+        raise InputError(f'no folder {root}')
+    layout, scenes, splits = find_scenes(root)
+    if not scenes:
+        raise InputError(f'no pictures in {root}: it takes <scene>/color/ (ScanNet), data/<scene>/dslr/undistorted_images/ (ScanNet++), sub-folders, or videos')
+    counts = sorted(map(len, scenes.values()))
+    lines = [f'{root}: layout {layout}, {len(scenes)} scenes, {sum(counts)} pictures ({counts[0]} to {counts[-1]} a scene, median {counts[len(counts) // 2]})']
+    sizes, broken = collections.Counter(), []
+    for pictures in list(scenes.values())[:500]:
+        for i in even_frames(len(pictures), sample):
+            try:
+                with Image.open(pictures[i]) as picture:
+                    sizes[picture.size] += 1
+                fault = reading_fault(pictures[i], os.stat(pictures[i]).st_mtime_ns)
+                broken += [fault] if fault else []
+            except (OSError, SyntaxError) as error:
+                broken.append(f'{pictures[i]} cannot be read: {error}')
+    lines.append('sizes: ' + ', '.join(f'{w} x {h} ({n} of those looked at)' for (w, h), n in sizes.most_common(3)))
+    lines.append(f'unreadable: {len(broken)} of {sum(sizes.values())} looked at' + ''.join(f'\n  {fault}' for fault in broken[:5]))
+    for split, names in splits.items():
+        lost = [name for name in names if name not in scenes]
+        lines.append(f'{split} list: {len(names)} scenes, {len(names) - len(lost)} of them here' + (f'; missing: {", ".join(lost[:3])}{" ..." * (len(lost) > 3)}' if lost else ''))
+    if layout in ('ScanNet', 'ScanNet++'):
+        if 'train' not in splits:
+            name = 'scannetv2_train.txt and scannetv2_val.txt' if layout == 'ScanNet' else 'splits/nvs_sem_train.txt and nvs_sem_val.txt'
+            lines.append(f'no list of the training scenes ({name}): without it a tenth is held out, and scenes that VSI-Bench asks about may be trained on')
+        else:
+            unlisted = [name for name in scenes if name not in set().union(*splits.values())]
+            lines += [f'on no list, not used: {len(unlisted)} scenes ({", ".join(unlisted[:3])})'] * bool(unlisted)
+    return '\n'.join(lines)
+
+
+if __name__ == '__main__':
+    if len(sys.argv) != 3 or sys.argv[1] != 'check':
+        sys.exit('usage: python data.py check FOLDER')
+    try:
+        print(check(sys.argv[2]))
+    except InputError as error:
+        sys.exit(f'error: {error}')
