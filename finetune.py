@@ -296,7 +296,8 @@ def train(name, config, data=None, held_out=None, say=None):
     steps = config.steps or math.ceil(len(data) / (config.batch * config.accumulate * world_size))
     config = dataclasses.replace(config, steps=steps)
     say(f'{name}: ' + ' '.join(f'{key}={value}' for key, value in dataclasses.asdict(config).items()))
-    if config.shard and world_size > 1:
+    sharded = config.shard and world_size > 1
+    if sharded:
         model = shard_model(model)
     optimizers = make_optimizers(model, config, device)
     if sight:
@@ -310,7 +311,7 @@ def train(name, config, data=None, held_out=None, say=None):
     say(f'{count(True):.2f} M parameters to train, {count(False):.2f} M frozen | {len(data)} conversations | {device}, {dtype} ({reason}) | writing to {config.out}/')
     loader = iter(torch.utils.data.DataLoader(Encoded(data, chat, config, rank, world_size), batch_size=None, num_workers=config.workers,
                                               sampler=range(first * config.accumulate, steps * config.accumulate)))
-    wrapped = nn.parallel.DistributedDataParallel(model) if world_size > 1 and not config.shard else model
+    wrapped = nn.parallel.DistributedDataParallel(model) if world_size > 1 and not sharded else model
     model.train()
 
     log = open_log(os.path.join(config.out, 'log.jsonl'), first) if is_main else open(os.devnull, 'w')
@@ -318,7 +319,7 @@ def train(name, config, data=None, held_out=None, say=None):
     for step in range(first, steps + 1):
         # evaluate and save
         if step == steps or step > first and step % config.eval_every == 0:
-            if config.data == 'rooms' and config.task == 'spatial':
+            if config.data == 'rooms' and config.task == 'spatial' and not sharded:       # a sharded model does not generate
                 metrics = answer_rooms(model, chat, latents, held_out, data, device, autocast) if is_main else {}
                 line = rooms_line(metrics) if is_main else ''
             else:
@@ -330,7 +331,7 @@ def train(name, config, data=None, held_out=None, say=None):
             log.write(json.dumps(dict(step=step, metrics={key: value for key, value in metrics.items() if key != 'answers'})) + '\n')
             if step > first:
                 check_finite(losses, norm, step, checkpoint)
-            save(checkpoint, model, chat, optimizers, step, config, dtype, {}, is_main, config.shard and world_size > 1)
+            save(checkpoint, model, chat, optimizers, step, config, dtype, {}, is_main, sharded)
         if step == steps:
             break
 
@@ -344,7 +345,7 @@ def train(name, config, data=None, held_out=None, say=None):
             items, pictures, classes = next(loader)
             batch, z = chat.batch(items, device=device), latents(pictures) if latents else None
             last = micro == config.accumulate - 1
-            with contextlib.nullcontext() if last or world_size == 1 or config.shard else wrapped.no_sync():
+            with contextlib.nullcontext() if last or world_size == 1 or sharded else wrapped.no_sync():
                 with autocast:
                     losses = dict(answers=loss_of(wrapped, batch, z))
                     if sight:
@@ -383,7 +384,7 @@ def train(name, config, data=None, held_out=None, say=None):
             os.makedirs(os.path.dirname(path), exist_ok=True)
             save_mini_vlm(model.vlm, chat, path, {}, 'python finetune.py ' + ' '.join(sys.argv[1:]))
             say(f'wrote {path}\nnext: python finetune.py --config small --vlm {path}')
-        elif config.data == 'rooms':
+        elif 'scores' in metrics:
             say(f'{rooms_table({config.latents: metrics})}\nwrote {config.out}/metrics.json, log.jsonl, checkpoint/')
     return metrics
 
