@@ -16,6 +16,7 @@ tokens in one method, `get_image_features`; `SpatialVLM` stands behind that meth
 """
 import collections
 import functools
+import glob
 import hashlib
 import json
 import os
@@ -246,15 +247,19 @@ class Chat:
 
 def load_vlm(source, dtype=torch.float32, max_pixels=None):
     """A folder or a hub id of transformers, or a mini VLM in one .safetensors file -> (vlm, Chat)."""
-    from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+    from transformers import AutoModelForImageTextToText
     if str(source).endswith('.safetensors'):
         return load_mini_vlm(source)
     try:
-        vlm = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        image_processor = AutoImageProcessor.from_pretrained(source, backend='pil')
+        return chat_of(AutoModelForImageTextToText.from_pretrained(source, dtype=dtype), source, max_pixels)
     except (OSError, ValueError, ImportError) as error:
         raise InputError(f'no VLM at {source}: {str(error).strip().splitlines()[0]}') from error
+
+
+def chat_of(vlm, source, max_pixels=None):
+    """-> (vlm, the Chat that lays conversations out for it)"""
+    from transformers import AutoImageProcessor, AutoTokenizer
+    tokenizer, image_processor = AutoTokenizer.from_pretrained(source), AutoImageProcessor.from_pretrained(source, backend='pil')
     if not hasattr(image_processor, 'merge_size'):
         raise InputError(f'{source} is a {type(vlm).__name__}, whose pictures Chat cannot lay out: it speaks to the Qwen2-VL kind (Qwen2.5-VL, Qwen3-VL)')
     return vlm, Chat(tokenizer, image_processor, vlm.config.image_token_id, max_pixels)
@@ -366,9 +371,35 @@ def save_spatial_vlm(model, chat, folder, settings, with_vlm, state=None):
         json.dump(settings, file, indent=1)
 
 
+def load_released_spatial_vlm(folder, dtype=torch.float32, max_pixels=None):
+    """A Spa3-VLM folder of the release: a Qwen2.5-VL under transformers 4.50's names, with the adapter and Spa3R inside. -> as load_spatial_vlm
+
+    Strict: apart from what is the encoder's and the adapter's, every name must be the VLM's.
+    """
+    from transformers import Qwen2_5_VLForConditionalGeneration
+    state = {}
+    for file in sorted(glob.glob(os.path.join(folder, '*.safetensors'))):
+        state.update(read_weights(file)[0])
+    ours = from_release({name: tensor for name, tensor in state.items() if 'geometry_encoder.' not in name})
+    if 'attention.q_norm.weight' not in ours:
+        raise InputError(f'{folder} has no adapter of a Spa3-VLM (geom_cross_attention.*) and no spatial_vlm.json')
+    vlm, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    strange = [name for name in report['unexpected_keys'] if 'geometry_' not in name and 'geom_' not in name and not re.search(r'(^|\.)ln\.', name)]
+    missing = [name for name in report['missing_keys'] if not name.startswith('lm_head')]
+    if strange or missing:
+        raise InputError(f'{folder} is not a whole Qwen2.5-VL: missing {missing[:3]}, unexpected {strange[:3]}')
+    hidden, latent_width = ours['projector.fc1.weight'].shape
+    adapter = Adapter(latent_width, hidden, hidden // len(ours['attention.q_norm.weight']))
+    load_strictly(adapter, {name: tensor.float() for name, tensor in ours.items()}, folder)
+    _, chat = chat_of(vlm, folder, max_pixels)
+    return SpatialVLM(vlm, adapter), chat, dict(vlm=folder, latents='psfm', encoder=folder, latent_width=latent_width, num_frames=8)
+
+
 def load_spatial_vlm(folder, dtype=torch.float32, max_pixels=None):
-    """-> (SpatialVLM, Chat, settings). Strict: a checkpoint without its adapter's weights is refused."""
+    """-> (SpatialVLM, Chat, settings). Strict: a checkpoint without its adapter's weights is refused. Takes the release's folders too."""
     path = os.path.join(folder, 'spatial_vlm.json')
+    if not os.path.isfile(path) and glob.glob(os.path.join(folder, '*.safetensors')):
+        return load_released_spatial_vlm(folder, dtype, max_pixels)
     try:
         settings = json.load(open(path))
     except (OSError, ValueError) as error:

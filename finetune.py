@@ -80,13 +80,13 @@ class Config:
 
 PRESETS = {
     # any laptop: the mini VLM, rooms
-    'small': dict(steps=600, lr=1e-3, adapter_lr=1e-3, muon_lr=2e-3, min_lr=0.03, eval_every=600),
+    'small': dict(steps=450, lr=2e-3, adapter_lr=2e-3, muon_lr=4e-3, min_lr=0.03, eval_every=450),
     # the paper: 8 GPUs x 1 x 8, one epoch
     'base': dict(vlm='Qwen/Qwen2.5-VL-3B-Instruct', encoder='out/base', data='', batch=1, accumulate=8, warmup=250, weight_decay=0.01, beta2=0.999,
                  checkpointing=True, workers=8, val_scenes=64, eval_every=1000, log_every=20),
     # makes weights/mini_vlm.safetensors
-    'mini-vlm': dict(task='mini-vlm', vlm='', latents='none', num_rooms=2400, batch=16, steps=2500, lr=1e-3, muon_lr=4e-3, min_lr=0.02, decay_from=0.5,
-                     eval_every=1000),
+    'mini-vlm': dict(task='mini-vlm', vlm='', latents='none', num_rooms=2400, batch=16, steps=2500, lr=2e-3, muon_lr=4e-3, min_lr=0.02, decay_from=0.5,
+                     val_scenes=40, eval_every=500, log_every=100),
 }
 CHOICES = dict(task=('spatial', 'mini-vlm'), latents=tuple(kind for kind in LATENTS if kind != 'shuffled'), train=('adapter', 'adapter+llm', 'lora'),
                dtype=('auto', 'float32', 'bfloat16'))

@@ -14,8 +14,11 @@ that a ray token and the latents, which live in the world's frame, meet in one s
 
 Shapes as in model.py. In a view mask (B, V), True is a target: a view to predict.
 """
+import glob
 import json
+import math
 import os
+import pickle
 import zlib
 from types import SimpleNamespace
 
@@ -25,7 +28,7 @@ import torch.nn.functional as F
 
 from model import (IMAGE_STATISTICS, MLP, Block, Encoder, InputError, Transformer, camera_rays, cast_matrices, full_precision, init_linear,
                    invert_pose, load_strictly, read_weights, take_views, to_4x4)
-from vggt import VGGT
+from vggt import VGGT, VGGTConfig
 
 
 def random_view_mask(num_scenes, num_views, mask_ratio, generator=None, device='cpu'):
@@ -336,6 +339,8 @@ def load_psfm(run, device='cpu'):
     `run`: the folder of a run, or a file with its weights, as weights/psfm_small.safetensors.
     """
     path = os.fspath(run)
+    if path.endswith(('.ckpt', '.pt')) or os.path.isdir(path) and os.path.isfile(os.path.join(path, 'config.json')) and glob.glob(os.path.join(path, '*.safetensors')):
+        return load_released_psfm(path, device)
     if not os.path.isfile(path):
         folders = [os.path.join(path, name) for name in ('checkpoint', 'checkpoint.old')]
         path = next((file for file in (os.path.join(folder, 'model.safetensors') for folder in folders) if os.path.isfile(file)), None)
@@ -350,6 +355,49 @@ def load_psfm(run, device='cpu'):
     if metadata.get('backbone') not in (None, fingerprint(psfm.backbone)):
         raise InputError(f'{path} was trained on another backbone than what is now in {config.backbone}: its latents mean nothing there')
     load_strictly(psfm, state, path, skip=('backbone.', 'teacher.'))
+    return psfm.to(device).eval(), config
+
+
+def read_released(path):
+    """State of a released spa3r.ckpt, or of the encoder inside a released Spa3-VLM folder; names without what is in front of Spa3R's own."""
+    if os.path.isdir(path):
+        state = {}
+        for file in sorted(name for name in os.listdir(path) if name.endswith('.safetensors')):
+            state.update(read_weights(os.path.join(path, file))[0])
+        prefix = 'geometry_encoder.spa3r.'
+        return {name.split(prefix)[1]: tensor for name, tensor in state.items() if prefix in name}
+    try:
+        state = torch.load(path, map_location='cpu', weights_only=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        raise InputError(f'{path} cannot be read as a checkpoint of weights ({str(error).splitlines()[0]})') from error
+    state = state.get('state_dict', state)
+    return {name.removeprefix('model.'): tensor for name, tensor in state.items() if torch.is_tensor(tensor)}
+
+
+def load_released_psfm(path, device='cpu'):
+    """What the release offers, spa3r.ckpt or a Spa3-VLM folder -> PSFM in eval mode, with its own altered VGGT, and its configuration.
+
+    Sizes follow from the shapes; heads that only trained it are left out. Features are not standardised there.
+    """
+    state = read_released(path)
+    if 'query_embed.weight' not in state:
+        raise InputError(f'{path} holds no released Spa3R (no query_embed.weight)')
+    count = lambda prefix: 1 + max((int(name.removeprefix(prefix).split('.')[0]) for name in state if name.startswith(prefix)), default=-1)
+    C, embed = state['aggregator.camera_token'].shape[-1], 'aggregator.patch_embed.'
+    is_layer = any(name.startswith('aggregator.global_blocks.') and name.endswith('q_norm.bias') for name in state)
+    vggt = VGGTConfig(patch_size=state[embed + 'patch_embed.proj.weight'].shape[-1], width=C, depth=count('aggregator.frame_blocks.'), num_heads=C // 64,
+                      num_registers=state['aggregator.register_token'].shape[2], embed_depth=count(embed + 'blocks.'), embed_heads=C // 64,
+                      position_grid=math.isqrt(state[embed + 'pos_embed'].shape[1] - 1), global_qk_norm='layer' if is_layer else 'rms',
+                      camera_depth=count('camera_head.trunk.'), camera_heads=C // 64, heads=('camera',))
+    width = state['projection.weight'].shape[0]
+    config = SimpleNamespace(task='psfm', backbone=str(path), data='', width=width, num_latents=len(state['query_embed.weight']), image_width=37 * vggt.patch_size)
+    with torch.device('meta'):
+        psfm = PSFM(VGGT(vggt), width, count('encoder.blocks.'), count('decoder.blocks.'), width // 64, config.num_latents, standardised=False)
+    keep = ('projection.', 'query_embed.', 'encoder.', 'decoder.', 'pose_tokenizer.', 'heads.geo.', 'aggregator.', 'camera_head.')
+    psfm.load_released({name: tensor for name, tensor in state.items() if name.startswith(keep)}, path, assign=True)
+    for kind, value in (('mean', torch.zeros), ('std', torch.ones)):
+        setattr(psfm, f'geo_{kind}', value(2 * C))
+    psfm.backbone.freeze()
     return psfm.to(device).eval(), config
 
 

@@ -5,10 +5,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from transformers import (AutoModelForImageTextToText, InternVLConfig, LlavaOnevisionConfig, Qwen2_5_VLConfig, Qwen3VLConfig, SmolVLMConfig)
 
 from adapter import SceneLatents, SpatialVLM, build_adapter, build_tokenizer, load_spatial_vlm, load_vlm, mini_vlm, save_mini_vlm, save_spatial_vlm
 from model import InputError
+from psfm import PSFM, load_psfm
+from vggt import VGGT, VGGTConfig
 
 IMAGE, VOCABULARY = 90, 100     # the placeholder's id
 TEXT = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=VOCABULARY, pad_token_id=0,
@@ -265,3 +268,68 @@ def test_no_room_for_latents(tmp_path, capsys):
     latents = SceneLatents('psfm', 'weights/psfm_small.safetensors', str(blocked / 'cache'), say=said.append)
     assert latents([PICTURES])[0] is not None and latents([PICTURES])[0] is not None
     assert len(said) == 1 and 'can no longer be kept' in said[0]
+
+
+# -----------------------------------------------------------------------------
+# what the release offers, in miniature
+
+OURS_TO_THEIRS = [('projector.fc1', 'geometry_projector.0'), ('projector.fc2', 'geometry_projector.2'), ('attention', 'geom_cross_attention'), ('norm', 'ln'),
+                  ('mlp.fc1', 'geometry_adaptor.0'), ('mlp.fc2', 'geometry_adaptor.2'), ('gate', 'geometry_gate.0')]
+PSFM_TO_THEIRS = [('encoder.projection.', 'projection.'), ('encoder.queries', 'query_embed.weight'), ('encoder.transformer.', 'encoder.'),
+                  ('decoder.ray_embed.', 'pose_tokenizer.'), ('decoder.transformer.', 'decoder.'), ('backbone.', '')]
+
+
+def under(name, table):
+    ours, theirs = next((pair for pair in table if name.startswith(pair[0])), ('', ''))
+    return theirs + name.removeprefix(ours)
+
+
+@pytest.fixture(scope='module')
+def released(tmp_path_factory):
+    """A tiny Spa3R under the release's names: spa3r.ckpt, and the model it came from."""
+    torch.manual_seed(0)
+    vggt = VGGT(VGGTConfig(width=64, depth=2, num_heads=1, embed_depth=1, embed_heads=1, position_grid=4, global_qk_norm='rms', camera_depth=1, camera_heads=1,
+                           heads=('camera',)))
+    psfm = PSFM(vggt, 128, 1, 1, 2, 6, standardised=False).eval()
+    state = {f'model.{under(name, PSFM_TO_THEIRS)}': tensor for name, tensor in psfm.state_dict().items() if not name.startswith('geo_')}
+    state.update({'model.dino.cls_token': torch.zeros(1), 'model.heads.sem.fc1.weight': torch.zeros(3, 3)})
+    path = str(tmp_path_factory.mktemp('released') / 'spa3r.ckpt')
+    torch.save(dict(state_dict=state, epoch=3), path)
+    return path, psfm
+
+
+@torch.no_grad()
+def test_released_encoder(released):
+    path, psfm = released
+    again, config = load_psfm(path)
+    images = torch.rand(1, 2, 3, 28, 42)
+    assert torch.allclose(again.latents(images), psfm.latents(images), atol=1e-5) and config.width == 128
+    with pytest.raises(InputError, match='holds no released Spa3R'):
+        torch.save(dict(state_dict={'x': torch.zeros(1)}), path + '.pt')
+        load_psfm(path + '.pt')
+
+
+@torch.no_grad()
+def test_released_vlm(released, mini, tmp_path):
+    path, psfm = released
+    vlm, chat, _ = mini
+    adapter = build_adapter(vlm, 128)
+    torch.nn.init.normal_(adapter.mlp.fc2.weight)
+    vlm.save_pretrained(tmp_path)
+    chat.save_pretrained(tmp_path)
+    state = {under(name, [('model.visual.', 'visual.'), ('model.language_model.', 'model.')]): x for name, x in vlm.state_dict().items() if name != 'lm_head.weight'}
+    state.update({under(name, OURS_TO_THEIRS): x for name, x in adapter.state_dict().items()})
+    state.update({name.replace('model.', 'geometry_encoder.spa3r.', 1): x for name, x in torch.load(path, weights_only=True)['state_dict'].items()})
+    save_file({name: x.contiguous() for name, x in state.items()}, str(tmp_path / 'model.safetensors'), dict(format='pt'))
+
+    model, chat, settings = load_spatial_vlm(str(tmp_path))
+    batch = chat.batch([chat.encode(talk('<image>How many table(s) are there?', pictures=1))])
+    del batch['labels']
+    latents = SceneLatents('psfm', settings['encoder'])
+    latents.config.image_width = 56
+    z = latents([PICTURES[:1]])
+    assert torch.equal(model.eval()(latents=z, **batch).logits, SpatialVLM(vlm, adapter).eval()(latents=z, **batch).logits)
+    del state['geom_cross_attention.q_norm.weight']
+    save_file({name: x.contiguous() for name, x in state.items()}, str(tmp_path / 'model.safetensors'), dict(format='pt'))
+    with pytest.raises(InputError, match='no adapter of a Spa3-VLM'):
+        load_spatial_vlm(str(tmp_path))
