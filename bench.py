@@ -8,22 +8,26 @@ Where does the time of a PSFM step go?
 Every part is timed alone, after a warm-up, as the median of several runs; FLOPs are
 counted, not guessed (a multiply-add is two). MFU is TFLOP/s over the device's dense
 bf16 peak. Below the table, ratios measured side by side in this very run: the split
-attention of the asymmetric pass against one with a dense mask, and rendering against
-the step. The last line is JSON.
+attention of the asymmetric pass against one with a dense mask, rendering against the
+step, and fine-tuning with and without latents on disk. The last line is JSON.
 """
 import argparse
+import dataclasses
 import json
 import platform
 import statistics
 import sys
+import tempfile
 import time
 
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+import finetune
 import model
-from data import CELL, RoomPool
+from adapter import SceneLatents
+from data import CELL, RoomPool, RoomQuestions
 from model import InputError, RoPE2D, pick_device
 from psfm import PSFM, compile_blocks, random_view_mask
 from train import PRESETS, Config, peak_flops, peak_memory, pick_dtype
@@ -55,6 +59,11 @@ class Clock:
         if self.device.type == 'cuda':
             torch.cuda.synchronize()
         return time.perf_counter()
+
+    def once(self, call):
+        start = self.now()
+        call()
+        return 1e3 * (self.now() - start)
 
     def measure(self, call, before=lambda: ()):
         times = []
@@ -109,6 +118,27 @@ def bench(psfm, images, clock, autocast):
             return (psfm(images, view_mask=mask)['loss'],)
         part('backward', lambda loss: loss.backward(), forward)
     return rows
+
+
+def bench_finetune(clock, device):
+    """A step of finetune.py --config small with its scenes' latents from disk, and with latents computed anew, in turns."""
+    _, config = finetune.parse_config(['--config', 'small'])
+    data = RoomQuestions('train', 0, config.batch)
+    with tempfile.TemporaryDirectory() as folder:
+        spatial_vlm, chat, kept = finetune.build_model(dataclasses.replace(config, cache=folder), data)
+        anew = SceneLatents(config.latents, config.encoder, None, device)
+        spatial_vlm.to(device)
+        items, pictures, _ = finetune.Encoded(data, chat, config)[0]
+        batch = chat.batch(items, device=device)
+        kept(pictures)
+        step = lambda latents: finetune.loss_of(spatial_vlm, batch, latents(pictures)).backward()
+        ms = {'kept': [], 'anew': []}
+        for _ in range(clock.repeats):
+            for name, latents in (('kept', kept), ('anew', anew)):
+                ms[name].append(clock.once(lambda: step(latents)))
+        kept_ms, anew_ms = [statistics.median(times) for times in ms.values()]
+    print(f'fine-tuning, {config.batch} rooms a step: latents from disk {kept_ms:.0f} ms, computed anew {anew_ms:.0f} ms: {anew_ms / kept_ms:.2f} x as fast')
+    return dict(kept_ms=kept_ms, anew_ms=anew_ms)
 
 
 def main(argv=None):
@@ -191,6 +221,8 @@ def main(argv=None):
             print(f'rendering: {render:.1f} ms a step for {config.new_rooms:g} new rooms, {100 * render / (render + total):.1f}% of the step')
             run.update(render_ms=render, render_share=render / (render + total))
         report['runs'].append(run)
+    if is_mini:
+        report['finetune'] = bench_finetune(clock, device)
     print(json.dumps(report))
 
 
