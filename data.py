@@ -1,5 +1,8 @@
 """
-Sources of multi-view samples: the procedural rooms, and folders of photographs.
+Sources of multi-view samples (the procedural rooms, folders of photographs, ScanNet, ScanNet++, videos), of conversations
+about pictures, and the benchmarks' files.
+
+    python data.py check FOLDER        # what is in a data set, and what is missing or broken
 
 A source answers one question: what is batch number `step`? The answer depends on
 nothing but the source's settings and that number, so a resumed run sees what the

@@ -1,11 +1,15 @@
 """
-What has been learned? Measures and pictures of a trained field, and of the backbone under it.
+What has been learned? Measures and pictures of a trained field, of the backbone under it, and of a VLM with its latents.
 
     python eval.py field --run out/small            # metrics.json and field.png of a run, anew
     python eval.py field --run out/small --path     # ... and path.gif: the field from cameras where no picture was taken
     python eval.py probe                            # what does z know of the room?
     python eval.py runs out/*                       # several runs side by side
     python eval.py backbone                         # how good the mini VGGT is at cameras and depth
+    python eval.py rooms --run out/vlm-small        # a fine-tuned VLM on the held-out rooms' questions
+    python eval.py ablate                           # do the latents help? every kind of them, three seeds
+    python eval.py ask --images a.jpg --question "How many table(s) are in this room?"
+    python eval.py vsibench --data VSI-Bench/ --run out/vlm-base       # cvbench, sparbench, viewspatial
 
 The field is asked about *target views of held-out scenes*: views that the encoder did
 not see, of places that training did not see. A number means something only beside

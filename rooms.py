@@ -10,7 +10,8 @@ colour, depth, object id, camera.
 
 World: metres, z up, origin on the floor in the middle of the room. Cameras: OpenCV
 axes, extrinsics world-to-camera, intrinsics in pixels. The same seed gives the same
-rooms; training and validation seeds never meet (`room_seed`).
+rooms; training and validation seeds never meet (`room_seed`). From the same lists of objects come questions and answers
+in VSI-Bench's wording (`ask`).
 
     python rooms.py            # draws out/rooms.png: what the world looks like
 
