@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 
 from data import fit_picture
 from model import MLP, InputError, load_strictly, read_weights
-from psfm import build_psfm, fingerprint, load_psfm
+from psfm import build_psfm, load_psfm
 
 LATENTS = ('psfm', 'none', 'random', 'shuffled', 'backbone')
 
@@ -83,9 +83,9 @@ def from_release(state):
     renamed = {}
     for name, tensor in state.items():
         for theirs, ours in RELEASED_NAMES.items():
-            at = f'.{name}'.rfind(f'.{theirs}.')
-            if at >= 0 and '.visual.' not in f'.{name}' and '.layers.' not in f'.{name}':
-                renamed[ours + name[at + len(theirs):]] = tensor
+            found = re.fullmatch(rf'(?:.*\.)?{re.escape(theirs)}\.(.+)', name)
+            if found and 'visual.' not in name and 'layers.' not in name:
+                renamed[f'{ours}.{found[1]}'] = tensor
     return renamed
 
 
@@ -116,13 +116,13 @@ class SpatialVLM(nn.Module):
     def fuse(self, outputs):
         """The VLM's own image tokens, each sample's fused with its own latents. The VLM calls for them once, at prefill."""
         tokens = outputs.pooler_output                        # (images, n, h), or a list of (n, h)
-        parts = list(tokens.flatten(0, -2).split([tokens[0].numel() // tokens.shape[-1]] * len(tokens))) if torch.is_tensor(tokens) else list(tokens)
-        rows = torch.cat(parts)                               # (all image tokens of the batch, h)
+        is_tensor = torch.is_tensor(tokens)
+        rows = tokens.flatten(0, -2) if is_tensor else torch.cat(list(tokens))            # (all image tokens of the batch, h)
         if len(rows) != sum(self.counts):
             raise InputError(f'{len(rows)} image tokens for {sum(self.counts)} placeholders: with latents, one sequence a sample and all its images')
         fused = torch.cat([self.adapter(x, z.to(x.device, self.adapter.gate.weight.dtype)) if z is not None and len(x) else x
                            for x, z in zip(rows.split(self.counts), self.latents)])
-        outputs.pooler_output = fused.view(tokens.shape) if torch.is_tensor(tokens) else fused.split([len(part) for part in parts])
+        outputs.pooler_output = fused.view(tokens.shape) if is_tensor else fused.split([len(part) for part in tokens])
         return outputs
 
     def hold(self, input_ids, latents):
@@ -140,9 +140,13 @@ class SpatialVLM(nn.Module):
         """As the VLM's own forward, with `latents`."""
         self.hold(input_ids, latents)
         try:
-            return self.vlm(input_ids=input_ids, **inputs)
+            outputs = self.vlm(input_ids=input_ids, **inputs)
         finally:
             self.hold(input_ids, None)
+        if self.training and self.adapter is not None:
+            # a batch without pictures leaves the adapter out: a gradient of zero all the same, which backward and DDP wait for
+            outputs.logits = outputs.logits + 0 * sum(p.sum() for p in self.adapter.parameters())
+        return outputs
 
     @torch.no_grad()
     def generate(self, input_ids, latents=None, **inputs):
@@ -405,7 +409,7 @@ def load_spatial_vlm(folder, dtype=torch.float32, max_pixels=None):
     except (OSError, ValueError) as error:
         raise InputError(f'{folder} is not a fine-tuned Spa3-VLM ({path}: {error})') from error
     source = os.path.join(folder, 'vlm') if settings['vlm'] == 'vlm' else settings['vlm']
-    vlm, chat = load_vlm(source, dtype, max_pixels)
+    vlm, chat = load_vlm(source, dtype, max_pixels or settings.get('max_pixels'))
     if settings.get('lora_rank'):
         add_lora(vlm.model.language_model, settings['lora_rank'])
         low_rank = read_weights(os.path.join(folder, 'lora.safetensors'))[0]
@@ -436,15 +440,17 @@ class SceneLatents:
         self.psfm.eval().requires_grad_(False)
         if kind == 'random':
             trained = self.psfm.state_dict()
-            torch.manual_seed(0)
-            self.psfm = build_psfm(self.config).to(device).eval().requires_grad_(False)
+            with torch.random.fork_rng(devices=[]):           # the run's own random numbers go on as if nothing had been drawn
+                torch.manual_seed(0)
+                self.psfm = build_psfm(self.config).to(device).eval().requires_grad_(False)
             self.psfm.load_state_dict({name: x for name, x in trained.items() if name.startswith('geo_')}, strict=False)
         self.multiple = self.psfm.backbone.config.patch_size
         self.width = self.psfm.backbone.feature_dim if kind == 'backbone' else self.config.width
         weights = hashlib.sha256()
-        for name, tensor in {**self.psfm.encoder.state_dict(), 'mean': self.psfm.geo_mean, 'std': self.psfm.geo_std}.items():
+        parts = {**self.psfm.backbone.state_dict(), **self.psfm.encoder.state_dict(prefix='encoder.'), 'mean': self.psfm.geo_mean, 'std': self.psfm.geo_std}
+        for name, tensor in parts.items():
             weights.update(name.encode() + tensor.detach().cpu().float().numpy().tobytes())
-        self.key = f'{kind} {weights.hexdigest()} {fingerprint(self.psfm.backbone)} {self.config.image_width}'
+        self.key = f'{kind} {weights.hexdigest()} {self.config.image_width}'
         self.found = self.computed = 0
 
     def prepare(self, pictures):

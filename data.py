@@ -392,8 +392,11 @@ def read_video(path, num_frames, every=None):
     `num_frames`: spread evenly over the video. With `every`: one in so many seconds, at least 4 and at most num_frames.
     Files need PyAV (pip install av). Raises InputError with the path.
     """
+    def upright(frame):                                       # phones store how they were held
+        return frame.to_image().rotate(getattr(frame, 'rotation', 0), expand=True)
+
     def choose(count, seconds):
-        n = max(4, min(num_frames, round(seconds / every))) if every else num_frames
+        n = min(num_frames, max(4, round(seconds / every))) if every else num_frames
         return even_frames(count, n)
 
     if os.path.isdir(path):
@@ -412,16 +415,19 @@ def read_video(path, num_frames, every=None):
             stream = container.streams.video[0]
             count = sum(1 for packet in container.demux(stream) if packet.size)
             rate = float(stream.average_rate or 30)
-        wanted, frames = choose(count, count / rate), {}
+        wanted, frames, i = choose(count, count / rate), {}, -1
         with av.open(path) as container:
             container.streams.video[0].thread_type = 'AUTO'
             for i, frame in enumerate(container.decode(video=0)):
+                last = frame
                 if i in wanted:
-                    frames[i] = frame.to_image()
+                    frames[i] = upright(frame)
                 if i >= wanted[-1]:
                     break
     except (av.error.FFmpegError, IndexError, ValueError) as error:
         raise InputError(f'{path} cannot be read as a video, or not to its end: {error}') from error
+    if i >= 0.9 * wanted[-1]:                                 # packets may be a few more than frames: the last frame stands in
+        frames.update({j: upright(last) for j in wanted if j not in frames})
     if len(frames) < len(wanted):
         raise InputError(f'{path} ends early: {len(frames)} of {len(wanted)} frames could be read')
     return [frames[i] for i in wanted]
@@ -526,7 +532,7 @@ class Conversations(torch.utils.data.Dataset):
     def __getitem__(self, i):
         record = self.records[i]
         try:
-            if 'video' in record:
+            if record.get('video'):
                 images = read_video(os.path.join(self.media, record['video']), self.num_frames, every=2.0)
             else:
                 images = [open_picture(os.path.join(self.media, path)) for path in media_paths(record)]
@@ -537,7 +543,7 @@ class Conversations(torch.utils.data.Dataset):
         turns = []
         for turn in record['conversations']:
             text = turn['value']
-            if 'video' in record:
+            if record.get('video'):
                 # VSI-590K writes <image> before videos too
                 text = re.sub(r'<(video|image)>\n?', lambda match: '<image>' * len(images), text, count=1)
             turns.append({'from': turn['from'], 'value': text.replace('<image>\n', '<image>')})
@@ -568,8 +574,8 @@ def read_records(path):
 
 
 def media_paths(record):
-    paths = record.get('images', record.get('image', []))
-    return [paths] if isinstance(paths, str) else list(paths or [])
+    paths = record.get('images') or record.get('image') or []
+    return [paths] if isinstance(paths, str) else list(paths)
 
 
 def record_fault(record, media, exists=os.path.exists):
@@ -600,6 +606,11 @@ def record_fault(record, media, exists=os.path.exists):
             return 'a <video> token, but no "video"'
         if text.count('<image>') != len(paths):
             return f'{text.count("<image>")} <image> tokens for {len(paths)} images'
+    if record.get('spar_info'):
+        try:
+            draw_markers([Image.new('RGB', (8, 8))] * max(1, len(paths)), record['spar_info'])
+        except (ValueError, TypeError, AttributeError) as error:
+            return f'"spar_info" cannot be read ({error})'
     lost = [path for path in paths if not exists(os.path.join(media, path))]
     if lost:
         return f'missing {os.path.join(media, lost[0])}' + (f' and {len(lost) - 1} more' if len(lost) > 1 else '')

@@ -25,12 +25,14 @@ cos is the cosine, centred_cos the cosine after the training mean is taken off, 
 share of the (standardised) variance around that mean that is explained.
 """
 import argparse
+import dataclasses
 import functools
 import json
 import math
 import os
 import re
 import sys
+import zlib
 
 import numpy as np
 import torch
@@ -545,7 +547,7 @@ def generate(model, chat, latents, items, device, autocast, max_new_tokens=16):
 
 
 def answer_rooms(model, chat, latents, held_out, train_data, device, autocast, shuffled=False, batch=32):
-    """Every question about the held-out rooms, on its own. -> {task: percent, 'overall', 'prior': the same of `language_prior`, 'scores': [[question_type, score], ...]}
+    """Every question about the held-out rooms, on its own. -> {task: percent, 'overall', 'prior': the same of `language_prior`, 'scores': [[question_type, room, score], ...]}
 
     `shuffled`: each room's questions are answered with the pictures of the room and the latents of another one.
     """
@@ -562,12 +564,12 @@ def answer_rooms(model, chat, latents, held_out, train_data, device, autocast, s
     scored = [(record, score('vsibench', record, answer)) for record, answer in zip(held_out.records, answers)]
     guess = language_prior(train_data.records)
     prior = aggregate('vsibench', [(record, score('vsibench', record, guess(record))) for record in held_out.records])
-    return dict(aggregate('vsibench', scored), prior=prior, scores=[[record['question_type'], value] for record, value in scored])
+    return dict(aggregate('vsibench', scored), prior=prior, scores=[[record['question_type'], record['room'], value] for record, value in scored])
 
 
 def language_prior(records):
     """What one can answer without looking: of the training answers to the very same question (or, if it was asked fewer than
-    five times, of its task) the one that would have scored best. -> function record -> answer
+    twenty times, of its task) the one that would have scored best. -> function record -> answer
     """
     text = lambda record, letter: record['options']['ABCD'.index(letter)][3:] if record['options'] else letter
     groups = {}
@@ -584,7 +586,7 @@ def language_prior(records):
 
     def guess(record):
         key = record['question_type'], re.sub(r'\(.*?\)', '', record['question'])
-        if len(groups.get(key, ())) < 5:
+        if len(groups.get(key, ())) < 20:
             key = record['question_type'], None
         if key not in groups:
             return 'A'
@@ -595,20 +597,27 @@ def language_prior(records):
     return guess
 
 
-def overall_scores(types, scores, draws=1000):
-    """scores (seeds, questions) of questions of `types` -> {task: mean, .., 'overall': (mean, low, high)}: 95 % bootstrap over questions and seeds."""
-    names = sorted(set(types))
-    kind, scores = np.array([names.index(name) for name in types]), np.asarray(scores)
+def overall_scores(runs, rival=None, draws=1000):
+    """runs: metrics of `answer_rooms` of several seeds -> {task: mean, .., 'overall': (mean, low, high)}: 95 % bootstrap over rooms and seeds.
 
-    def overall(weight):                                      # (questions,) -> as aggregate('vsibench')
+    With `rival`, runs of another arm that answered the same questions: of the difference, question by question.
+    """
+    types, rooms = [[answer[i] for answer in runs[0]['scores']] for i in (0, 1)]
+    scores = np.array([[value for *_, value in run['scores']] for run in runs])           # (seeds, questions)
+    if rival:
+        scores = scores - np.array([[value for *_, value in run['scores']] for run in rival])
+    names = sorted(set(types))
+    kind, room = np.array([names.index(name) for name in types]), np.unique(rooms, return_inverse=True)[1]
+
+    def average(values, weight):                              # (questions,) -> as aggregate('vsibench')
         sums, counts = np.bincount(kind, weight * values, len(names)), np.bincount(kind, weight, len(names))
         return aggregate('vsibench', [(dict(question_type=name), s / c) for name, s, c in zip(names, sums, counts) if c])
 
-    values = scores.mean(0)
-    result, random, drawn = overall(np.ones(len(kind))), np.random.default_rng(0), []
+    result, random, drawn = average(scores.mean(0), np.ones(len(kind))), np.random.default_rng(0), []
     for _ in range(draws):
         values = scores[random.integers(len(scores), size=len(scores))].mean(0)
-        drawn.append(overall(np.bincount(random.integers(len(kind), size=len(kind)), minlength=len(kind)).astype(float))['overall'])
+        times = np.bincount(random.integers(room.max() + 1, size=room.max() + 1), minlength=room.max() + 1)
+        drawn.append(average(values, times[room].astype(float))['overall'])
     return dict(result, overall=(result['overall'], *np.quantile(drawn, [0.025, 0.975]).tolist()))
 
 
@@ -626,13 +635,21 @@ def rooms_table(arms):
     first = next(iter(arms.values()))[0]
     rows = [f'{"":28s}' + ''.join(f'{title:>10s}' for title in ROOM_COLUMNS.values()) + f'{"overall":>22s}']
     rows.append(f'{"without looking":28s}' + ''.join(f'{first["prior"].get(task, math.nan):10.1f}' for task in ROOM_COLUMNS) + f'{first["prior"]["overall"]:22.1f}')
-    for arm, runs in arms.items():
-        types = [kind for kind, _ in runs[0]['scores']]
-        result = overall_scores(types, [[value for _, value in run['scores']] for run in runs])
+    def row(name, result):
         mean, low, high = result['overall']
-        name = f'{arm}, {len(runs)} seed{"s" * (len(runs) > 1)}'
         rows.append(f'{name:28s}' + ''.join(f'{result.get(task, math.nan):10.1f}' for task in ROOM_COLUMNS) + f'{mean:.1f} ({low:.1f}..{high:.1f})'.rjust(22))
+
+    for arm, runs in arms.items():
+        row(f'{arm}, {len(runs)} seed{"s" * (len(runs) > 1)}', overall_scores(runs))
+    for arm, runs in arms.items():
+        if arm != 'psfm' and len(runs) == len(arms.get('psfm', ())):
+            row(f'psfm minus {arm}', overall_scores(arms['psfm'], runs))
     return '\n'.join(rows)
+
+
+def weights_stamp(run):
+    """When each file of a checkpoint was written: tells one state of a run from another."""
+    return sorted((path, os.stat(os.path.join(folder, path)).st_mtime_ns) for folder, _, files in os.walk(run) for path in files if path.endswith('.safetensors'))
 
 
 def load_answerer(run, device, max_pixels=None):
@@ -661,14 +678,19 @@ def ablate(args):
         for arm in args.arms:
             out = os.path.join(args.out, f'{arm}-{seed}')
             path = os.path.join(out, 'metrics.json')
-            if not os.path.isfile(path):
-                name, config = parse_config(['--config', args.config, '--latents', arm, '--seed', str(seed), '--out', out, *args.options])
-                if config.data != 'rooms':
-                    raise InputError('ablate compares on rooms: leave --data out')
+            _, config = parse_config(['--config', args.config, '--latents', arm, '--seed', str(seed), '--out', out, *args.options])
+            if config.data != 'rooms':
+                raise InputError('ablate compares on rooms: leave --data out')
+            if os.path.isfile(path):
+                there = json.load(open(os.path.join(out, 'config.json')))
+                differs = [f'{key} {there.get(key)} there, {value} here' for key, value in dataclasses.asdict(config).items()
+                           if key not in ('out', 'device', 'workers', 'log_every', 'cache') and there.get(key) != value]
+                if differs:
+                    raise InputError(f'{out} was trained with another configuration ({"; ".join(differs[:3])}): take another --out, or delete it')
+            else:
                 data = data or make_data(config, lambda blocks: tqdm(blocks, 'rendering rooms', leave=False))
                 train(f'{arm}, seed {seed}', config, *data)
             if arm == 'psfm' and 'shuffled' not in json.load(open(path)):
-                _, config = parse_config(['--config', args.config, *args.options])
                 data = data or make_data(config)
                 model, chat, latents, _ = load_answerer(out, pick_device(config.device))
                 other = answer_rooms(model, chat, latents, data[1], data[0], pick_device(config.device), torch.autocast('cpu', enabled=False), shuffled=True)
@@ -737,8 +759,10 @@ def ask_benchmark(docs, args, device, autocast):
         print(f'{len(lost)} of {len(docs)} questions are left out, for their pictures are missing; the first: {path}')
         gone = {doc['key'] for doc in lost}
         docs = [doc for doc in docs if doc['key'] not in gone]
-    model, chat, latents, _ = load_answerer(args.run, device, args.max_pixels)
-    path = os.path.join(args.out or args.run, f'{args.command}.jsonl')
+    model, chat, latents, settings = load_answerer(args.run, device, args.max_pixels)
+    # answers of other weights, or to other pictures, are in another file
+    stamp = zlib.crc32(repr([settings, args.frames, args.max_pixels, weights_stamp(args.run)]).encode())
+    path = os.path.join(args.out or args.run, f'{args.command}-{stamp:08x}.jsonl')
     os.makedirs(os.path.dirname(path), exist_ok=True)
     answers = read_answers(path) if os.path.isfile(path) else {}
     due = [doc for doc in docs if doc['key'] not in answers]
@@ -846,7 +870,7 @@ def main(argv=None):
         command.add_argument('--limit', type=int, default=0, help='only the first so many questions')
         command.add_argument('--frames', type=int, default=32, help='frames of a video (default: 32)')
         command.add_argument('--batch', type=int, default=1, help='questions at once (default: 1)')
-        command.add_argument('--max-pixels', type=int, default=518 * 518, help='pixels of a picture, at most')
+        command.add_argument('--max-pixels', type=int, default=0, help='pixels of a picture, at most (default: as in training)')
         command.add_argument('--predictions', default='', help="score these answers (JSONL with key and output) without any model")
         command.add_argument('--out', default='', help='folder for the answers (default: the run)')
     for command in (rooms, question, *benchmarks):

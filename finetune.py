@@ -11,6 +11,7 @@ Everything goes to out/vlm-<config>/: config.json, log.jsonl, metrics.json, chec
 """
 import contextlib
 import dataclasses
+import datetime
 import functools
 import itertools
 import json
@@ -101,6 +102,8 @@ def parse_config(argv=None):
             raise InputError(f'--{key.replace("_", "-")} must be at least 1, not {getattr(config, key)}')
     if not config.data:
         raise InputError(f'{name} trains on your own files: --data a.json,b.jsonl --media FOLDER')
+    if config.resume and (config.shard or config.task == 'mini-vlm'):
+        raise InputError('--resume: neither a sharded run nor mini-vlm keeps what it takes to continue; begin anew, or with --vlm OUT/checkpoint/vlm')
     if config.latents == 'none' and config.train == 'adapter':
         raise InputError('--latents none --train adapter: without latents there is no adapter, and nothing to train')
     return name, config
@@ -160,6 +163,7 @@ def build_model(config, data, dtype=torch.float32):
     latents = adapter = None
     if config.latents != 'none':
         latents = SceneLatents(config.latents, config.encoder, config.cache or None)
+        torch.manual_seed(config.seed)                        # the same adapter at the start of every arm, as far as its sizes are the same
         adapter = build_adapter(vlm, latents.width)
     if config.train == 'lora':
         add_lora(vlm.model.language_model, config.lora_rank)
@@ -240,7 +244,7 @@ def save(folder, model, chat, optimizers, step, config, dtype, metrics, is_main,
         return
     settings = dict(vlm=os.path.abspath(config.vlm) if os.path.exists(config.vlm) else config.vlm, latents=config.latents,
                     encoder=os.path.abspath(config.encoder) if os.path.exists(config.encoder) else config.encoder, num_frames=config.num_frames,
-                    max_pixels=config.max_pixels, lora_rank=config.lora_rank if config.train == 'lora' else 0)
+                    max_pixels=None if config.vlm.endswith('.safetensors') else config.max_pixels, lora_rank=config.lora_rank if config.train == 'lora' else 0)
 
     def write(new):
         save_spatial_vlm(model, chat, new, settings, with_vlm=config.train == 'adapter+llm', state=state)
@@ -264,7 +268,7 @@ def train(name, config, data=None, held_out=None, say=None):
         if device.type == 'cuda':
             device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
             torch.cuda.set_device(device)
-        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=datetime.timedelta(hours=2))       # one answers, the others wait
     is_main = rank == 0
     say = (say or tqdm.write) if is_main else quiet
     checkpoint = os.path.join(config.out, 'checkpoint')
@@ -292,6 +296,8 @@ def train(name, config, data=None, held_out=None, say=None):
     if config.checkpointing:
         model.vlm.gradient_checkpointing_enable(dict(use_reentrant=False))
         model.vlm.enable_input_require_grads()
+    if config.task == 'mini-vlm' and world_size > 1:
+        raise InputError('mini-vlm trains in one process')
     sight = Sight(model.vlm).to(device) if config.task == 'mini-vlm' else None
     steps = config.steps or math.ceil(len(data) / (config.batch * config.accumulate * world_size))
     config = dataclasses.replace(config, steps=steps)
@@ -328,7 +334,7 @@ def train(name, config, data=None, held_out=None, say=None):
                 model.train()
                 line = f'held-out loss {metrics["loss"]:.4f}, answers right {metrics["accuracy"]:.3f}'
             say(f'step {step:05d}/{steps:05d} | {line}')
-            log.write(json.dumps(dict(step=step, metrics={key: value for key, value in metrics.items() if key != 'answers'})) + '\n')
+            log.write(json.dumps(dict(step=step, metrics={key: value for key, value in metrics.items() if key != 'scores'})) + '\n')
             if step > first:
                 check_finite(losses, norm, step, checkpoint)
             save(checkpoint, model, chat, optimizers, step, config, dtype, {}, is_main, sharded)

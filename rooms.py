@@ -423,7 +423,7 @@ DIRECTION_QUESTIONS = {
     'object_rel_direction_medium': 'is the {c} to my left, right, or back? An object is to my back if I would have to turn at least 135 degrees in order to face it.',
     'object_rel_direction_hard': 'is the {c} to my front-left, front-right, back-left, or back-right? The directions refer to the quadrants of a Cartesian plane '
                                  '(if I am standing at the origin and facing along the positive y-axis).'}
-TURNS = (('Turn Left', 45, 135), ('Turn Back', 145, 215), ('Turn Right', 225, 315))      # route planning; what lies between is left out
+TURNS = (('Turn Left', 45, 125), ('Turn Back', 145, 215), ('Turn Right', 235, 315))      # route planning; what lies between is left out
 
 
 def find_sector(sectors, angle, margin=0.0):
@@ -473,6 +473,8 @@ def candidates(rooms, room, cells):
         if len(apart) >= 3:
             names = [name for _, name in apart[:4]]
             question = f'Measuring from the closest point of each object, which of these objects ({{options}}) is the closest to the {a}?'
+            if any(len(members[name]) > 1 for name in names):
+                question += ' If there are multiple instances of an object category, measure to the closest.'
             found['object_rel_distance'].append((names[0], question, names, names[0]))
 
     # where is it from there: three unique pieces
@@ -520,8 +522,9 @@ def ask(rooms, room, cells, scene, g, used, per_task=1):
     for task, choices in candidates(rooms, room, cells).items():
         for _ in range(min(per_task, len(choices))):
             fewest = min(used[task, choice[0]] for choice in choices)
-            if task == 'object_counting' and fewest > 2 + sum(n for key, n in used.items() if key[0] == task) / 2:
-                break                                         # most rooms have only pairs: 'two' stays half of the answers
+            asked = sum(n for key, n in used.items() if key[0] == task)
+            if task == 'object_counting' and fewest > 2 + asked / 2:
+                break                                         # most rooms have nothing but pairs: 'two' may not exceed half of the answers
             chosen = draw([choice for choice in choices if used[task, choice[0]] == fewest])
             choices = [choice for choice in choices if choice[1] != chosen[1]]
             answer_class, question, options, answer = chosen
@@ -546,18 +549,20 @@ def ask(rooms, room, cells, scene, g, used, per_task=1):
 # ... and about single pictures, which need no scene: what the mini VLM is pre-trained on
 
 def ask_2d(rooms, room, surface, g):
-    """Questions about one picture: what is there, how many, where in the picture, left or right of what. surface (h, w) ids of cells.
+    """Questions about one picture: what is there, how many, where in the picture, how large in it, left or right of what. surface (h, w) ids of cells.
 
     -> list of (prompt, answer)
     """
     draw = lambda items: items[int(torch.randint(len(items), (1,), generator=g))]
     shuffled = lambda items: [items[i] for i in torch.randperm(len(items), generator=g)]
     columns = torch.arange(surface.shape[1]).expand_as(surface).float() / surface.shape[1]
-    members = {}
+    members, sizes = {}, {}
     for k in range(K):
         mask = surface == 6 + k
         if mask.sum() >= SEEN:
-            members.setdefault(CATEGORIES[rooms.category[room, k]], []).append(columns[mask].mean().item())
+            name, x = CATEGORIES[rooms.category[room, k]], columns[mask]
+            members.setdefault(name, []).append(x.mean().item())
+            sizes[name] = (x.max() - x.min()).item() + 1 / surface.shape[1], mask.float().mean().item()   # of the picture: width, area
     absent = [name for name in CATEGORIES if name not in members]
     unique = {name: x[0] for name, x in members.items() if len(x) == 1}
     questions = []
@@ -573,6 +578,10 @@ def ask_2d(rooms, room, surface, g):
         name = draw(list(unique))
         questions.append((f'Is the {name} on the left, in the middle or on the right of the picture?', ['left', 'middle', 'right'],
                           ('left', 'middle', 'right')[min(2, int(3 * unique[name]))]))
+        name = draw(list(unique))
+        questions.append(draw([(f'What is the width of the {name} in the picture, measured in pixels of 640?', None, str(round(640 * sizes[name][0]))),
+                               (f'What share of the picture is covered by the {name} (in percent)?', None, f'{100 * sizes[name][1]:.1f}'),
+                               (f'How far from the left of the picture is the {name} (in percent)?', None, str(round(100 * unique[name])))]))
     pairs = [(a, b) for a in unique for b in unique if a != b and abs(unique[a] - unique[b]) > 0.08]
     if pairs:
         a, b = draw(pairs)

@@ -95,7 +95,7 @@ def prompt_sparbench(doc):
 
 def spar_moves(text):
     """'move_right:0.3,rotate_up:20' -> five signed numbers."""
-    values = {key.strip(): float(value) for key, value in (pair.split(':') for pair in text.split(','))}
+    values = {key: float(value) for key, value in (pair.split(':') for pair in text.split(','))}
     return [values.get(positive, 0) - values.get(negative, 0) for positive, negative in SPAR_MOVES]
 
 

@@ -100,13 +100,19 @@ def test_prior_beats_nothing_and_knows_its_place():
     assert constant(dict(question_type='object_counting', question='How many y(s)?', options=None)) == '2'
 
 
+def answers(values):
+    return dict(scores=[[('object_counting', 'route_planning')[i % 2], i // 2, value] for i, value in enumerate(values)])
+
+
 def test_intervals_hold_the_mean_and_shrink():
-    types, g = ['object_counting', 'route_planning'] * 50, np.random.default_rng(0)
-    few, many = g.random((1, 100)).round(), np.tile(g.random((1, 100)).round(), (1, 20))
-    mean, low, high = evaluation.overall_scores(types, few)['overall']
+    g = np.random.default_rng(0)
+    few, many = g.random(100).round(), g.random(2000).round()
+    mean, low, high = evaluation.overall_scores([answers(few)])['overall']
     assert low < mean < high
-    mean2, low2, high2 = evaluation.overall_scores(types * 20, many)['overall']
+    mean2, low2, high2 = evaluation.overall_scores([answers(many)])['overall']
     assert high2 - low2 < (high - low) / 2
+    assert evaluation.overall_scores([answers(few)], [answers(few)])['overall'] == (0, 0, 0)
+    assert evaluation.overall_scores([answers(few)], [answers(few - 0.1)])['overall'] == pytest.approx((10, 10, 10))
 
 
 # -----------------------------------------------------------------------------

@@ -3,6 +3,7 @@ import json
 import os
 import re
 import resource
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import finetune
 import train
 from model import InputError, read_weights
 from psfm import load_psfm
@@ -238,7 +240,7 @@ def test_bench_ends_with_json():
 # bad input: one clear sentence, no traceback
 
 def test_commands_of_the_readme_are_understood(monkeypatch):
-    """Every `train.py` command on that page has options that exist; every script named there is a file."""
+    """Every `train.py` and `finetune.py` command on that page has options that exist; every script named there is a file."""
     lines = [line.split('#')[0].strip() for block in (ROOT / 'README.md').read_text().split('```bash')[1:]
              for line in block.split('```')[0].splitlines() if line.strip()]
     commands = [command.split() for line in lines for command in line.split('&&')]
@@ -248,11 +250,13 @@ def test_commands_of_the_readme_are_understood(monkeypatch):
         assert script is None or (ROOT / script).is_file()
         if script == 'train.py':
             parse_config(command[command.index(script) + 1:])
+        if script == 'finetune.py':
+            finetune.parse_config(shlex.split(' '.join(command))[command.index(script) + 1:])
 
 
 def test_line_counts_of_the_readme():
     rows = re.findall(r'^\| `(\w+\.py)` \| (\d+) \|', (ROOT / 'README.md').read_text(), re.M)
-    assert len(rows) == 8
+    assert len(rows) == 11
     for name, promised in rows:
         assert len((ROOT / name).read_text().splitlines()) == pytest.approx(int(promised), rel=0.05), name
 
