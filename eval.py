@@ -902,7 +902,11 @@ def main(argv=None):
         model, chat, latents, settings = load_answerer(args.run, device)
         if args.latents and latents is None:
             raise InputError(f'{args.run} was trained without latents: there is nothing to shuffle')
-        metrics = answer_rooms(model, chat, latents, RoomQuestions('val', 0, args.rooms), RoomQuestions('train', 0, 1000), device, autocast, bool(args.latents))
+        path = os.path.join(args.run, 'config.json')
+        trained = json.load(open(path))['num_rooms'] if os.path.isfile(path) else 1000                           # what the prior may know
+        questions = [RoomQuestions(split, 0, number, progress=lambda blocks: tqdm(blocks, 'rendering rooms', leave=False))
+                     for split, number in (('val', args.rooms), ('train', trained))]
+        metrics = answer_rooms(model, chat, latents, *questions, device, autocast, bool(args.latents))
         print(rooms_table({f'{settings["latents"]} {args.latents}'.strip(): metrics}))
         return
 
