@@ -336,10 +336,11 @@ def fingerprint(backbone):
 def load_psfm(run, device='cpu'):
     """A trained PSFM in eval mode, and the configuration it was trained with (a namespace).
 
-    `run`: the folder of a run, or a file with its weights, as weights/psfm_small.safetensors.
+    `run`: the folder of a run, or a file with its weights, as weights/psfm_small.safetensors; or what the release offers
+    (`load_released_psfm`).
     """
     path = os.fspath(run)
-    if path.endswith(('.ckpt', '.pt')) or os.path.isdir(path) and os.path.isfile(os.path.join(path, 'config.json')) and glob.glob(os.path.join(path, '*.safetensors')):
+    if path.endswith(('.ckpt', '.pt')) or glob.glob(os.path.join(path, '*.safetensors')) and not os.path.isdir(os.path.join(path, 'checkpoint')):
         return load_released_psfm(path, device)
     if not os.path.isfile(path):
         folders = [os.path.join(path, name) for name in ('checkpoint', 'checkpoint.old')]
