@@ -34,7 +34,7 @@ from data import fit_picture
 from model import MLP, InputError, load_strictly, read_weights
 from psfm import build_psfm, load_psfm
 
-LATENTS = ('psfm', 'none', 'random', 'shuffled', 'backbone')
+LATENTS = ('psfm', 'none', 'random', 'backbone')      # what a VLM can be given; see SceneLatents
 
 
 class CrossAttention(nn.Module):

@@ -455,12 +455,13 @@ class RoomQuestions(torch.utils.data.Dataset):
             images.append(views['images'][:, :self.VIEWS].permute(0, 1, 3, 4, 2).contiguous())
             surface = views['surface'][:, :self.VIEWS].long()
             cells = F.one_hot(surface.flatten(2), 6 + K)[..., 6:].sum(2)                  # (BLOCK, V, K)
+            if kind == '2d':
+                shown = F.one_hot(surface_classes(rooms, surface), len(CLASSES)).float().flatten(0, 1).permute(0, 3, 1, 2)
+                classes.append(F.avg_pool2d(shown, 4).flatten(2).transpose(1, 2))         # (BLOCK V, 16, 11)
             for room in range(pool.BLOCK):
                 number = index * pool.BLOCK + room
                 g = step_generator(seed, number, 5, split != 'train')
                 if kind == '2d':
-                    shown = F.one_hot(surface_classes(rooms, surface)[room], len(CLASSES)).float().permute(0, 3, 1, 2)   # (V, 11, 16, 16)
-                    classes.append(F.avg_pool2d(shown, 4).flatten(2).transpose(1, 2))
                     self.questions += [ask_2d(rooms, room, surface[room, view], g) for view in range(self.VIEWS)]
                 else:
                     self.questions.append(ask(rooms, room, cells[room], f'room-{split}-{seed}-{number}', g, used))

@@ -41,7 +41,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from adapter import SceneLatents, load_spatial_vlm
+from adapter import LATENTS, SceneLatents, load_spatial_vlm
 from data import RoomPool, RoomQuestions, make_source, open_media, open_picture, read_benchmark, read_records, read_video, step_generator, to_turns
 from model import MLP, InputError, pick_device, take_views
 from psfm import build_psfm, context_index, load_psfm, random_view_mask
@@ -553,8 +553,8 @@ def answer_rooms(model, chat, latents, held_out, train_data, device, autocast, s
     """
     was_training = model.training
     model.eval()
-    room_of, answers = [record['room'] for record in held_out.records], []
-    for start in tqdm(range(0, len(room_of), batch), 'asking', leave=False):
+    answers = []
+    for start in tqdm(range(0, len(held_out.records), batch), 'asking', leave=False):
         records = held_out.records[start:start + batch]
         items = [dict(images=held_out.pictures(record['room']), conversations=to_turns('<image>' * held_out.VIEWS, [(prompt('vsibench', record), '')])[:1])
                  for record in records]
@@ -877,7 +877,7 @@ def main(argv=None):
         command.add_argument('--run', default='out/vlm-small', help='folder of a run of finetune.py (default: out/vlm-small)')
     arms = commands.add_parser('ablate', help='do the latents help? every kind of them, fine-tuned from the same start')
     arms.add_argument('--config', default='small')
-    arms.add_argument('--arms', nargs='+', default=['psfm', 'none', 'random', 'backbone'], choices=['psfm', 'none', 'random', 'backbone'])
+    arms.add_argument('--arms', nargs='+', default=LATENTS, choices=LATENTS)
     arms.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
     arms.add_argument('--out', default='out/ablate-vlm')
     for command in (field, probe, backbone, rooms, question, *benchmarks):

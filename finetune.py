@@ -32,7 +32,7 @@ from data import Conversations, RoomQuestions, step_generator
 from eval import SHIPPED, answer_rooms, rooms_line, rooms_table
 from model import InputError, pick_device
 from rooms import ANSWER_WORDS, CATEGORIES, CLASSES
-from train import Muon, check_finite, learning_rate, open_log, opt, parse_options, peak_memory, pick_dtype, quiet, read_state, write_checkpoint
+from train import Muon, check_finite, learning_rate, open_log, opt, parse_options, peak_memory, pick_dtype, quiet, read_state, run_script, write_checkpoint, write_state
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ PRESETS = {
     'mini-vlm': dict(task='mini-vlm', vlm='', latents='none', num_rooms=2400, batch=16, steps=2500, lr=2e-3, muon_lr=4e-3, min_lr=0.02, decay_from=0.5,
                      val_scenes=40, eval_every=500, log_every=100),
 }
-CHOICES = dict(task=('spatial', 'mini-vlm'), latents=tuple(kind for kind in LATENTS if kind != 'shuffled'), train=('adapter', 'adapter+llm', 'lora'),
+CHOICES = dict(task=('spatial', 'mini-vlm'), latents=LATENTS, train=('adapter', 'adapter+llm', 'lora'),
                dtype=('auto', 'float32', 'bfloat16'))
 
 
@@ -250,14 +250,13 @@ def save(folder, model, chat, optimizers, step, config, dtype, metrics, is_main,
         save_spatial_vlm(model, chat, new, settings, with_vlm=config.train == 'adapter+llm', state=state)
         if not sharded:
             torch.save([optimizer.state_dict() for optimizer in optimizers], os.path.join(new, 'optimizer.pt'))
-        with open(os.path.join(new, 'state.json'), 'w') as file:
-            json.dump(dict(step=step, dtype=str(dtype).removeprefix('torch.'), config=dataclasses.asdict(config), metrics=metrics), file, indent=1)
+        write_state(new, step, config, dtype, metrics)
     write_checkpoint(folder, step, write)
 
 
 # -----------------------------------------------------------------------------
 
-def train(name, config, data=None, held_out=None, say=None):
+def train(name, config, data=None, held_out=None):
     """One run. -> metrics. `data`, `held_out`: to be shared between runs, else made as the configuration says."""
     began = time.time()
 
@@ -270,7 +269,7 @@ def train(name, config, data=None, held_out=None, say=None):
             torch.cuda.set_device(device)
         dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=datetime.timedelta(hours=2))       # one answers, the others wait
     is_main = rank == 0
-    say = (say or tqdm.write) if is_main else quiet
+    say = tqdm.write if is_main else quiet
     checkpoint = os.path.join(config.out, 'checkpoint')
     state = read_state(checkpoint, config) if config.resume else dict(step=0, metrics={})
     first = state['step']
@@ -284,7 +283,7 @@ def train(name, config, data=None, held_out=None, say=None):
     model, chat, latents = build_model(config, data)
     if config.resume:
         model, chat, _ = load_spatial_vlm(state['folder'], max_pixels=config.max_pixels)
-        model = model.requires_grad_(True) if config.task == 'mini-vlm' else model.trainable(config.train)
+        model.trainable(config.train)
     model.to(device)
     if latents:
         latents.psfm.to(device)
@@ -403,9 +402,4 @@ def main(argv=None):
 
 
 if __name__ == '__main__':
-    try:
-        main()
-    except (InputError, OSError) as error:
-        sys.exit('error: ' + str(error).strip().splitlines()[-1].removeprefix('model.InputError: '))
-    except KeyboardInterrupt:
-        sys.exit('stopped; --resume goes on from the checkpoint of the last evaluation, if there was one')
+    run_script(main)

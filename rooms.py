@@ -375,12 +375,10 @@ def room_facts(rooms, surface, extrinsics):
 # -----------------------------------------------------------------------------
 # questions, in VSI-Bench's schema, wording and ground-truth definitions (arXiv 2412.14171)
 
-TASKS = {                                     # question_type: what VSI-Bench's results call it
-    'object_counting': 'count', 'object_abs_distance': 'abs distance', 'object_size_estimation': 'object size', 'room_size_estimation': 'room size',
-    'object_rel_distance': 'rel distance', 'object_rel_direction_easy': 'direction, easy', 'object_rel_direction_medium': 'direction, medium',
-    'object_rel_direction_hard': 'direction, hard', 'route_planning': 'route', 'obj_appearance_order': 'order'}
+TASKS = ('object_counting', 'object_abs_distance', 'object_size_estimation', 'room_size_estimation', 'object_rel_distance', 'object_rel_direction_easy',
+         'object_rel_direction_medium', 'object_rel_direction_hard', 'route_planning', 'obj_appearance_order')
 ANSWER_WORDS = ['front-left', 'front-right', 'back-left', 'back-right', 'left', 'middle', 'right', 'back', 'yes', 'no', 'Turn Left', 'Turn Back', 'Turn Right']
-NUMERICAL = ('object_counting', 'object_abs_distance', 'object_size_estimation', 'room_size_estimation')
+NUMERICAL = TASKS[:4]
 
 
 def vsi_prompt(record):

@@ -331,9 +331,14 @@ def save_checkpoint(folder, model, optimizers, step, config, dtype, metrics):
     def write(new):
         save_file(trained_state(model), os.path.join(new, 'model.safetensors'), metadata)
         torch.save([optimizer.state_dict() for optimizer in optimizers], os.path.join(new, 'optimizer.pt'))
-        with open(os.path.join(new, 'state.json'), 'w') as file:
-            json.dump(dict(step=step, dtype=str(dtype).removeprefix('torch.'), config=settings, metrics=metrics), file, indent=1)
+        write_state(new, step, config, dtype, metrics)
     write_checkpoint(folder, step, write)
+
+
+def write_state(folder, step, config, dtype, metrics):
+    """state.json, which `read_state` reads."""
+    with open(os.path.join(folder, 'state.json'), 'w') as file:
+        json.dump(dict(step=step, dtype=str(dtype).removeprefix('torch.'), config=dataclasses.asdict(config), metrics=metrics), file, indent=1)
 
 
 def read_state(folder, config):
@@ -585,7 +590,8 @@ def main(argv=None):
         dist.destroy_process_group()
 
 
-if __name__ == '__main__':
+def run_script(main):
+    """Runs a training script: what the user gave wrong becomes one sentence."""
     try:
         main()
     except (InputError, OSError) as error:
@@ -593,3 +599,7 @@ if __name__ == '__main__':
         sys.exit('error: ' + str(error).strip().splitlines()[-1].removeprefix('model.InputError: '))
     except KeyboardInterrupt:
         sys.exit('stopped; --resume goes on from the checkpoint of the last evaluation, if there was one')
+
+
+if __name__ == '__main__':
+    run_script(main)
