@@ -4,6 +4,7 @@ Where does the time of a PSFM step go?
     python bench.py                       # the small preset on this machine
     python bench.py --config base         # the paper's sizes (on a GPU; weights are random, nothing is downloaded)
     python bench.py --views 4 8 12 --compile
+    python bench.py --config base --predict    # no GPU, no computation: FLOPs and memory of a step at full size
 
 Every part is timed alone, after a warm-up, as the median of several runs; FLOPs are
 counted, not guessed (a multiply-add is two). MFU is TFLOP/s over the device's dense
@@ -22,6 +23,8 @@ import time
 
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import finetune
@@ -32,6 +35,7 @@ from model import InputError, RoPE2D, pick_device
 from psfm import PSFM, compile_blocks, random_view_mask
 from train import PRESETS, Config, peak_flops, peak_memory, pick_dtype
 from vggt import MINI, VGGT, VGGTConfig
+
 
 def dense_mask_attention(q, k, v, num_context):
     """What model.split_attention avoids: one call with a (tokens x tokens) mask. The reference in tests and below."""
@@ -120,6 +124,75 @@ def bench(psfm, images, clock, autocast):
     return rows
 
 
+PEAK, UTILISATION = 989e12, (0.25, 0.40)                       # an H100's dense bf16 FLOP/s; shares of it that such a step may reach
+
+
+def predict(name, config, V):
+    """FLOPs and memory of one training step at full size, part by part, from shapes alone: tensors that hold no numbers pass through the real code.
+
+    What the backward pass needs is counted as autograd keeps it, each storage once. Attention's share is counted in fp32,
+    which is what a CPU runs; on a GPU it is half of that. -> dict of the printed numbers
+    """
+    is_mini = config.backbone.startswith('weights/')
+    with torch.device('meta'):
+        backbone = VGGT(MINI if is_mini else VGGTConfig(heads=('camera', 'depth') if config.depth_probe else ('camera',))).freeze(torch.bfloat16)
+        psfm = PSFM(backbone, config.width, config.encoder_depth, config.decoder_depth, config.num_heads, config.num_latents, config.num_registers,
+                    config.mask_ratio, depth_probe=config.depth_probe)
+    count = lambda module, trained: sum(p.numel() for p in module.parameters() if p.requires_grad == trained)
+    frozen, trained, p = count(psfm, False), count(psfm, True), backbone.config.patch_size
+    frozen_gb = sum(x.numel() * x.element_size() for x in backbone.state_dict().values()) / 2 ** 30
+    B, width = max(1, config.images_per_batch // V), config.image_width // p * p
+    height = width if is_mini else width * 3 // 4 // p * p
+    rows, kept = [], {}
+
+    def keep(x):
+        kept[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
+        return x
+
+    def part(label, call):
+        flops, memory = counter.get_total_flops(), sum(kept.values())
+        result = call()
+        rows.append((label, counter.get_total_flops() - flops, sum(kept.values()) - memory))
+        return result
+
+    with FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter, \
+            torch.autocast('cpu', torch.bfloat16), saved_tensors_hooks(keep, lambda x: x):
+        psfm.to_empty(device='cpu')
+        images, size = torch.rand(B, V, 3, height, width), (height, width)
+        num_context = max(1, int(V * (1 - config.mask_ratio)))
+        with torch.no_grad():
+            patches, grid = part('patch embed', lambda: backbone.aggregator.embed(images))
+            layers = backbone.config.dpt_layers if config.depth_probe else ()
+            tokens = part('frame and global blocks', lambda: backbone.aggregator.attend(patches, grid, num_context, (*layers, -1)))
+            views = part('camera head', lambda: backbone.read(tokens[-1], grid))
+            depth = part('depth head', lambda: backbone.patch_depth(tokens, grid)) if config.depth_probe else None
+        z = part('encoder', lambda: psfm.encode(views.features[:, :num_context], grid))
+        decoded = part('decoder', lambda: psfm.decoder(z, views.extrinsics, views.intrinsics, size, grid))
+
+        def compare():
+            losses = psfm.compare('geo', psfm.heads['geo'](decoded), views.features)
+            if config.depth_probe:
+                losses['depth_probe'] = F.smooth_l1_loss(psfm.depth_probe(decoded.detach())[..., 0].float(), depth)
+            return sum(losses.values())
+        loss = part('heads and losses', compare)
+        part('backward', loss.backward)
+    total, activations = sum(flops for _, flops, _ in rows), sum(memory for *_, memory in rows) / 2 ** 30
+    adam_gb = 16 * trained / 2 ** 30                          # weights, gradients and two moments, fp32
+    print(f'{name}, {B} scenes x {V} views of {width} x {height} a GPU, without the semantic teacher: {frozen / 1e6:.0f} M parameters frozen, {trained / 1e6:.0f} M trained\n')
+    print(f'{"part":24s}{"TFLOP":>8s}{"share":>7s}{"GB kept":>9s}')
+    for label, flops, memory in rows:
+        print(f'{label:24s}{flops / 1e12:8.2f}{100 * flops / total:6.0f}%{memory / 2 ** 30:9.2f}')
+    print(f'{"total":24s}{total / 1e12:8.2f}{100:6.0f}%{activations:9.2f}\n')
+    print(f'memory of a GPU: frozen weights {frozen_gb:.1f} GB, trained weights with gradients and AdamW {adam_gb:.1f} GB, kept for the backward pass at most {activations:.1f} GB')
+    for share in UTILISATION:
+        seconds = total / PEAK / share
+        print(f'at {100 * share:.0f}% of an H100: {1e3 * seconds:.0f} ms a batch, {B * V / seconds:.0f} views/s; {config.steps} steps of {config.accumulate} batches on 8 of them: '
+              f'{config.steps * config.accumulate * seconds / 3600:.1f} hours, on one, for as many views, {8 * config.steps * config.accumulate * seconds / 3600:.0f}')
+    print(f'8 GPUs exchange {4 * trained / 1e9:.2f} GB of gradients a step')
+    return dict(config=name, scenes=B, views=V, frozen=frozen, trained=trained, flops={label: flops for label, flops, _ in rows}, total_flops=total,
+                kept_gb=activations, frozen_gb=frozen_gb, adam_gb=adam_gb)
+
+
 def bench_finetune(clock, device):
     """A step of finetune.py --config small with its scenes' latents from disk, and with latents computed anew, in turns."""
     _, config = finetune.parse_config(['--config', 'small'])
@@ -150,8 +223,12 @@ def main(argv=None):
     parser.add_argument('--device', default='auto')
     parser.add_argument('--dtype', default='auto', choices=['auto', 'float32', 'bfloat16'])
     parser.add_argument('--compile', action='store_true')
+    parser.add_argument('--predict', action='store_true', help='FLOPs and memory from shapes alone, at the sizes of --config; nothing is computed')
     args = parser.parse_args(argv)
     config = Config(**PRESETS[args.config])
+    if args.predict:
+        print(json.dumps([predict(args.config, config, V) for V in args.views]))
+        return
     device = pick_device(args.device)
     dtype, _ = pick_dtype(args.dtype, device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 
 from model import InputError
-from rooms import CLASSES, K, ask, ask_2d, make_intrinsics, make_rooms, make_walk, render, room_seed, surface_classes, vsi_prompt
+from rooms import CLASSES, K, ask, ask_2d, ask_map, make_intrinsics, make_rooms, make_walk, render, room_seed, surface_classes, vsi_prompt
 
 CELL = 4      # pixels a side: depth and classes are kept at this resolution
 
@@ -440,6 +440,8 @@ def read_video(path, num_frames, every=None):
 class RoomQuestions(torch.utils.data.Dataset):
     """VSI-Bench's questions about rooms: item i is room i, seen from VIEWS places of a walk, and everything asked about it.
 
+    To train on, a map in words (`ask_map`) comes after the questions.
+
     `kind` '2d' instead: item i is one picture and what it alone answers; it also has `classes` (16, 11): of each sixteenth of
     the picture, which share shows which of rooms.CLASSES.
     `records`: the questions one by one, in VSI-Bench's schema, with `room`, the index of their room.
@@ -449,7 +451,7 @@ class RoomQuestions(torch.utils.data.Dataset):
     def __init__(self, split, seed, num_rooms, kind='3d', progress=iter):
         self.kind, self.seed, self.split = kind, seed, split
         pool = RoomPool(split, seed, num_rooms)
-        images, classes, self.questions, self.records, used = [], [], [], [], collections.Counter()
+        images, classes, self.questions, self.records, self.maps, used = [], [], [], [], [], collections.Counter()
         for index in progress(range(-(-num_rooms // pool.BLOCK))):
             rooms, views = pool.render_block(index)
             images.append(views['images'][:, :self.VIEWS].permute(0, 1, 3, 4, 2).contiguous())
@@ -465,6 +467,7 @@ class RoomQuestions(torch.utils.data.Dataset):
                     self.questions += [ask_2d(rooms, room, surface[room, view], g) for view in range(self.VIEWS)]
                 else:
                     self.questions.append(ask(rooms, room, cells[room], f'room-{split}-{seed}-{number}', g, used))
+                    self.maps.append(ask_map(rooms, room, cells[room], views['extrinsics'][room, 0].cpu()))
                     self.records += [dict(record, id=len(self.records) + i, room=number) for i, record in enumerate(self.questions[-1])]
         self.classes = torch.cat(classes) if classes else None                            # (R V, 16, 11)
         self.images = torch.cat(images).numpy()                                           # (R, V, H, W, 3) uint8
@@ -480,6 +483,7 @@ class RoomQuestions(torch.utils.data.Dataset):
         questions = [self.questions[i][j] for j in order]
         if self.kind == '3d':
             turns = [(vsi_prompt(question), question['ground_truth']) for question in questions]
+            turns += [self.maps[i]] if self.split == 'train' else []                      # last: no answer can be read off it
             return dict(images=self.pictures(i), conversations=to_turns('<image>' * self.VIEWS, turns))
         picture = Image.fromarray(self.images.reshape(-1, *self.images.shape[2:])[i])
         return dict(images=[picture], classes=self.classes[i], conversations=to_turns('<image>', questions))

@@ -17,6 +17,7 @@ in VSI-Bench's wording (`ask`).
 
 R rooms   V views   K furniture slots a room   S = 6 + K surfaces (x-, x+, y-, y+ walls, floor, ceiling, furniture)
 """
+import itertools
 import math
 import os
 from dataclasses import dataclass, fields
@@ -528,7 +529,11 @@ def ask(rooms, room, cells, scene, g, used, per_task=1):
             answer_class, question, options, answer = chosen
             used[task, answer_class] += 1
             if task == 'obj_appearance_order':
-                names = [draw(names) for view, names in sorted(options.items())][:4]
+                # of several draws, the one whose pairs came in this order least often so far
+                pairs = lambda names: itertools.combinations(names, 2)
+                names = min(([draw(names) for _, names in sorted(options.items())][:4] for _ in range(8)),
+                            key=lambda names: sum(used[task, a, b] - used[task, b, a] for a, b in pairs(names)))
+                used.update((task, a, b) for a, b in pairs(names))
                 answer, orders = ', '.join(names), set()
                 while len(orders) < 3:
                     orders.add(', '.join(shuffled(names)))
@@ -542,6 +547,20 @@ def ask(rooms, room, cells, scene, g, used, per_task=1):
                 answer, options = letters[options.index(answer)], [f'{letter}. {text}' for letter, text in zip(letters, options)]
             records.append(dict(dataset='rooms', scene_name=scene, question_type=task, question=question, options=options, ground_truth=answer))
     return records
+
+
+def ask_map(rooms, room, cells, camera):
+    """A question for training alone: where does everything stand that is seen? A map in words, from where the first view was taken.
+
+    camera (3, 4): extrinsics of the first view -> (prompt, answer)
+    """
+    ahead = F.normalize(camera[2, :2], dim=0)
+    axes = torch.stack([torch.stack([ahead[1], -ahead[0]]), ahead])                       # to the right, ahead
+    place = (rooms.center[room] + camera[:, :3].T @ camera[:, 3])[:, :2] @ axes.T         # (K, 2) metres from the camera
+    seen = (rooms.present[room] & (cells.sum(0) >= SEEN)).nonzero()[:, 0].tolist()
+    named = sorted((int(rooms.category[room, k]), *(place[k].mul(10).round() / 10 + 0.0).tolist()) for k in seen)
+    question = dict(question='Where are the objects, in meters to the right (x) and ahead (y) of the first camera?', options=None)
+    return vsi_prompt(question), '; '.join(f'{CATEGORIES[c]} at x {x:+.1f}, y {y:+.1f}' for c, x, y in named) or 'none'
 
 
 # ... and about single pictures, which need no scene: what the mini VLM is pre-trained on

@@ -1,9 +1,12 @@
+import os
 
 import pytest
 import torch
 
 from psfm import PSFM, FieldDecoder, PRoPE, SemanticTeacher, context_index, random_view_mask
 from test_model import random_extrinsics
+from train import PRESETS, Config, make_optimizers
+from vggt import VGGT, VGGTConfig
 from test_vggt import MASK, TINY, make
 
 INTRINSICS = torch.tensor([[20., 0, 12], [0, 22, 8], [0, 0, 1]])
@@ -152,3 +155,21 @@ def test_semantic_teacher_from_transformers():
     teacher = SemanticTeacher(Dinov2WithRegistersModel(config), width=42)
     features = teacher.train()(torch.rand(2, 3, 3, 16, 24), (2, 3))
     assert features.shape == (2, 3, 6, 24) and not features.requires_grad and not teacher.model.training
+
+
+@pytest.mark.skipif('FULL_SIZE' not in os.environ, reason='takes 8 GB and a minute: FULL_SIZE=1 python -m pytest tests/test_psfm.py -k full_size')
+def test_a_step_of_base_at_full_size():
+    config = Config(**PRESETS['base'])
+    torch.manual_seed(0)
+    backbone = VGGT(VGGTConfig()).freeze()
+    assert 909e6 < sum(p.numel() for p in backbone.aggregator.parameters()) < 910e6
+    psfm = PSFM(backbone, config.width, config.encoder_depth, config.decoder_depth, config.num_heads, config.num_latents, config.num_registers,
+                config.mask_ratio, depth_probe=True)
+    (optimizer,) = make_optimizers(psfm, config, torch.device('cpu'))
+    before = {name: p.detach().clone() for name, p in psfm.named_parameters() if p.requires_grad}
+    losses = psfm(torch.rand(1, 3, 3, 112, 140))
+    losses['loss'].backward()
+    optimizer.step()
+    assert all(torch.isfinite(value) for value in losses.values())
+    assert all(not torch.equal(p, before[name]) for name, p in psfm.named_parameters() if name in before)      # the step reached every trained weight
+    assert all(p.grad is None for p in backbone.parameters())
