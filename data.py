@@ -651,13 +651,11 @@ def draw_markers(images, spar_info):
 # the four benchmarks, as the hub has them
 
 def read_benchmark(name, root):
-    """Questions of a benchmark from a folder with the hub's files (or from the hub itself, if `root` is an id there).
+    """Questions of a benchmark from a folder with the hub's files.
 
     name: vsibench, cvbench, sparbench, viewspatial. -> list of dicts: the document's own fields, `key` (which tells one
     question from another) and `media`: the path of a video, or a list of pictures (paths, or bytes as in parquet files).
     """
-    if not os.path.isdir(root):
-        root = download_benchmark(root)
     docs = {'vsibench': read_vsibench, 'cvbench': read_cvbench, 'sparbench': read_sparbench, 'viewspatial': read_viewspatial}[name](root)
     fields = {'vsibench': ('question_type', 'question', 'ground_truth'), 'cvbench': ('task', 'source', 'prompt', 'choices', 'answer'),
               'sparbench': ('task', 'question', 'answer'), 'viewspatial': ('question_type', 'question', 'choices', 'answer')}[name]
@@ -669,6 +667,7 @@ def read_benchmark(name, root):
 
 
 def download_benchmark(name):
+    """A dataset's id on the hub -> the folder with its files, fetched once."""
     if name.count('/') != 1 or name.startswith(('.', '/')):
         raise InputError(f'no folder {name}')
     from huggingface_hub import snapshot_download

@@ -27,6 +27,7 @@ share of the (standardised) variance around that mean that is explained.
 import argparse
 import dataclasses
 import functools
+import glob
 import json
 import math
 import os
@@ -42,7 +43,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from adapter import LATENTS, SceneLatents, load_spatial_vlm
-from data import RoomPool, RoomQuestions, make_source, open_media, open_picture, read_benchmark, read_records, read_video, step_generator, to_turns
+from data import RoomPool, RoomQuestions, download_benchmark, make_source, open_media, open_picture, read_benchmark, read_records, read_video, step_generator, to_turns
 from model import MLP, InputError, pick_device, take_views
 from psfm import build_psfm, context_index, load_psfm, random_view_mask
 from rooms import FURNITURE, make_intrinsics, make_path, render, room_facts
@@ -727,6 +728,8 @@ def read_answers(path):
 
 def benchmark(args, device, autocast):
     """Asks every question, appends the answers to a file as they come (what is there already is not asked again), prints the results."""
+    if not os.path.isdir(args.data):
+        args.data = download_benchmark(args.data)
     docs = read_benchmark(args.command, args.data)
     task = lambda doc: doc.get('question_type', doc.get('task'))
     if args.tasks:
@@ -735,7 +738,8 @@ def benchmark(args, device, autocast):
         if unknown:
             raise InputError(f'--tasks {" ".join(unknown)}: {args.command} has {", ".join(known)}')
         docs = [doc for doc in docs if task(doc) in args.tasks]
-    docs = docs[:args.limit or None]
+    if args.limit:                                            # a sample, always the same; a larger one holds the smaller
+        docs = [docs[i] for i in sorted(torch.randperm(len(docs), generator=step_generator(11))[:args.limit].tolist())]
     if args.predictions:
         answers = read_answers(args.predictions)
     else:
@@ -754,9 +758,10 @@ def ask_benchmark(docs, args, device, autocast):
     lost = [doc for doc in docs if any(isinstance(path, str) and not os.path.exists(path) for path in ([doc['media']] if isinstance(doc['media'], str) else doc['media']))]
     if lost:
         path = lost[0]['media'] if isinstance(lost[0]['media'], str) else next(path for path in lost[0]['media'] if isinstance(path, str) and not os.path.exists(path))
+        packed = f" (in {args.data} lie .zip files: unpack them there, unzip '*.zip')" if glob.glob(os.path.join(args.data, '*.zip')) else ''
         if len(lost) == len(docs):
-            raise InputError(f'none of the {len(docs)} questions has its pictures; the first one looks for {path}')
-        print(f'{len(lost)} of {len(docs)} questions are left out, for their pictures are missing; the first: {path}')
+            raise InputError(f'none of the {len(docs)} questions has its pictures; the first one looks for {path}{packed}')
+        print(f'{len(lost)} of {len(docs)} questions are left out, for their pictures are missing; the first: {path}{packed}')
         gone = {doc['key'] for doc in lost}
         docs = [doc for doc in docs if doc['key'] not in gone]
     model, chat, latents, settings = load_answerer(args.run, device, args.max_pixels)
@@ -867,7 +872,7 @@ def main(argv=None):
     for command in benchmarks:
         command.add_argument('--data', required=True, help='the folder, or an id on the hub')
         command.add_argument('--tasks', nargs='+', default=[], help='only these')
-        command.add_argument('--limit', type=int, default=0, help='only the first so many questions')
+        command.add_argument('--limit', type=int, default=0, help='only a sample of so many questions, always the same')
         command.add_argument('--frames', type=int, default=32, help='frames of a video (default: 32)')
         command.add_argument('--batch', type=int, default=1, help='questions at once (default: 1)')
         command.add_argument('--max-pixels', type=int, default=0, help='pixels of a picture, at most (default: as in training)')

@@ -219,6 +219,9 @@ def test_faults_of_benchmarks(run, tmp_path, capsys):
     (tmp_path / 'bench' / 'scannet' / 'scene0000_00.mp4').unlink()
     with pytest.raises(InputError, match='none of the 3 questions has its pictures'):
         evaluation.main(command)
+    (tmp_path / 'bench' / 'scannet.zip').write_bytes(b'')
+    with pytest.raises(InputError, match='unpack them there'):
+        evaluation.main(command)
     with pytest.raises(InputError, match='no folder nowhere'):
         evaluation.main(['vsibench', '--data', 'nowhere', '--run', run])
     write_parquet(tmp_path / 'wrong' / 'test.parquet', [dict(idx=1, text='x')])

@@ -3,7 +3,8 @@ import os
 import pytest
 import torch
 
-from psfm import PSFM, FieldDecoder, PRoPE, SemanticTeacher, context_index, random_view_mask
+from model import InputError
+from psfm import PSFM, FieldDecoder, PRoPE, SemanticTeacher, build_psfm, context_index, random_view_mask
 from test_model import random_extrinsics
 from train import PRESETS, Config, make_optimizers
 from vggt import VGGT, VGGTConfig
@@ -147,6 +148,16 @@ def test_given_cameras_are_used():
     predicted = psfm(images, view_mask=MASK)['loss']
     given = psfm(images, view_mask=MASK, extrinsics=cameras[0], intrinsics=cameras[1])['loss']
     assert not torch.allclose(predicted, given)
+
+
+def test_a_gated_teacher_says_how_to_get_it(monkeypatch):
+    import transformers
+
+    def refuse(name):
+        raise OSError(f'You are trying to access a gated repo.\nAccess to model {name} is restricted')
+    monkeypatch.setattr(transformers.AutoModel, 'from_pretrained', refuse)
+    with pytest.raises(InputError, match='gated repo.*hf auth login.*--teacher facebook/dinov2-large'):
+        build_psfm(Config(teacher='facebook/dinov3-vitl16-pretrain-lvd1689m'))
 
 
 def test_semantic_teacher_from_transformers():
