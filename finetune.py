@@ -11,7 +11,6 @@ Everything goes to out/vlm-<config>/: config.json, log.jsonl, metrics.json, chec
 """
 import contextlib
 import dataclasses
-import datetime
 import functools
 import itertools
 import json
@@ -30,9 +29,9 @@ from tqdm import tqdm
 from adapter import LATENTS, SceneLatents, SpatialVLM, add_lora, build_adapter, build_tokenizer, load_spatial_vlm, load_vlm, mini_vlm, save_mini_vlm, save_spatial_vlm
 from data import Conversations, RoomQuestions, step_generator
 from eval import SHIPPED, answer_rooms, rooms_line, rooms_table
-from model import InputError, pick_device
+from model import InputError
 from rooms import ANSWER_WORDS, CATEGORIES, CLASSES
-from train import Muon, check_finite, learning_rate, open_log, opt, parse_options, peak_memory, pick_dtype, quiet, read_state, run_script, write_checkpoint, write_state
+from train import Muon, check_finite, join_processes, learning_rate, open_log, opt, parse_options, peak_memory, pick_dtype, quiet, read_state, run_script, write_checkpoint, write_state
 
 
 @dataclass(frozen=True)
@@ -261,13 +260,7 @@ def train(name, config, data=None, held_out=None):
     began = time.time()
 
     # the machine
-    rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
-    device = pick_device(config.device)
-    if world_size > 1 and not dist.is_initialized():
-        if device.type == 'cuda':
-            device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
-            torch.cuda.set_device(device)
-        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=datetime.timedelta(hours=2))       # one answers, the others wait
+    rank, world_size, device = join_processes(config.device)
     is_main = rank == 0
     say = tqdm.write if is_main else quiet
     checkpoint = os.path.join(config.out, 'checkpoint')

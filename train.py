@@ -14,6 +14,7 @@ checkpoint/ (`--resume` continues from it, with the very same losses).
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import difflib
 import json
 import math
@@ -416,6 +417,20 @@ def measure_statistics(psfm, source, config, device, autocast, num_batches=8):
         psfm.set_statistics('sem', torch.cat(sem))
 
 
+def join_processes(device):
+    """This process's place among those that torchrun started, (0, 1) without it. -> rank, number of processes, device (each its own GPU)"""
+    rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    device = pick_device(device)
+    if world_size > 1:
+        if device.type == 'cuda':
+            device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
+            torch.cuda.set_device(device)
+        if not dist.is_initialized():
+            # one process evaluates and writes while the others wait for it
+            dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=datetime.timedelta(hours=2))
+    return rank, world_size, device
+
+
 def quiet(text):
     pass
 
@@ -442,13 +457,7 @@ def main(argv=None):
     began = time.time()
 
     # the machine: one process a GPU, started by torchrun
-    rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
-    device = pick_device(config.device)
-    if world_size > 1:
-        if device.type == 'cuda':
-            device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
-            torch.cuda.set_device(device)
-        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+    rank, world_size, device = join_processes(config.device)
     is_main = rank == 0
     say = tqdm.write if is_main else quiet
     checkpoint = os.path.join(config.out, 'checkpoint')

@@ -1,6 +1,10 @@
 """Fine-tuning end to end with a tiny VLM, and every fault that a file of conversations can have."""
 import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +13,7 @@ from PIL import Image
 
 import eval as evaluation
 import finetune
-from adapter import build_tokenizer, load_spatial_vlm, mini_vlm, save_mini_vlm
+from adapter import SpatialVLM, build_tokenizer, load_spatial_vlm, load_vlm, mini_vlm, save_mini_vlm
 from data import Conversations, RoomQuestions, draw_markers
 from model import InputError
 from rooms import ANSWER_WORDS, CATEGORIES
@@ -56,6 +60,21 @@ def test_rooms_end_to_end(vlm, tmp_path, capsys):
     finetune.main(options(vlm, half, '--steps', '4', '--warmup', '0', '--min-lr', '1', '--resume'))
     finetune.main(options(vlm, tmp_path / 'whole', '--steps', '4', '--warmup', '0', '--min-lr', '1'))
     assert losses(half) == pytest.approx(losses(tmp_path / 'whole'), abs=1e-5)
+
+
+def test_two_processes_whole_and_sharded(vlm, tmp_path):
+    """DDP and FSDP2 on two processes take the same two steps; what a sharded run saves is whole."""
+    weights = {}
+    for name, more in (('ddp', ()), ('fsdp2', ('--shard',))):
+        done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', 'finetune.py',
+                               *options(vlm, tmp_path / name, '--steps', '2', '--batch', '2', *more)],
+                              cwd=Path(finetune.__file__).parent, env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        model, _, _ = load_spatial_vlm(str(tmp_path / name / 'run' / 'checkpoint'))
+        weights[name] = torch.cat([p.flatten() for p in model.parameters()])
+    start = SpatialVLM(load_vlm(vlm)[0]).state_dict()['vlm.model.language_model.layers.0.mlp.up_proj.weight']
+    assert not torch.equal(start, model.state_dict()['vlm.model.language_model.layers.0.mlp.up_proj.weight'])
+    assert torch.allclose(weights['ddp'], weights['fsdp2'], atol=1e-4)
 
 
 @pytest.mark.parametrize('latents, train', [('none', 'adapter+llm'), ('random', 'adapter'), ('backbone', 'adapter')])
