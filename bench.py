@@ -183,11 +183,11 @@ def predict(name, config, V):
     for label, flops, memory in rows:
         print(f'{label:24s}{flops / 1e12:8.2f}{100 * flops / total:6.0f}%{memory / 2 ** 30:9.2f}')
     print(f'{"total":24s}{total / 1e12:8.2f}{100:6.0f}%{activations:9.2f}\n')
-    print(f'memory of a GPU: frozen weights {frozen_gb:.1f} GB, trained weights with gradients and AdamW {adam_gb:.1f} GB, kept for the backward pass at most {activations:.1f} GB')
+    print(f'memory of a GPU: frozen weights {frozen_gb:.1f} GB, trained weights with gradients and AdamW {adam_gb:.1f} GB, kept for the backward pass at most {activations:.1f} GB: {frozen_gb + adam_gb + activations:.0f} GB')
     for share in UTILISATION:
         seconds = total / PEAK / share
-        print(f'at {100 * share:.0f}% of an H100: {1e3 * seconds:.0f} ms a batch, {B * V / seconds:.0f} views/s; {config.steps} steps of {config.accumulate} batches on 8 of them: '
-              f'{config.steps * config.accumulate * seconds / 3600:.1f} hours, on one, for as many views, {8 * config.steps * config.accumulate * seconds / 3600:.0f}')
+        print(f'at {100 * share:.0f}% of an H100: {1e3 * seconds:.0f} ms a batch, {B * V / seconds:.0f} views/s; {config.steps} steps of {config.accumulate} batches take '
+              f'{config.steps * config.accumulate * seconds / 3600:.1f} hours on 8 GPUs, and as many views {8 * config.steps * config.accumulate * seconds / 3600:.0f} hours on one')
     print(f'8 GPUs exchange {4 * trained / 1e9:.2f} GB of gradients a step')
     return dict(config=name, scenes=B, views=V, frozen=frozen, trained=trained, flops={label: flops for label, flops, _ in rows}, total_flops=total,
                 kept_gb=activations, frozen_gb=frozen_gb, adam_gb=adam_gb)

@@ -478,6 +478,9 @@ class RoomQuestions(torch.utils.data.Dataset):
     def pictures(self, room):
         return [Image.fromarray(image) for image in self.images[room]]
 
+    def map_of(self, i):
+        return dict(images=self.pictures(i), conversations=to_turns('<image>' * self.VIEWS, [self.maps[i]]))
+
     def __getitem__(self, i):
         order = torch.randperm(len(self.questions[i]), generator=step_generator(self.seed, i, 6)).tolist()
         questions = [self.questions[i][j] for j in order]

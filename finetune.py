@@ -50,6 +50,7 @@ class Config:
     max_pixels: int = opt(518 * 518, 'pictures are scaled down to so many pixels for the VLM')
     skip_bad: bool = opt(False, 'leave faulty records out instead of stopping')
     num_rooms: int = opt(3000, 'rooms: how many to train on')
+    map_steps: int = opt(0, 'rooms: so many steps first ask for the map alone, of twice as many rooms')
     val_scenes: int = opt(96, 'rooms: held-out ones to be asked about; files: records held out for a loss')
     cache: str = opt('out/latents', "folder for the scenes' latents; '' computes them anew each time")
     workers: int = opt(0, 'processes that read pictures')
@@ -59,7 +60,7 @@ class Config:
     steps: int = opt(0, 'optimiser steps; 0: one epoch')
     lr: float = opt(1e-5, 'peak learning rate of the language model')
     adapter_lr: float = opt(1e-4, 'peak learning rate of the adapter')
-    muon_lr: float = opt(0.0, "peak learning rate of Muon for the matrices of the VLM's blocks; 0: AdamW for them too")
+    muon_lr: float = opt(0.0, "peak learning rate of Muon for the matrices of the adapter and of the VLM's blocks; 0: AdamW for them too")
     min_lr: float = opt(0.0, 'where the cosine ends, as a share of the peak')
     warmup: int = opt(100, 'steps of linear warm-up (a tenth of all at most)')
     decay_from: float = opt(0.0, 'share of the training after which the cosine begins')
@@ -80,7 +81,7 @@ class Config:
 
 PRESETS = {
     # any laptop: the mini VLM, rooms
-    'small': dict(steps=400, lr=2e-3, adapter_lr=2e-3, muon_lr=4e-3, min_lr=0.03, eval_every=400),
+    'small': dict(steps=1000, map_steps=400, lr=2e-3, adapter_lr=2e-3, muon_lr=4e-3, min_lr=0.03, eval_every=400),
     # the paper: 8 GPUs x 1 x 8, one epoch
     'base': dict(vlm='Qwen/Qwen2.5-VL-3B-Instruct', encoder='out/base', data='', batch=1, accumulate=8, warmup=250, weight_decay=0.01, beta2=0.999,
                  checkpointing=True, workers=8, val_scenes=64, eval_every=1000, log_every=20),
@@ -112,19 +113,24 @@ def parse_config(argv=None):
 # data
 
 class Encoded(torch.utils.data.Dataset):
-    """Conversations as the VLM reads them: item `step` is batch `step`, the same whatever came before it."""
+    """Conversations as the VLM reads them: item `step` is batch `step`, the same whatever came before it.
+
+    The first `map_steps` batches hold nothing but the map, of twice as many rooms: where things are comes before what follows from it.
+    """
 
     def __init__(self, data, chat, config, rank=0, world_size=1):
         self.data, self.chat, self.config, self.rank, self.world_size = data, chat, config, rank, world_size
 
     def samples(self, step):
         """Indices of batch `step`: one random order an epoch, dealt out to the processes."""
-        B, n, config = self.config.batch, len(self.data), self.config
-        first = (step * self.world_size + self.rank) * B
-        return [int(order(n, (first + i) // n, config.seed)[(first + i) % n]) for i in range(B)]
+        B, n, maps = self.config.batch, len(self.data), self.config.map_steps
+        if step < maps:
+            B = 2 * B
+        first = (step * self.world_size + self.rank) * B + (step >= maps) * maps * self.world_size * B     # behind the maps' rooms
+        return [int(order(n, (first + i) // n, self.config.seed)[(first + i) % n]) for i in range(B)]
 
     def __getitem__(self, step):
-        items = [self.data[i] for i in self.samples(step)]
+        items = [self.data.map_of(i) if step < self.config.map_steps else self.data[i] for i in self.samples(step)]
         classes = torch.stack([item['classes'] for item in items]) if 'classes' in items[0] else None
         return [self.chat.encode(item) for item in items], [item['images'] for item in items], classes
 
@@ -170,9 +176,9 @@ def build_model(config, data, dtype=torch.float32):
 
 
 def make_optimizers(model, config, device):
-    """AdamW with one group of learning rates for the adapter and one for the VLM; with `muon_lr`, Muon for the matrices of the VLM's blocks."""
+    """AdamW with one group of learning rates for the adapter and one for the VLM; with `muon_lr`, Muon for the matrices of the adapter and of the VLM's blocks."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    in_blocks = lambda name, p: config.muon_lr > 0 and p.ndim == 2 and ('layers.' in name or 'blocks.' in name)
+    in_blocks = lambda name, p: config.muon_lr > 0 and p.ndim == 2 and ('layers.' in name or 'blocks.' in name or name.startswith('adapter.'))
     groups = []
     for part, lr in (('adapter.', config.adapter_lr), ('vlm.', config.lr)):
         mine = [p for name, p in named if name.startswith(part) and not in_blocks(name, p)]

@@ -323,7 +323,7 @@ def build_psfm(config, dtype=torch.float32):
             teacher = SemanticTeacher(AutoModel.from_pretrained(config.teacher), dtype=dtype)
         except OSError as error:
             raise InputError(f'--teacher {config.teacher} could not be loaded ({str(error).splitlines()[0]}): if it is gated, ask for '
-                             'access on its page of the hub and run `hf auth login`; or take an open one (--teacher facebook/dinov2-large), '
+                             'access on its page of the hub and run `hf auth login`; or take an open one (--teacher facebook/dinov2-with-registers-large), '
                              "or none (--teacher '')") from error
     return PSFM(backbone, config.width, config.encoder_depth, config.decoder_depth, config.num_heads, config.num_latents,
                 config.num_registers, config.mask_ratio, config.context, config.standardised, teacher, config.depth_probe)

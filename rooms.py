@@ -558,9 +558,9 @@ def ask_map(rooms, room, cells, camera):
     axes = torch.stack([torch.stack([ahead[1], -ahead[0]]), ahead])                       # to the right, ahead
     place = (rooms.center[room] + camera[:, :3].T @ camera[:, 3])[:, :2] @ axes.T         # (K, 2) metres from the camera
     seen = (rooms.present[room] & (cells.sum(0) >= SEEN)).nonzero()[:, 0].tolist()
-    named = sorted((int(rooms.category[room, k]), *(place[k].mul(10).round() / 10 + 0.0).tolist()) for k in seen)
+    named = sorted((int(rooms.category[room, k]), *place[k].round().int().tolist()) for k in seen)
     question = dict(question='Where are the objects, in meters to the right (x) and ahead (y) of the first camera?', options=None)
-    return vsi_prompt(question), '; '.join(f'{CATEGORIES[c]} at x {x:+.1f}, y {y:+.1f}' for c, x, y in named) or 'none'
+    return vsi_prompt(question), '; '.join(f'{CATEGORIES[c]} at x {x:+d}, y {y:+d}' for c, x, y in named) or 'none'
 
 
 # ... and about single pictures, which need no scene: what the mini VLM is pre-trained on

@@ -156,7 +156,7 @@ def test_a_gated_teacher_says_how_to_get_it(monkeypatch):
     def refuse(name):
         raise OSError(f'You are trying to access a gated repo.\nAccess to model {name} is restricted')
     monkeypatch.setattr(transformers.AutoModel, 'from_pretrained', refuse)
-    with pytest.raises(InputError, match='gated repo.*hf auth login.*--teacher facebook/dinov2-large'):
+    with pytest.raises(InputError, match='gated repo.*hf auth login.*--teacher facebook/dinov2-with-registers-large'):
         build_psfm(Config(teacher='facebook/dinov3-vitl16-pretrain-lvd1689m'))
 
 

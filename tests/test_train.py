@@ -1,4 +1,5 @@
 """The scripts as a user runs them: in a process of their own for bad input, in this one for numbers."""
+import dataclasses
 import json
 import os
 import re
@@ -14,13 +15,14 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import bench
 import finetune
 import train
 from model import InputError, read_weights
 from psfm import load_psfm
 from test_data import make_folder, picture
 from test_psfm import MASK, make_psfm
-from train import Config, learning_rate, main, make_optimizers, parse_config
+from train import PRESETS, Config, learning_rate, main, make_optimizers, parse_config
 
 ROOT = Path(__file__).parent.parent
 TINY = ['--width', '32', '--num-heads', '2', '--encoder-depth', '1', '--decoder-depth', '1', '--num-latents', '4', '--num-rooms', '8',
@@ -234,6 +236,12 @@ def test_bench_ends_with_json():
     assert {'patch embed', 'frame blocks', 'global blocks', 'camera head', 'encoder', 'decoder', 'head and loss', 'backward'} \
         == report['runs'][0]['parts'].keys()
     assert report['runs'][0]['render_share'] < 0.5
+
+    # what is predicted from shapes alone is what was counted while computing
+    predicted = bench.predict('small', dataclasses.replace(Config(**PRESETS['small']), images_per_batch=8), 6)
+    for part in ('patch embed', 'camera head', 'encoder', 'decoder'):
+        assert predicted['flops'][part] == report['runs'][0]['parts'][part]['flops'], part
+    assert predicted['trained'] == 1_427_328 - 2 * 256 and predicted['kept_gb'] > 0
 
 
 # -----------------------------------------------------------------------------
