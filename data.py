@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 
 from model import InputError
-from rooms import CLASSES, K, ask, ask_2d, ask_map, make_intrinsics, make_rooms, make_walk, render, room_seed, surface_classes, vsi_prompt
+from rooms import CLASSES, K, ask, ask_2d, ask_maps, make_intrinsics, make_rooms, make_walk, render, room_seed, surface_classes, vsi_prompt
 
 CELL = 4      # pixels a side: depth and classes are kept at this resolution
 
@@ -440,7 +440,7 @@ def read_video(path, num_frames, every=None):
 class RoomQuestions(torch.utils.data.Dataset):
     """VSI-Bench's questions about rooms: item i is room i, seen from VIEWS places of a walk, and everything asked about it.
 
-    To train on, a map in words (`ask_map`) comes after the questions.
+    To train on, a map in words (`ask_maps`) comes after the questions about every second room.
 
     `kind` '2d' instead: item i is one picture and what it alone answers; it also has `classes` (16, 11): of each sixteenth of
     the picture, which share shows which of rooms.CLASSES.
@@ -467,7 +467,7 @@ class RoomQuestions(torch.utils.data.Dataset):
                     self.questions += [ask_2d(rooms, room, surface[room, view], g) for view in range(self.VIEWS)]
                 else:
                     self.questions.append(ask(rooms, room, cells[room], f'room-{split}-{seed}-{number}', g, used))
-                    self.maps.append(ask_map(rooms, room, cells[room], views['extrinsics'][room, 0].cpu()))
+                    self.maps.append(ask_maps(rooms, room, cells[room], views['extrinsics'][room, 0].cpu(), g))
                     self.records += [dict(record, id=len(self.records) + i, room=number) for i, record in enumerate(self.questions[-1])]
         self.classes = torch.cat(classes) if classes else None                            # (R V, 16, 11)
         self.images = torch.cat(images).numpy()                                           # (R, V, H, W, 3) uint8
@@ -479,17 +479,30 @@ class RoomQuestions(torch.utils.data.Dataset):
         return [Image.fromarray(image) for image in self.images[room]]
 
     def map_of(self, i):
-        return dict(images=self.pictures(i), conversations=to_turns('<image>' * self.VIEWS, [self.maps[i]]))
+        """Room i's map from the first camera, and nothing else."""
+        return dict(images=self.pictures(i), conversations=to_turns('<image>' * self.VIEWS, self.maps[i][:1]))
 
     def __getitem__(self, i):
         order = torch.randperm(len(self.questions[i]), generator=step_generator(self.seed, i, 6)).tolist()
         questions = [self.questions[i][j] for j in order]
         if self.kind == '3d':
             turns = [(vsi_prompt(question), question['ground_truth']) for question in questions]
-            turns += [self.maps[i]] if self.split == 'train' else []                      # last: no answer can be read off it
+            turns += self.maps[i][:1] if self.split == 'train' and i % 2 else []          # last: no answer can be read off it
             return dict(images=self.pictures(i), conversations=to_turns('<image>' * self.VIEWS, turns))
         picture = Image.fromarray(self.images.reshape(-1, *self.images.shape[2:])[i])
         return dict(images=[picture], classes=self.classes[i], conversations=to_turns('<image>', questions))
+
+
+class RoomsInWords(RoomQuestions):
+    """The same questions without pictures: in front of them stands the map. What other language models know of space from text, the mini VLM learns here."""
+
+    def __getitem__(self, i):
+        questions = super().__getitem__(i)['conversations'][:2 * len(self.questions[i])]
+        questions[0]['value'] = questions[0]['value'].removeprefix('<image>' * self.VIEWS)
+        (_, map_in_words), *others = self.maps[i]
+        turns = questions + to_turns('', others)
+        turns[0]['value'] = f'{map_in_words}\n{turns[0]["value"]}'
+        return dict(images=[], conversations=turns)
 
 
 def to_turns(before, turns):

@@ -25,9 +25,11 @@ cos is the cosine, centred_cos the cosine after the training mean is taken off, 
 share of the (standardised) variance around that mean that is explained.
 """
 import argparse
+import collections
 import dataclasses
 import functools
 import glob
+import itertools
 import json
 import math
 import os
@@ -547,25 +549,55 @@ def generate(model, chat, latents, items, device, autocast, max_new_tokens=16):
     return [text.strip() for text in chat.tokenizer.batch_decode(ids[:, batch['input_ids'].shape[1]:], skip_special_tokens=True)]
 
 
-def answer_rooms(model, chat, latents, held_out, train_data, device, autocast, shuffled=False, batch=32):
-    """Every question about the held-out rooms, on its own. -> {task: percent, 'overall', 'prior': the same of `language_prior`, 'scores': [[question_type, room, score], ...]}
+PIECE = re.compile(r'([a-z]+) at x ([+-]\d+), y ([+-]\d+)')
 
+
+def map_score(truth, answer):
+    """Share of the pieces of a true map in words (rooms.ask_maps) that the answer has: the same kind, within a metre in x and in y."""
+    there = [(name, int(x), int(y)) for name, x, y in PIECE.findall(answer)]
+    pieces, found = PIECE.findall(truth), 0
+    for name, x, y in pieces:
+        near = [piece for piece in there if piece[0] == name and max(abs(piece[1] - int(x)), abs(piece[2] - int(y))) <= 1]
+        found += bool(near)
+        there = [piece for piece in there if piece not in near[:1]]                       # each serves once
+    return found / max(1, len(pieces))
+
+
+def map_prior(maps):
+    """Where each kind of piece most often stands, over the training rooms. -> function true map -> a map with its pieces in those places"""
+    places = {}
+    for text in maps:
+        for name, x, y in PIECE.findall(text):
+            for dx, dy in itertools.product((-1, 0, 1), repeat=2):                        # wherever an answer would be right
+                places.setdefault(name, collections.Counter())[int(x) + dx, int(y) + dy] += 1
+    best = {name: counts.most_common(1)[0][0] for name, counts in places.items()}
+    return lambda truth: '; '.join(f'{name} at x {best[name][0]:+d}, y {best[name][1]:+d}' for name, *_ in PIECE.findall(truth) if name in best)
+
+
+def answer_rooms(model, chat, latents, held_out, train_data, device, autocast, shuffled=False, batch=32):
+    """Every question about the held-out rooms, on its own. -> {task: percent, 'overall', 'map', 'prior': what one gets without looking, 'scores': [[question_type, room, score], ...]}
+
+    'map', which is not of VSI-Bench, is the share of the pieces that the model's map of the room has in their places.
     `shuffled`: each room's questions are answered with the pictures of the room and the latents of another one.
     """
     was_training = model.training
     model.eval()
-    answers = []
-    for start in tqdm(range(0, len(held_out.records), batch), 'asking', leave=False):
-        records = held_out.records[start:start + batch]
-        items = [dict(images=held_out.pictures(record['room']), conversations=to_turns('<image>' * held_out.VIEWS, [(prompt('vsibench', record), '')])[:1])
-                 for record in records]
-        others = lambda _: latents([held_out.pictures((record['room'] + 1) % len(held_out)) for record in records])
-        answers += generate(model, chat, others if latents and shuffled else latents, items, device, autocast)
+    answers, maps = [], [pairs[0] for pairs in held_out.maps]
+    asked = [(record['room'], prompt('vsibench', record), 16) for record in held_out.records] + [(room, question, 96) for room, (question, _) in enumerate(maps)]
+    for start in tqdm(range(0, len(asked), batch), 'asking', leave=False):
+        some = asked[start:start + batch]
+        items = [dict(images=held_out.pictures(room), conversations=to_turns('<image>' * held_out.VIEWS, [(question, '')])[:1]) for room, question, _ in some]
+        others = lambda _: latents([held_out.pictures((room + 1) % len(held_out)) for room, *_ in some])
+        answers += generate(model, chat, others if latents and shuffled else latents, items, device, autocast, max(longest for *_, longest in some))
     model.train(was_training)
     scored = [(record, score('vsibench', record, answer)) for record, answer in zip(held_out.records, answers)]
     guess = language_prior(train_data.records)
     prior = aggregate('vsibench', [(record, score('vsibench', record, guess(record))) for record in held_out.records])
-    return dict(aggregate('vsibench', scored), prior=prior, scores=[[record['question_type'], record['room'], value] for record, value in scored])
+    drawn, usual = answers[len(held_out.records):], map_prior([pairs[0][1] for pairs in train_data.maps])
+    placed = [map_score(truth, answer) for (_, truth), answer in zip(maps, drawn)]
+    prior['map'] = 100 * float(np.mean([map_score(truth, usual(truth)) for _, truth in maps]))
+    scores = [[record['question_type'], record['room'], value] for record, value in scored] + [['map', room, value] for room, value in enumerate(placed)]
+    return dict(aggregate('vsibench', scored), map=100 * float(np.mean(placed)), prior=prior, scores=scores)
 
 
 def language_prior(records):
@@ -599,7 +631,7 @@ def language_prior(records):
 
 
 def overall_scores(runs, rival=None, draws=1000):
-    """runs: metrics of `answer_rooms` of several seeds -> {task: mean, .., 'overall': (mean, low, high)}: 95 % bootstrap over rooms and seeds.
+    """runs: metrics of `answer_rooms` of several seeds -> {task: mean, .., 'overall' and 'map': (mean, low, high)}: 95 % bootstrap over rooms and seeds.
 
     With `rival`, runs of another arm that answered the same questions: of the difference, question by question.
     """
@@ -612,18 +644,24 @@ def overall_scores(runs, rival=None, draws=1000):
 
     def average(values, weight):                              # (questions,) -> as aggregate('vsibench')
         sums, counts = np.bincount(kind, weight * values, len(names)), np.bincount(kind, weight, len(names))
-        return aggregate('vsibench', [(dict(question_type=name), s / c) for name, s, c in zip(names, sums, counts) if c])
+        means = {name: s / c for name, s, c in zip(names, sums, counts) if c}
+        placed = {'map': 100 * means.pop('map')} if 'map' in means else {}
+        return dict(aggregate('vsibench', [(dict(question_type=name), mean) for name, mean in means.items()]), **placed)
 
     result, random, drawn = average(scores.mean(0), np.ones(len(kind))), np.random.default_rng(0), []
     for _ in range(draws):
         values = scores[random.integers(len(scores), size=len(scores))].mean(0)
         times = np.bincount(random.integers(room.max() + 1, size=room.max() + 1), minlength=room.max() + 1)
-        drawn.append(average(values, times[room].astype(float))['overall'])
-    return dict(result, overall=(result['overall'], *np.quantile(drawn, [0.025, 0.975]).tolist()))
+        drawn.append(average(values, times[room].astype(float)))
+    for name in ('overall', 'map'):
+        if name in result:
+            result[name] = (result[name], *np.quantile([one[name] for one in drawn], [0.025, 0.975]).tolist())
+    return result
 
 
 def rooms_line(metrics):
-    return f'held-out rooms: {metrics["overall"]:.1f} (the prior without looking: {metrics["prior"]["overall"]:.1f})'
+    return (f'held-out rooms: {metrics["overall"]:.1f} (without looking: {metrics["prior"]["overall"]:.1f}), '
+            f'{metrics["map"]:.1f}% of the pieces in their places ({metrics["prior"]["map"]:.1f}%)')
 
 
 ROOM_COLUMNS = {'object_counting': 'count', 'object_abs_distance': 'abs.dist', 'object_size_estimation': 'obj.size', 'room_size_estimation': 'room size',
@@ -634,11 +672,12 @@ def rooms_table(arms):
     """{arm: metrics of one run, or a list of those of several seeds} -> VSI-Bench's columns, with intervals."""
     arms = {arm: runs if isinstance(runs, list) else [runs] for arm, runs in arms.items()}
     first = next(iter(arms.values()))[0]
-    rows = [f'{"":28s}' + ''.join(f'{title:>10s}' for title in ROOM_COLUMNS.values()) + f'{"overall":>22s}']
-    rows.append(f'{"without looking":28s}' + ''.join(f'{first["prior"].get(task, math.nan):10.1f}' for task in ROOM_COLUMNS) + f'{first["prior"]["overall"]:22.1f}')
+    rows = [f'{"":28s}' + ''.join(f'{title:>10s}' for title in ROOM_COLUMNS.values()) + f'{"overall":>22s}{"map":>22s}']
+    rows.append(f'{"without looking":28s}' + ''.join(f'{first["prior"].get(task, math.nan):10.1f}' for task in ROOM_COLUMNS) + f'{first["prior"]["overall"]:22.1f}{first["prior"]["map"]:22.1f}')
+
     def row(name, result):
-        mean, low, high = result['overall']
-        rows.append(f'{name:28s}' + ''.join(f'{result.get(task, math.nan):10.1f}' for task in ROOM_COLUMNS) + f'{mean:.1f} ({low:.1f}..{high:.1f})'.rjust(22))
+        with_interval = ''.join('{:.1f} ({:.1f}..{:.1f})'.format(*result[key]).rjust(22) for key in ('overall', 'map'))
+        rows.append(f'{name:28s}' + ''.join(f'{result.get(task, math.nan):10.1f}' for task in ROOM_COLUMNS) + with_interval)
 
     for arm, runs in arms.items():
         row(f'{arm}, {len(runs)} seed{"s" * (len(runs) > 1)}', overall_scores(runs))

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from tqdm import tqdm
 
 from adapter import LATENTS, SceneLatents, SpatialVLM, add_lora, build_adapter, build_tokenizer, load_spatial_vlm, load_vlm, mini_vlm, save_mini_vlm, save_spatial_vlm
-from data import Conversations, RoomQuestions, step_generator
+from data import Conversations, RoomQuestions, RoomsInWords, step_generator
 from eval import SHIPPED, answer_rooms, rooms_line, rooms_table
 from model import InputError
 from rooms import ANSWER_WORDS, CATEGORIES, CLASSES
@@ -50,6 +50,7 @@ class Config:
     max_pixels: int = opt(518 * 518, 'pictures are scaled down to so many pixels for the VLM')
     skip_bad: bool = opt(False, 'leave faulty records out instead of stopping')
     num_rooms: int = opt(3000, 'rooms: how many to train on')
+    words: int = opt(0, 'mini-vlm: how often each room is described in words, where its six pictures come once')
     map_steps: int = opt(0, 'rooms: so many steps first ask for the map alone, of twice as many rooms')
     val_scenes: int = opt(96, 'rooms: held-out ones to be asked about; files: records held out for a loss')
     cache: str = opt('out/latents', "folder for the scenes' latents; '' computes them anew each time")
@@ -81,7 +82,7 @@ class Config:
 
 PRESETS = {
     # any laptop: the mini VLM, rooms
-    'small': dict(steps=1000, map_steps=400, lr=2e-3, adapter_lr=2e-3, muon_lr=4e-3, min_lr=0.03, eval_every=400),
+    'small': dict(steps=650, map_steps=250, lr=2e-3, adapter_lr=2e-3, muon_lr=4e-3, min_lr=0.03, eval_every=650),
     # the paper: 8 GPUs x 1 x 8, one epoch
     'base': dict(vlm='Qwen/Qwen2.5-VL-3B-Instruct', encoder='out/base', data='', batch=1, accumulate=8, warmup=250, weight_decay=0.01, beta2=0.999,
                  checkpointing=True, workers=8, val_scenes=64, eval_every=1000, log_every=20),
@@ -131,7 +132,8 @@ class Encoded(torch.utils.data.Dataset):
 
     def __getitem__(self, step):
         items = [self.data.map_of(i) if step < self.config.map_steps else self.data[i] for i in self.samples(step)]
-        classes = torch.stack([item['classes'] for item in items]) if 'classes' in items[0] else None
+        classes = [item['classes'] for item in items if 'classes' in item]
+        classes = torch.stack(classes) if classes else None
         return [self.chat.encode(item) for item in items], [item['images'] for item in items], classes
 
 
@@ -144,7 +146,10 @@ def make_data(config, progress=iter, say=print):
     """-> (training data, held-out data)"""
     if config.data == 'rooms':
         kind = '2d' if config.task == 'mini-vlm' else '3d'
-        return RoomQuestions('train', 0, config.num_rooms, kind, progress), RoomQuestions('val', 0, config.val_scenes, kind)
+        training = RoomQuestions('train', 0, config.num_rooms, kind, progress)
+        if config.words:
+            training = torch.utils.data.ConcatDataset([training] + [RoomsInWords('train', 1, config.num_rooms, progress=progress)] * config.words)
+        return training, RoomQuestions('val', 0, config.val_scenes, kind)
     data = Conversations(config.data.split(','), config.media, config.num_frames, config.skip_bad, say=say)
     if len(data) <= config.val_scenes:
         raise InputError(f'{config.data}: {len(data)} records, of which --val-scenes {config.val_scenes} are to be held out: none would be left')
@@ -157,6 +162,9 @@ def make_data(config, progress=iter, say=print):
 
 def build_model(config, data, dtype=torch.float32):
     """-> (SpatialVLM, Chat, SceneLatents or None)"""
+    if config.task == 'mini-vlm' and config.vlm:
+        vlm, chat = load_vlm(config.vlm)
+        return SpatialVLM(vlm).requires_grad_(True), chat, None
     if config.task == 'mini-vlm':
         words = [turn['value'].replace('<image>', '') for i in range(min(len(data), 400)) for turn in data[i]['conversations']]
         questions = RoomQuestions('train', 0, 400)
@@ -352,7 +360,7 @@ def train(name, config, data=None, held_out=None):
             with contextlib.nullcontext() if last or world_size == 1 or sharded else wrapped.no_sync():
                 with autocast:
                     losses = dict(answers=loss_of(wrapped, batch, z))
-                    if sight:
+                    if classes is not None:
                         losses['sight'] = sight.loss(classes.to(device))
                     losses['loss'] = sum(losses.values())
                 (losses['loss'] / config.accumulate).backward()

@@ -549,18 +549,32 @@ def ask(rooms, room, cells, scene, g, used, per_task=1):
     return records
 
 
-def ask_map(rooms, room, cells, camera):
-    """A question for training alone: where does everything stand that is seen? A map in words, from where the first view was taken.
+def ask_maps(rooms, room, cells, camera, g, standpoints=3):
+    """Questions for training alone: where does everything stand that is seen? A map in words, in whole metres.
 
-    camera (3, 4): extrinsics of the first view -> (prompt, answer)
+    camera (3, 4): extrinsics of the first view. -> list of (prompt, answer), the first one as seen from there, up to
+    `standpoints` more as seen by somebody who stands by one piece and faces another.
     """
-    ahead = F.normalize(camera[2, :2], dim=0)
-    axes = torch.stack([torch.stack([ahead[1], -ahead[0]]), ahead])                       # to the right, ahead
-    place = (rooms.center[room] + camera[:, :3].T @ camera[:, 3])[:, :2] @ axes.T         # (K, 2) metres from the camera
+    draw = lambda items: items[int(torch.randint(len(items), (1,), generator=g))]
     seen = (rooms.present[room] & (cells.sum(0) >= SEEN)).nonzero()[:, 0].tolist()
-    named = sorted((int(rooms.category[room, k]), *place[k].round().int().tolist()) for k in seen)
-    question = dict(question='Where are the objects, in meters to the right (x) and ahead (y) of the first camera?', options=None)
-    return vsi_prompt(question), '; '.join(f'{CATEGORIES[c]} at x {x:+d}, y {y:+d}' for c, x, y in named) or 'none'
+    name = {k: CATEGORIES[rooms.category[room, k]] for k in seen}
+    unique = [k for k in seen if list(name.values()).count(name[k]) == 1]
+    place = rooms.center[room, :, :2]
+    eye = -(camera[:, :3].T @ camera[:, 3])[:2]
+    views = [('of the first camera', eye, camera[2, :2], seen)]
+    for _ in range(standpoints if len(unique) > 1 else 0):
+        a = draw(unique)
+        b = draw([k for k in unique if k != a])
+        views.append((f'if I am standing by the {name[a]} and facing the {name[b]}', place[a], place[b] - place[a], [k for k in seen if k != a]))
+    maps = []
+    for where, stand, ahead, pieces in views:
+        ahead = F.normalize(ahead, dim=0)
+        axes = torch.stack([torch.stack([ahead[1], -ahead[0]]), ahead])                   # to the right, ahead
+        spots = ((place - stand) @ axes.T).round().int().tolist()
+        answer = '; '.join(f'{CATEGORIES[c]} at x {x:+d}, y {y:+d}' for c, x, y in sorted((int(rooms.category[room, k]), *spots[k]) for k in pieces))
+        question = dict(question=f'Where are the objects, in meters to the right (x) and ahead (y) {where}?', options=None)
+        maps.append((vsi_prompt(question), answer or 'none'))
+    return maps
 
 
 # ... and about single pictures, which need no scene: what the mini VLM is pre-trained on

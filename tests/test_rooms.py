@@ -1,10 +1,14 @@
+import collections
+import math
+import re
 from dataclasses import fields
 
 import pytest
 import torch
 
 from model import camera_rays, invert_pose
-from rooms import (CATEGORIES, CLASSES, FURNITURE, SEEN, K, make_intrinsics, make_path, make_rooms, make_walk, render, room_facts, room_seed,
+from eval import map_score
+from rooms import (CATEGORIES, CLASSES, FURNITURE, SEEN, K, ask, ask_maps, make_intrinsics, make_path, make_rooms, make_walk, render, room_facts, room_seed,
                    surface_classes)
 
 SIZE = (24, 32)
@@ -161,3 +165,77 @@ def test_facts_of_rooms_are_those_of_their_object_lists(world):
         for i, (a, b) in enumerate(torch.triu_indices(8, 8, offset=1).T.tolist()):
             distance = facts['distance'][r, i]
             assert distance.isnan() if not {a, b} <= places.keys() else torch.isclose(distance, (places[a] - places[b]).norm(), atol=1e-5)
+
+
+# -----------------------------------------------------------------------------
+# questions
+
+def outline(rooms, room, k, steps=100):
+    """Points along the four sides of a piece, (4 steps, 2), made without rooms.corners."""
+    t = torch.linspace(-1, 1, steps)
+    x, y, one = rooms.half[room, k, 0], rooms.half[room, k, 1], torch.ones(steps)
+    points = torch.cat([torch.stack(side, -1) for side in ((x * t, y * one), (x * t, -y * one), (x * one, y * t), (-x * one, y * t))])
+    yaw = rooms.yaw[room, k]
+    turn = torch.stack([torch.stack([yaw.cos(), -yaw.sin()]), torch.stack([yaw.sin(), yaw.cos()])])
+    return points @ turn.T + rooms.center[room, k, :2]
+
+
+def test_answers_are_true(world):
+    rooms, extrinsics, _, views = world
+    kinds, used = collections.Counter(), collections.Counter()
+    for room in range(6):
+        cells = torch.nn.functional.one_hot(views['surface'][room].long().flatten(1), 6 + K)[..., 6:].sum(1)         # (V, K)
+        pieces = collections.defaultdict(list)
+        for k in rooms.present[room].nonzero()[:, 0].tolist():
+            pieces[CATEGORIES[rooms.category[room, k]]].append(k)
+        gap = lambda a, b: min(torch.cdist(outline(rooms, room, i), outline(rooms, room, j)).min().item() for i in pieces[a] for j in pieces[b])
+        at = lambda name: complex(*rooms.center[room, pieces[name][0], :2].tolist())
+        for record in ask(rooms, room, cells, 'x', torch.Generator().manual_seed(room), used, per_task=4):
+            kind, question, truth = record['question_type'], record['question'], record['ground_truth']
+            kinds[kind] += 1
+            said = record['options']['ABCD'.index(truth)][3:] if record['options'] else truth
+            names = re.findall(rf"\b({'|'.join(CATEGORIES)})\b", question)
+            assert (cells[:, sum((pieces[name] for name in names), [])].sum(0) >= SEEN).all()       # only what the views show is asked about
+            if kind == 'object_counting':
+                assert int(said) == len(pieces[names[0]]) > 1
+            elif kind == 'object_abs_distance':
+                assert float(said) == pytest.approx(gap(*names), abs=0.06)
+            elif kind == 'object_size_estimation':
+                assert int(said) == pytest.approx(200 * rooms.half[room, pieces[names[0]][0]].max().item(), abs=1)
+            elif kind == 'room_size_estimation':
+                assert float(said) == pytest.approx((rooms.size[room, 0] * rooms.size[room, 1]).item(), abs=0.06)
+            elif kind == 'object_rel_distance':
+                *others, target = names
+                assert said == min(others, key=lambda name: gap(name, target))
+            elif kind == 'obj_appearance_order':
+                first = [min(int((cells[:, k] >= SEEN).int().argmax()) for k in pieces[name]) for name in said.split(', ')]
+                assert first == sorted(first) and len(set(first)) == len(first)
+            elif kind.startswith('object_rel_direction'):
+                turn = (at(names[2]) - at(names[0])) / (at(names[1]) - at(names[0]))                # 1 is ahead, i is left
+                degrees = math.degrees(math.atan2(turn.imag, turn.real))
+                side, deep = 'left' if degrees > 0 else 'right', 'front' if abs(degrees) < 90 else 'back'
+                assert said == dict(easy=side, medium=side if abs(degrees) < 135 else 'back', hard=f'{deep}-{side}')[kind.split('_')[-1]]
+            else:
+                turn = (at(names[-1]) - at(names[1])) / (at(names[1]) - at(names[0]))
+                degrees = math.degrees(math.atan2(turn.imag, turn.real))
+                assert said == ('Turn Back' if abs(degrees) > 140 else 'Turn Left' if degrees > 0 else 'Turn Right')
+    assert len(kinds) >= 9, kinds
+
+
+def test_maps_are_true(world):
+    rooms, extrinsics, _, views = world
+    for room in range(6):
+        cells = torch.nn.functional.one_hot(views['surface'][room].long().flatten(1), 6 + K)[..., 6:].sum(1)
+        (_, overview), *others = ask_maps(rooms, room, cells, extrinsics[room, 0], torch.Generator().manual_seed(room))
+        level = extrinsics[room, 0, :, :3] @ rooms.center[room].T + extrinsics[room, 0, :, 3:]      # the camera's axes: its pitch and roll are small
+        seen = [k for k in range(K) if rooms.present[room, k] and cells[:, k].sum() >= SEEN]
+        rough = '; '.join(f'{CATEGORIES[rooms.category[room, k]]} at x {round(level[0, k].item()):+d}, y {round(level[2, k].item()):+d}' for k in seen)
+        assert map_score(overview, rough) > 0.8 and overview.count(' at ') == len(seen)
+        for question, answer in others:
+            a, b = re.search(r'standing by the (\w+) and facing the (\w+)', question).groups()
+            place = {name: rooms.center[room, [k for k in seen if CATEGORIES[rooms.category[room, k]] == name][0], :2] for name in (a, b)}
+            assert f'{b} at x +0, y +{round((place[b] - place[a]).norm().item())}' in answer and f'{a} at' not in answer
+
+    truth = 'bed at x +1, y -2; lamp at x +0, y +3; lamp at x -1, y +3'
+    assert map_score(truth, truth) == 1 and map_score(truth, 'bed at x +2, y -1; lamp at x -1, y +3') == pytest.approx(2 / 3)
+    assert map_score(truth, 'bed at x +3, y -2; lamp') == 0 and map_score(truth, '') == 0
