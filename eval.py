@@ -44,7 +44,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from adapter import LATENTS, SceneLatents, load_spatial_vlm
+from adapter import LATENTS, SceneLatents, SpatialVLM, load_spatial_vlm, load_vlm
 from data import RoomPool, RoomQuestions, download_benchmark, make_source, open_media, open_picture, read_benchmark, read_records, read_video, step_generator, to_turns
 from model import MLP, InputError, pick_device, take_views
 from psfm import build_psfm, context_index, load_psfm, random_view_mask
@@ -574,26 +574,30 @@ def map_prior(maps):
     return lambda truth: '; '.join(f'{name} at x {best[name][0]:+d}, y {best[name][1]:+d}' for name, *_ in PIECE.findall(truth) if name in best)
 
 
-def answer_rooms(model, chat, latents, held_out, train_data, device, autocast, shuffled=False, batch=32):
+def answer_rooms(model, chat, latents, held_out, train_data, device, autocast, shuffled=False, words=False, batch=32):
     """Every question about the held-out rooms, on its own. -> {task: percent, 'overall', 'map', 'prior': what one gets without looking, 'scores': [[question_type, room, score], ...]}
 
     'map', which is not of VSI-Bench, is the share of the pieces that the model's map of the room has in their places.
     `shuffled`: each room's questions are answered with the pictures of the room and the latents of another one.
+    `words`: with no pictures at all, but the true map in words: what the language model makes of perfect knowledge.
     """
     was_training = model.training
     model.eval()
     answers, maps = [], [pairs[0] for pairs in held_out.maps]
-    asked = [(record['room'], prompt('vsibench', record), 16) for record in held_out.records] + [(room, question, 96) for room, (question, _) in enumerate(maps)]
+    asked = [(record['room'], prompt('vsibench', record), 16) for record in held_out.records]
+    asked += [(room, question, 96) for room, (question, _) in enumerate(maps)] * (not words)
     for start in tqdm(range(0, len(asked), batch), 'asking', leave=False):
         some = asked[start:start + batch]
-        items = [dict(images=held_out.pictures(room), conversations=to_turns('<image>' * held_out.VIEWS, [(question, '')])[:1]) for room, question, _ in some]
+        show = lambda room: ([], f'{maps[room][1]}\n') if words else (held_out.pictures(room), '<image>' * held_out.VIEWS)
+        items = [dict(images=pictures, conversations=to_turns(before, [(question, '')])[:1])
+                 for room, question, _ in some for pictures, before in [show(room)]]
         others = lambda _: latents([held_out.pictures((room + 1) % len(held_out)) for room, *_ in some])
         answers += generate(model, chat, others if latents and shuffled else latents, items, device, autocast, max(longest for *_, longest in some))
     model.train(was_training)
     scored = [(record, score('vsibench', record, answer)) for record, answer in zip(held_out.records, answers)]
     guess = language_prior(train_data.records)
     prior = aggregate('vsibench', [(record, score('vsibench', record, guess(record))) for record in held_out.records])
-    drawn, usual = answers[len(held_out.records):], map_prior([pairs[0][1] for pairs in train_data.maps])
+    drawn, usual = answers[len(held_out.records):] or [text for _, text in maps], map_prior([pairs[0][1] for pairs in train_data.maps])
     placed = [map_score(truth, answer) for (_, truth), answer in zip(maps, drawn)]
     prior['map'] = 100 * float(np.mean([map_score(truth, usual(truth)) for _, truth in maps]))
     scores = [[record['question_type'], record['room'], value] for record, value in scored] + [['map', room, value] for room, value in enumerate(placed)]
@@ -693,8 +697,11 @@ def weights_stamp(run):
 
 
 def load_answerer(run, device, max_pixels=None):
-    """The folder of a run of finetune.py -> (SpatialVLM, Chat, SceneLatents or None, settings), ready to answer."""
+    """The folder of a run of finetune.py, or a mini VLM -> (SpatialVLM, Chat, SceneLatents or None, settings), ready to answer."""
     folder = next((path for path in (os.path.join(run, 'checkpoint'), os.path.join(run, 'checkpoint.old')) if os.path.isdir(path)), run)
+    if run.endswith('.safetensors'):                          # a mini VLM that was not fine-tuned
+        (vlm, chat), settings = load_vlm(run), dict(latents='none')
+        return SpatialVLM(vlm).to(device).eval(), chat, None, settings
     model, chat, settings = load_spatial_vlm(folder, max_pixels=max_pixels)
     latents = SceneLatents(settings['latents'], settings['encoder'], 'out/latents', device) if settings['latents'] != 'none' else None
     return model.to(device).eval(), chat, latents, settings
@@ -900,6 +907,7 @@ def main(argv=None):
     backbone.add_argument('--rooms', type=int, default=200, help='held-out rooms (default: 200)')
     rooms = commands.add_parser('rooms', help='a fine-tuned VLM on the held-out rooms')
     rooms.add_argument('--latents', default='', choices=['', 'shuffled'], help="shuffled: with another room's latents")
+    rooms.add_argument('--words', action='store_true', help='no pictures, but the true map in words: a control of the language model alone')
     rooms.add_argument('--rooms', type=int, default=96, help='held-out rooms (default: 96)')
     question = commands.add_parser('ask', help='a question about your own pictures')
     question.add_argument('--images', nargs='+', default=[])
@@ -946,12 +954,14 @@ def main(argv=None):
         model, chat, latents, settings = load_answerer(args.run, device)
         if args.latents and latents is None:
             raise InputError(f'{args.run} was trained without latents: there is nothing to shuffle')
+        if args.words and args.latents:
+            raise InputError('--words shows neither pictures nor latents: leave --latents out')
         path = os.path.join(args.run, 'config.json')
         trained = json.load(open(path))['num_rooms'] if os.path.isfile(path) else 1000                           # what the prior may know
         questions = [RoomQuestions(split, 0, number, progress=lambda blocks: tqdm(blocks, 'rendering rooms', leave=False))
                      for split, number in (('val', args.rooms), ('train', trained))]
-        metrics = answer_rooms(model, chat, latents, *questions, device, autocast, bool(args.latents))
-        print(rooms_table({f'{settings["latents"]} {args.latents}'.strip(): metrics}))
+        metrics = answer_rooms(model, chat, latents, *questions, device, autocast, bool(args.latents), args.words)
+        print(rooms_table({'map in words' if args.words else f'{settings["latents"]} {args.latents}'.strip(): metrics}))
         return
 
     if args.command == 'backbone':
