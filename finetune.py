@@ -98,6 +98,7 @@ def parse_config(argv=None):
     """Command line -> (name of the preset, Config), checked."""
     name, config = parse_options(argv, __doc__, Config, PRESETS, CHOICES)
     config = config if config.out else dataclasses.replace(config, out=os.path.join('out', f'vlm-{name}'))
+    config = config if config.data == 'rooms' else dataclasses.replace(config, map_steps=0)           # files hold no maps
     for key in ('batch', 'accumulate', 'eval_every', 'log_every', 'num_rooms', 'val_scenes', 'num_frames'):
         if getattr(config, key) < 1:
             raise InputError(f'--{key.replace("_", "-")} must be at least 1, not {getattr(config, key)}')

@@ -1,4 +1,5 @@
 """Fine-tuning end to end with a tiny VLM, and every fault that a file of conversations can have."""
+import dataclasses
 import json
 import math
 import os
@@ -14,7 +15,7 @@ from PIL import Image
 import eval as evaluation
 import finetune
 from adapter import SpatialVLM, build_tokenizer, load_spatial_vlm, load_vlm, mini_vlm, save_mini_vlm
-from data import Conversations, RoomQuestions, draw_markers
+from data import Conversations, RoomQuestions, RoomsInWords, draw_markers
 from model import InputError
 from rooms import ANSWER_WORDS, CATEGORIES
 
@@ -44,10 +45,12 @@ def losses(out):
 def test_rooms_end_to_end(vlm, tmp_path, capsys):
     finetune.main(options(vlm, tmp_path))
     metrics = json.load(open(tmp_path / 'run' / 'metrics.json'))
-    assert 0 <= metrics['overall'] <= 100 and len(metrics['scores']) == len(RoomQuestions('val', 0, 4).records)
+    assert 0 <= metrics['overall'] <= 100 and len(metrics['scores']) == len(RoomQuestions('val', 0, 4).records) + 4          # the questions, and a map of every room
     evaluation.main(['rooms', '--run', str(tmp_path / 'run'), '--rooms', '4', '--device', 'cpu'])
     evaluation.main(['rooms', '--run', str(tmp_path / 'run'), '--rooms', '4', '--latents', 'shuffled', '--device', 'cpu'])
-    assert 'psfm shuffled' in capsys.readouterr().out
+    evaluation.main(['rooms', '--run', vlm, '--rooms', '4', '--words', '--device', 'cpu'])      # no pictures, but the true map in words
+    shown = capsys.readouterr().out
+    assert 'psfm shuffled' in shown and 'map in words' in shown and '100.0 (100.0..100.0)' in shown
     Image.new('RGB', (80, 60), 'red').save(tmp_path / 'a.png')
     evaluation.main(['ask', '--run', str(tmp_path / 'run'), '--images', str(tmp_path / 'a.png'), '--question', 'How many table(s) are in this room?', '--device', 'cpu'])
 
@@ -194,6 +197,25 @@ def test_videos_and_their_tokens(media):
         item = Conversations([write(media, record)], str(media), num_frames=8)[0]
         assert len(item['images']) == 6                       # twelve seconds, one frame in two
         assert item['conversations'][0]['value'] == '<image>' * 6 + 'How many?'
+
+
+def test_rooms_in_words_and_maps_alone(vlm):
+    words, pictured = RoomsInWords('train', 0, 4), RoomQuestions('train', 0, 4)
+    _, chat = load_vlm(vlm)
+    for i in range(4):
+        item, (_, overview) = words[i], pictured.maps[i][0]
+        assert not item['images'] and item['conversations'][0]['value'].startswith(overview + '\n')
+        assert len(item['conversations']) == 2 * (len(words.questions[i]) + len(words.maps[i]) - 1)
+        assert pictured.map_of(i)['conversations'][1]['value'] == overview
+        assert (pictured[i]['conversations'][-1]['value'] == overview) == (i % 2 == 1)
+        labels = chat.encode(item)['labels']
+        assert overview not in chat.tokenizer.decode([label for label in labels if label != -100])       # the map is given, not asked for
+
+    # the first steps hold maps alone, of twice as many rooms, and no room comes twice before all have come
+    config = dataclasses.replace(finetune.Config(), batch=2, map_steps=1)
+    dealt = finetune.Encoded(RoomQuestions('train', 0, 8), chat, config)
+    assert len(dealt[0][0]) == 4 and len(dealt[1][0]) == 2
+    assert sorted(dealt.samples(0) + dealt.samples(1) + dealt.samples(2)) == list(range(8))
 
 
 def test_shares_of_files(media):
