@@ -575,7 +575,7 @@ def map_prior(maps):
 
 
 def answer_rooms(model, chat, latents, held_out, train_data, device, autocast, shuffled=False, words=False, batch=32):
-    """Every question about the held-out rooms, on its own. -> {task: percent, 'overall', 'map', 'prior': what one gets without looking, 'scores': [[question_type, room, score], ...]}
+    """Every question about the held-out rooms, on its own. -> {task: percent, 'overall', 'map', 'prior': what one gets without looking, 'scores': [[question_type, room, score], ...], 'maps': [(true, the model's), ...]}
 
     'map', which is not of VSI-Bench, is the share of the pieces that the model's map of the room has in their places.
     `shuffled`: each room's questions are answered with the pictures of the room and the latents of another one.
@@ -601,7 +601,8 @@ def answer_rooms(model, chat, latents, held_out, train_data, device, autocast, s
     placed = [map_score(truth, answer) for (_, truth), answer in zip(maps, drawn)]
     prior['map'] = 100 * float(np.mean([map_score(truth, usual(truth)) for _, truth in maps]))
     scores = [[record['question_type'], record['room'], value] for record, value in scored] + [['map', room, value] for room, value in enumerate(placed)]
-    return dict(aggregate('vsibench', scored), map=100 * float(np.mean(placed)), prior=prior, scores=scores)
+    return dict(aggregate('vsibench', scored), map=100 * float(np.mean(placed)), prior=prior, scores=scores,
+                maps=[(truth, answer) for (_, truth), answer in zip(maps, drawn)])
 
 
 def language_prior(records):
@@ -632,6 +633,36 @@ def language_prior(records):
         return max('ABCD'[:len(record['options'])], key=lambda letter: groups[key].count(text(record, letter)))
 
     return guess
+
+
+def draw_maps(maps, path, count=8, tile=250, metre=22):
+    """Draws maps in words as seen from above, the first camera at the cross and looking up. maps: [(true, the model's)]; circles are true, squares the model's."""
+    columns, font = 4, ImageFont.load_default(12)
+    maps = maps[:count]
+    canvas = Image.new('RGB', (columns * tile, -(-len(maps) // columns) * tile + 24), 'white')
+    draw = ImageDraw.Draw(canvas)
+    draw.text((8, 6), 'circles: where things stand; squares: where the VLM says they stand; the cross is the first camera, looking up; a square of the grid is a metre', 'black', font)
+    for i, (truth, answer) in enumerate(maps):
+        left, top = i % columns * tile, i // columns * tile + 24
+        panel = Image.new('RGB', (tile - 6, tile - 6), 'whitesmoke')                      # what lies outside is cut off
+        pen, cx, cy = ImageDraw.Draw(panel), tile // 2, tile - 70
+        for k in range(-20, 20):
+            pen.line((cx + k * metre, 0, cx + k * metre, tile), 'gainsboro')
+            pen.line((0, cy + k * metre, tile, cy + k * metre), 'gainsboro')
+        pen.line((cx - 6, cy, cx + 6, cy), 'black', 2)
+        pen.line((cx, cy - 12, cx, cy + 6), 'black', 2)
+        for text, is_true in ((answer, False), (truth, True)):
+            for name, x, y in PIECE.findall(text):
+                if name in FURNITURE:
+                    px, py, colour = cx + int(x) * metre, cy - int(y) * metre, tuple(round(255 * channel) for channel in FURNITURE[name][2])
+                    if is_true:
+                        pen.ellipse((px - 9, py - 9, px + 9, py + 9), None, colour, 3)
+                        pen.text((px, py - 16), name, 'black', font, anchor='mm')
+                    else:
+                        pen.rectangle((px - 5, py - 5, px + 5, py + 5), colour)
+        pen.text((6, 4), f'{100 * map_score(truth, answer):.0f}% within a metre', 'black', font)
+        canvas.paste(panel, (left, top))
+    canvas.save(path)
 
 
 def overall_scores(runs, rival=None, draws=1000):

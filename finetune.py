@@ -7,7 +7,7 @@ Fine-tunes an open VLM that is given the latents of a scene: Spa3-VLM (Spa3R, ar
     python finetune.py --config mini-vlm                              # makes weights/mini_vlm.safetensors
 
 Loss on the answers' tokens alone. A scene's latents are computed once and kept in --cache.
-Everything goes to out/vlm-<config>/: config.json, log.jsonl, metrics.json, checkpoint/ (`--resume` continues from it).
+Everything goes to out/vlm-<config>/: map.png (of rooms), config.json, log.jsonl, metrics.json, checkpoint/ (`--resume` continues from it).
 """
 import contextlib
 import dataclasses
@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from adapter import LATENTS, SceneLatents, SpatialVLM, add_lora, build_adapter, build_tokenizer, load_spatial_vlm, load_vlm, mini_vlm, save_mini_vlm, save_spatial_vlm
 from data import Conversations, RoomQuestions, RoomsInWords, step_generator
-from eval import SHIPPED, answer_rooms, rooms_line, rooms_table
+from eval import SHIPPED, answer_rooms, draw_maps, rooms_line, rooms_table
 from model import InputError
 from rooms import ANSWER_WORDS, CATEGORIES, CLASSES
 from train import Muon, check_finite, join_processes, learning_rate, open_log, opt, parse_options, peak_memory, pick_dtype, quiet, read_state, run_script, write_checkpoint, write_state
@@ -341,7 +341,7 @@ def train(name, config, data=None, held_out=None):
                 model.train()
                 line = f'held-out loss {metrics["loss"]:.4f}, answers right {metrics["accuracy"]:.3f}'
             say(f'step {step:05d}/{steps:05d} | {line}')
-            log.write(json.dumps(dict(step=step, metrics={key: value for key, value in metrics.items() if key != 'scores'})) + '\n')
+            log.write(json.dumps(dict(step=step, metrics={key: value for key, value in metrics.items() if key not in ('scores', 'maps')})) + '\n')
             if step > first:
                 check_finite(losses, norm, step, checkpoint)
             save(checkpoint, model, chat, optimizers, step, config, dtype, {}, is_main, sharded)
@@ -398,7 +398,8 @@ def train(name, config, data=None, held_out=None):
             save_mini_vlm(model.vlm, chat, path, {}, 'python finetune.py ' + ' '.join(sys.argv[1:]))
             say(f'wrote {path}\nnext: python finetune.py --config small --vlm {path}')
         elif 'scores' in metrics:
-            say(f'{rooms_table({config.latents: metrics})}\nwrote {config.out}/metrics.json, log.jsonl, checkpoint/')
+            draw_maps(metrics['maps'], os.path.join(config.out, 'map.png'))
+            say(f'{rooms_table({config.latents: metrics})}\nwrote {config.out}/map.png (look at it), metrics.json, log.jsonl, checkpoint/')
     return metrics
 
 

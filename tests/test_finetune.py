@@ -46,6 +46,8 @@ def test_rooms_end_to_end(vlm, tmp_path, capsys):
     finetune.main(options(vlm, tmp_path))
     metrics = json.load(open(tmp_path / 'run' / 'metrics.json'))
     assert 0 <= metrics['overall'] <= 100 and len(metrics['scores']) == len(RoomQuestions('val', 0, 4).records) + 4          # the questions, and a map of every room
+    with Image.open(tmp_path / 'run' / 'map.png') as picture:
+        assert picture.size == (1000, 274)                    # four rooms in a row
     evaluation.main(['rooms', '--run', str(tmp_path / 'run'), '--rooms', '4', '--device', 'cpu'])
     evaluation.main(['rooms', '--run', str(tmp_path / 'run'), '--rooms', '4', '--latents', 'shuffled', '--device', 'cpu'])
     evaluation.main(['rooms', '--run', vlm, '--rooms', '4', '--words', '--device', 'cpu'])      # no pictures, but the true map in words
