@@ -25,15 +25,12 @@ cos is the cosine, centred_cos the cosine after the training mean is taken off, 
 share of the (standardised) variance around that mean that is explained.
 """
 import argparse
-import collections
 import dataclasses
 import functools
 import glob
-import itertools
 import json
 import math
 import os
-import re
 import sys
 import zlib
 
@@ -49,7 +46,7 @@ from data import RoomPool, RoomQuestions, download_benchmark, make_source, open_
 from model import MLP, InputError, pick_device, take_views
 from psfm import build_psfm, context_index, load_psfm, random_view_mask
 from rooms import FURNITURE, make_intrinsics, make_path, render, room_facts
-from scoring import BENCHMARKS, aggregate, prompt, relative_accuracy, results_table, score
+from scoring import BENCHMARKS, PIECE, aggregate, language_prior, map_prior, map_score, prompt, results_table, rooms_table, score
 from vggt import SCENE_UNIT, VGGT, area_under_curve, pose_errors, scene_extrinsics
 
 SHIPPED = 'weights/psfm_small.safetensors'      # the encoder that the repository carries
@@ -549,31 +546,6 @@ def generate(model, chat, latents, items, device, autocast, max_new_tokens=16):
     return [text.strip() for text in chat.tokenizer.batch_decode(ids[:, batch['input_ids'].shape[1]:], skip_special_tokens=True)]
 
 
-PIECE = re.compile(r'([a-z]+) at x ([+-]\d+), y ([+-]\d+)')
-
-
-def map_score(truth, answer):
-    """Share of the pieces of a true map in words (rooms.ask_maps) that the answer has: the same kind, within a metre in x and in y."""
-    there = [(name, int(x), int(y)) for name, x, y in PIECE.findall(answer)]
-    pieces, found = PIECE.findall(truth), 0
-    for name, x, y in pieces:
-        near = [piece for piece in there if piece[0] == name and max(abs(piece[1] - int(x)), abs(piece[2] - int(y))) <= 1]
-        found += bool(near)
-        there = [piece for piece in there if piece not in near[:1]]                       # each serves once
-    return found / max(1, len(pieces))
-
-
-def map_prior(maps):
-    """Where each kind of piece most often stands, over the training rooms. -> function true map -> a map with its pieces in those places"""
-    places = {}
-    for text in maps:
-        for name, x, y in PIECE.findall(text):
-            for dx, dy in itertools.product((-1, 0, 1), repeat=2):                        # wherever an answer would be right
-                places.setdefault(name, collections.Counter())[int(x) + dx, int(y) + dy] += 1
-    best = {name: counts.most_common(1)[0][0] for name, counts in places.items()}
-    return lambda truth: '; '.join(f'{name} at x {best[name][0]:+d}, y {best[name][1]:+d}' for name, *_ in PIECE.findall(truth) if name in best)
-
-
 def answer_rooms(model, chat, latents, held_out, train_data, device, autocast, shuffled=False, words=False, batch=32):
     """Every question about the held-out rooms, on its own. -> {task: percent, 'overall', 'map', 'prior': what one gets without looking, 'scores': [[question_type, room, score], ...], 'maps': [(true, the model's), ...]}
 
@@ -605,36 +577,6 @@ def answer_rooms(model, chat, latents, held_out, train_data, device, autocast, s
                 maps=[(truth, answer) for (_, truth), answer in zip(maps, drawn)])
 
 
-def language_prior(records):
-    """What one can answer without looking: of the training answers to the very same question (or, if it was asked fewer than
-    twenty times, of its task) the one that would have scored best. -> function record -> answer
-    """
-    text = lambda record, letter: record['options']['ABCD'.index(letter)][3:] if record['options'] else letter
-    groups = {}
-    for record in records:
-        question = re.sub(r'\(.*?\)', '', record['question'])                           # the order of options is no part of it
-        for key in ((record['question_type'], question), (record['question_type'], None)):
-            groups.setdefault(key, []).append(text(record, record['ground_truth']))
-
-    @functools.lru_cache(maxsize=None)
-    def best_number(key):
-        golds = np.array([float(gold) for gold in groups[key]])
-        total = lambda value: sum(relative_accuracy(error) for error in abs(value - golds) / golds)
-        return max(sorted(set(groups[key]), key=float), key=lambda value: total(float(value)))
-
-    def guess(record):
-        key = record['question_type'], re.sub(r'\(.*?\)', '', record['question'])
-        if len(groups.get(key, ())) < 20:
-            key = record['question_type'], None
-        if key not in groups:
-            return 'A'
-        if not record['options']:
-            return best_number(key)
-        return max('ABCD'[:len(record['options'])], key=lambda letter: groups[key].count(text(record, letter)))
-
-    return guess
-
-
 def draw_maps(maps, path, count=8, tile=250, metre=22):
     """Draws maps in words as seen from above, the first camera at the cross and looking up. maps: [(true, the model's)]; circles are true, squares the model's."""
     columns, font = 4, ImageFont.load_default(12)
@@ -663,63 +605,6 @@ def draw_maps(maps, path, count=8, tile=250, metre=22):
         pen.text((6, 4), f'{100 * map_score(truth, answer):.0f}% within a metre', 'black', font)
         canvas.paste(panel, (left, top))
     canvas.save(path)
-
-
-def overall_scores(runs, rival=None, draws=1000):
-    """runs: metrics of `answer_rooms` of several seeds -> {task: mean, .., 'overall' and 'map': (mean, low, high)}: 95 % bootstrap over rooms and seeds.
-
-    With `rival`, runs of another arm that answered the same questions: of the difference, question by question.
-    """
-    types, rooms = [[answer[i] for answer in runs[0]['scores']] for i in (0, 1)]
-    scores = np.array([[value for *_, value in run['scores']] for run in runs])           # (seeds, questions)
-    if rival:
-        scores = scores - np.array([[value for *_, value in run['scores']] for run in rival])
-    names = sorted(set(types))
-    kind, room = np.array([names.index(name) for name in types]), np.unique(rooms, return_inverse=True)[1]
-
-    def average(values, weight):                              # (questions,) -> as aggregate('vsibench')
-        sums, counts = np.bincount(kind, weight * values, len(names)), np.bincount(kind, weight, len(names))
-        means = {name: s / c for name, s, c in zip(names, sums, counts) if c}
-        placed = {'map': 100 * means.pop('map')} if 'map' in means else {}
-        return dict(aggregate('vsibench', [(dict(question_type=name), mean) for name, mean in means.items()]), **placed)
-
-    result, random, drawn = average(scores.mean(0), np.ones(len(kind))), np.random.default_rng(0), []
-    for _ in range(draws):
-        values = scores[random.integers(len(scores), size=len(scores))].mean(0)
-        times = np.bincount(random.integers(room.max() + 1, size=room.max() + 1), minlength=room.max() + 1)
-        drawn.append(average(values, times[room].astype(float)))
-    for name in ('overall', 'map'):
-        if name in result:
-            result[name] = (result[name], *np.quantile([one[name] for one in drawn], [0.025, 0.975]).tolist())
-    return result
-
-
-def rooms_line(metrics):
-    return (f'held-out rooms: {metrics["overall"]:.1f} (without looking: {metrics["prior"]["overall"]:.1f}), '
-            f'{metrics["map"]:.1f}% of the pieces in their places ({metrics["prior"]["map"]:.1f}%)')
-
-
-ROOM_COLUMNS = {'object_counting': 'count', 'object_abs_distance': 'abs.dist', 'object_size_estimation': 'obj.size', 'room_size_estimation': 'room size',
-                'object_rel_distance': 'rel.dist', 'object_rel_direction': 'rel.dir', 'route_planning': 'route', 'obj_appearance_order': 'order'}
-
-
-def rooms_table(arms):
-    """{arm: metrics of one run, or a list of those of several seeds} -> VSI-Bench's columns, with intervals."""
-    arms = {arm: runs if isinstance(runs, list) else [runs] for arm, runs in arms.items()}
-    first = next(iter(arms.values()))[0]
-    rows = [f'{"":28s}' + ''.join(f'{title:>10s}' for title in ROOM_COLUMNS.values()) + f'{"overall":>22s}{"map":>22s}']
-    rows.append(f'{"without looking":28s}' + ''.join(f'{first["prior"].get(task, math.nan):10.1f}' for task in ROOM_COLUMNS) + f'{first["prior"]["overall"]:22.1f}{first["prior"]["map"]:22.1f}')
-
-    def row(name, result):
-        with_interval = ''.join('{:.1f} ({:.1f}..{:.1f})'.format(*result[key]).rjust(22) for key in ('overall', 'map'))
-        rows.append(f'{name:28s}' + ''.join(f'{result.get(task, math.nan):10.1f}' for task in ROOM_COLUMNS) + with_interval)
-
-    for arm, runs in arms.items():
-        row(f'{arm}, {len(runs)} seed{"s" * (len(runs) > 1)}', overall_scores(runs))
-    for arm, runs in arms.items():
-        if arm != 'psfm' and len(runs) == len(arms.get('psfm', ())):
-            row(f'psfm minus {arm}', overall_scores(arms['psfm'], runs))
-    return '\n'.join(rows)
 
 
 def weights_stamp(run):

@@ -28,9 +28,10 @@ from tqdm import tqdm
 
 from adapter import LATENTS, SceneLatents, SpatialVLM, add_lora, build_adapter, build_tokenizer, load_spatial_vlm, load_vlm, mini_vlm, save_mini_vlm, save_spatial_vlm
 from data import Conversations, RoomQuestions, RoomsInWords, step_generator
-from eval import SHIPPED, answer_rooms, draw_maps, rooms_line, rooms_table
+from eval import SHIPPED, answer_rooms, draw_maps
 from model import InputError
 from rooms import ANSWER_WORDS, CATEGORIES, CLASSES
+from scoring import rooms_line, rooms_table
 from train import Muon, check_finite, join_processes, learning_rate, open_log, opt, parse_options, peak_memory, pick_dtype, quiet, read_state, run_script, write_checkpoint, write_state
 
 

@@ -360,7 +360,7 @@ def room_facts(rooms, surface, extrinsics):
     one piece alone has, 'place', its centre in the first camera's frame, and 'distance' between the centres of every two,
     metres. NaN where a fact is not defined.
     """
-    R, C = len(rooms.size), len(CATEGORIES)
+    C = len(CATEGORIES)
     cells = F.one_hot(surface.flatten(1).long(), 6 + K)[..., 6:].sum(1)                   # (R, K)
     seen = rooms.present & (cells >= SEEN)
     member = F.one_hot(rooms.category, C) * seen[..., None]                               # (R, K, C)

@@ -1,5 +1,4 @@
 """The adapter behind five families of VLMs: identity at step 0, no mixing of samples, generation with and without cache, save and load."""
-import json
 
 import numpy as np
 import pytest

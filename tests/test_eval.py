@@ -1,7 +1,6 @@
 """What is measured of a field, and of its latents. The commands run on a tiny PSFM; the shipped encoder is tested as it is."""
 import json
 import math
-import os
 from pathlib import Path
 
 import pytest

@@ -14,6 +14,7 @@ from PIL import Image
 
 import eval as evaluation
 import finetune
+import scoring
 from adapter import SpatialVLM, build_tokenizer, load_spatial_vlm, load_vlm, mini_vlm, save_mini_vlm
 from data import Conversations, RoomQuestions, RoomsInWords, draw_markers
 from model import InputError
@@ -116,11 +117,11 @@ def test_lora(vlm, tmp_path):
 
 def test_prior_beats_nothing_and_knows_its_place():
     train, held_out = RoomQuestions('train', 0, 60), RoomQuestions('val', 0, 12)
-    guess = evaluation.language_prior(train.records)
+    guess = scoring.language_prior(train.records)
     for record in held_out.records:
         answer = guess(record)
         assert answer in 'ABCD' if record['options'] else float(answer) > 0
-    constant = evaluation.language_prior([dict(question_type='object_counting', question='How many x(s)?', options=None, ground_truth=text) for text in '223'])
+    constant = scoring.language_prior([dict(question_type='object_counting', question='How many x(s)?', options=None, ground_truth=text) for text in '223'])
     assert constant(dict(question_type='object_counting', question='How many y(s)?', options=None)) == '2'
 
 
@@ -131,12 +132,12 @@ def answers(values):
 def test_intervals_hold_the_mean_and_shrink():
     g = np.random.default_rng(0)
     few, many = g.random(100).round(), g.random(2000).round()
-    mean, low, high = evaluation.overall_scores([answers(few)])['overall']
+    mean, low, high = scoring.overall_scores([answers(few)])['overall']
     assert low < mean < high
-    mean2, low2, high2 = evaluation.overall_scores([answers(many)])['overall']
+    mean2, low2, high2 = scoring.overall_scores([answers(many)])['overall']
     assert high2 - low2 < (high - low) / 2
-    assert evaluation.overall_scores([answers(few)], [answers(few)])['overall'] == (0, 0, 0)
-    assert evaluation.overall_scores([answers(few)], [answers(few - 0.1)])['overall'] == pytest.approx((10, 10, 10))
+    assert scoring.overall_scores([answers(few)], [answers(few)])['overall'] == (0, 0, 0)
+    assert scoring.overall_scores([answers(few)], [answers(few - 0.1)])['overall'] == pytest.approx((10, 10, 10))
 
 
 # -----------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from PIL import Image
 
 import data
 import eval as evaluation
-from adapter import SpatialVLM, build_adapter, build_tokenizer, mini_vlm, save_mini_vlm, save_spatial_vlm
+from adapter import SpatialVLM, build_tokenizer, mini_vlm, save_mini_vlm, save_spatial_vlm
 from data import PhotoFolder, check, find_scenes, read_benchmark, read_video
 from model import InputError
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from model import camera_rays, invert_pose
-from eval import map_score
 from rooms import (CATEGORIES, CLASSES, FURNITURE, SEEN, K, ask, ask_maps, make_intrinsics, make_path, make_rooms, make_walk, render, room_facts, room_seed,
                    surface_classes)
+from scoring import map_score
 
 SIZE = (24, 32)
 
