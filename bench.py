@@ -183,7 +183,7 @@ def predict(name, config, V):
     for label, flops, memory in rows:
         print(f'{label:24s}{flops / 1e12:8.2f}{100 * flops / total:6.0f}%{memory / 2 ** 30:9.2f}')
     print(f'{"total":24s}{total / 1e12:8.2f}{100:6.0f}%{activations:9.2f}\n')
-    print(f'memory of a GPU: frozen weights {frozen_gb:.1f} GB, trained weights with gradients and AdamW {adam_gb:.1f} GB, kept for the backward pass at most {activations:.1f} GB: {frozen_gb + adam_gb + activations:.0f} GB')
+    print(f'memory of a GPU: frozen weights {frozen_gb:.1f} GB, trained weights with gradients and AdamW {adam_gb:.1f} GB, kept for the backward pass at most {activations:.1f} GB; together {frozen_gb + adam_gb + activations:.0f} GB, and what single operations need for a moment')
     for share in UTILISATION:
         seconds = total / PEAK / share
         print(f'at {100 * share:.0f}% of an H100: {1e3 * seconds:.0f} ms a batch, {B * V / seconds:.0f} views/s; {config.steps} steps of {config.accumulate} batches take '
@@ -195,7 +195,7 @@ def predict(name, config, V):
 
 def bench_finetune(clock, device):
     """A step of finetune.py --config small with its scenes' latents from disk, and with latents computed anew, in turns."""
-    _, config = finetune.parse_config(['--config', 'small'])
+    _, config = finetune.parse_config(['--config', 'small', '--map-steps', '0'])
     data = RoomQuestions('train', 0, config.batch)
     with tempfile.TemporaryDirectory() as folder:
         spatial_vlm, chat, kept = finetune.build_model(dataclasses.replace(config, cache=folder), data)
@@ -223,10 +223,11 @@ def main(argv=None):
     parser.add_argument('--device', default='auto')
     parser.add_argument('--dtype', default='auto', choices=['auto', 'float32', 'bfloat16'])
     parser.add_argument('--compile', action='store_true')
-    parser.add_argument('--predict', action='store_true', help='FLOPs and memory from shapes alone, at the sizes of --config; nothing is computed')
+    parser.add_argument('--predict', action='store_true', help='FLOPs and memory from shapes alone, of --config, --views and --images; nothing is computed')
     args = parser.parse_args(argv)
     config = Config(**PRESETS[args.config])
     if args.predict:
+        config = dataclasses.replace(config, images_per_batch=args.images or config.images_per_batch)
         print(json.dumps([predict(args.config, config, V) for V in args.views]))
         return
     device = pick_device(args.device)

@@ -478,31 +478,30 @@ class RoomQuestions(torch.utils.data.Dataset):
     def pictures(self, room):
         return [Image.fromarray(image) for image in self.images[room]]
 
+    def turns(self, i):
+        """Room i's questions, shuffled, with their answers."""
+        order = torch.randperm(len(self.questions[i]), generator=step_generator(self.seed, i, 6)).tolist()
+        questions = [self.questions[i][j] for j in order]
+        return questions if self.kind == '2d' else [(vsi_prompt(question), question['ground_truth']) for question in questions]
+
     def map_of(self, i):
         """Room i's map from the first camera, and nothing else."""
         return dict(images=self.pictures(i), conversations=to_turns('<image>' * self.VIEWS, self.maps[i][:1]))
 
     def __getitem__(self, i):
-        order = torch.randperm(len(self.questions[i]), generator=step_generator(self.seed, i, 6)).tolist()
-        questions = [self.questions[i][j] for j in order]
-        if self.kind == '3d':
-            turns = [(vsi_prompt(question), question['ground_truth']) for question in questions]
-            turns += self.maps[i][:1] if self.split == 'train' and i % 2 else []          # last: no answer can be read off it
-            return dict(images=self.pictures(i), conversations=to_turns('<image>' * self.VIEWS, turns))
-        picture = Image.fromarray(self.images.reshape(-1, *self.images.shape[2:])[i])
-        return dict(images=[picture], classes=self.classes[i], conversations=to_turns('<image>', questions))
+        if self.kind == '2d':
+            picture = Image.fromarray(self.images.reshape(-1, *self.images.shape[2:])[i])
+            return dict(images=[picture], classes=self.classes[i], conversations=to_turns('<image>', self.turns(i)))
+        last = self.maps[i][:1] if self.split == 'train' and i % 2 else []                # last: no answer can be read off it
+        return dict(images=self.pictures(i), conversations=to_turns('<image>' * self.VIEWS, self.turns(i) + last))
 
 
 class RoomsInWords(RoomQuestions):
-    """The same questions without pictures: in front of them stands the map. What other language models know of space from text, the mini VLM learns here."""
+    """The same kinds of questions without pictures: in front of them stands the map. What other language models know of space from text, the mini VLM learns here."""
 
     def __getitem__(self, i):
-        questions = super().__getitem__(i)['conversations'][:2 * len(self.questions[i])]
-        questions[0]['value'] = questions[0]['value'].removeprefix('<image>' * self.VIEWS)
         (_, map_in_words), *others = self.maps[i]
-        turns = questions + to_turns('', others)
-        turns[0]['value'] = f'{map_in_words}\n{turns[0]["value"]}'
-        return dict(images=[], conversations=turns)
+        return dict(images=[], conversations=to_turns(f'{map_in_words}\n', self.turns(i) + others))
 
 
 def to_turns(before, turns):

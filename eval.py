@@ -547,34 +547,42 @@ def generate(model, chat, latents, items, device, autocast, max_new_tokens=16):
 
 
 def answer_rooms(model, chat, latents, held_out, train_data, device, autocast, shuffled=False, words=False, batch=32):
-    """Every question about the held-out rooms, on its own. -> {task: percent, 'overall', 'map', 'prior': what one gets without looking, 'scores': [[question_type, room, score], ...], 'maps': [(true, the model's), ...]}
+    """Every question about the held-out rooms, on its own, and the map of each room.
 
-    'map', which is not of VSI-Bench, is the share of the pieces that the model's map of the room has in their places.
+    -> {task: percent, 'overall', 'map': percent of scoring.map_score, 'prior': the same without looking, 'scores': [[question_type, room, score], ...],
+    'maps': [(true, the model's), ...]}. The maps are not of VSI-Bench and not in 'overall'.
     `shuffled`: each room's questions are answered with the pictures of the room and the latents of another one.
-    `words`: with no pictures at all, but the true map in words: what the language model makes of perfect knowledge.
+    `words`: no pictures, but the true map in words: what the language model makes of knowing all places to the metre. No map is asked for.
     """
     was_training = model.training
     model.eval()
-    answers, maps = [], [pairs[0] for pairs in held_out.maps]
-    asked = [(record['room'], prompt('vsibench', record), 16) for record in held_out.records]
-    asked += [(room, question, 96) for room, (question, _) in enumerate(maps)] * (not words)
-    for start in tqdm(range(0, len(asked), batch), 'asking', leave=False):
-        some = asked[start:start + batch]
-        show = lambda room: ([], f'{maps[room][1]}\n') if words else (held_out.pictures(room), '<image>' * held_out.VIEWS)
-        items = [dict(images=pictures, conversations=to_turns(before, [(question, '')])[:1])
-                 for room, question, _ in some for pictures, before in [show(room)]]
-        others = lambda _: latents([held_out.pictures((room + 1) % len(held_out)) for room, *_ in some])
-        answers += generate(model, chat, others if latents and shuffled else latents, items, device, autocast, max(longest for *_, longest in some))
+    truths = [maps[0] for maps in held_out.maps]              # (prompt, answer)
+
+    def ask(questions, max_new_tokens):
+        """[(room, prompt)] -> answers"""
+        answers = []
+        for start in tqdm(range(0, len(questions), batch), 'asking', leave=False):
+            items, scenes = [], []
+            for room, question in questions[start:start + batch]:
+                before = f'{truths[room][1]}\n' if words else '<image>' * held_out.VIEWS
+                items.append(dict(images=[] if words else held_out.pictures(room), conversations=to_turns(before, [(question, '')])[:1]))
+                scenes.append(held_out.pictures((room + 1) % len(held_out)) if shuffled else items[-1]['images'])
+            answers += generate(model, chat, (lambda _: latents(scenes)) if latents else None, items, device, autocast, max_new_tokens)
+        return answers
+
+    answers = ask([(record['room'], prompt('vsibench', record)) for record in held_out.records], 16)
+    drawn = [] if words else ask([(room, question) for room, (question, _) in enumerate(truths)], 160)
     model.train(was_training)
     scored = [(record, score('vsibench', record, answer)) for record, answer in zip(held_out.records, answers)]
-    guess = language_prior(train_data.records)
+    guess, usual = language_prior(train_data.records), map_prior([maps[0][1] for maps in train_data.maps])
     prior = aggregate('vsibench', [(record, score('vsibench', record, guess(record))) for record in held_out.records])
-    drawn, usual = answers[len(held_out.records):] or [text for _, text in maps], map_prior([pairs[0][1] for pairs in train_data.maps])
-    placed = [map_score(truth, answer) for (_, truth), answer in zip(maps, drawn)]
-    prior['map'] = 100 * float(np.mean([map_score(truth, usual(truth)) for _, truth in maps]))
-    scores = [[record['question_type'], record['room'], value] for record, value in scored] + [['map', room, value] for room, value in enumerate(placed)]
-    return dict(aggregate('vsibench', scored), map=100 * float(np.mean(placed)), prior=prior, scores=scores,
-                maps=[(truth, answer) for (_, truth), answer in zip(maps, drawn)])
+    prior['map'] = 100 * float(np.mean([map_score(truth, usual(truth)) for _, truth in truths]))
+    result = dict(aggregate('vsibench', scored), prior=prior, scores=[[record['question_type'], record['room'], value] for record, value in scored])
+    if drawn:
+        pairs = [(truth, answer) for (_, truth), answer in zip(truths, drawn)]
+        values = [map_score(*pair) for pair in pairs]
+        result.update(map=100 * float(np.mean(values)), maps=pairs, scores=result['scores'] + [['map', room, value] for room, value in enumerate(values)])
+    return result
 
 
 def draw_maps(maps, path, count=8, tile=250, metre=22):
@@ -583,7 +591,7 @@ def draw_maps(maps, path, count=8, tile=250, metre=22):
     maps = maps[:count]
     canvas = Image.new('RGB', (columns * tile, -(-len(maps) // columns) * tile + 24), 'white')
     draw = ImageDraw.Draw(canvas)
-    draw.text((8, 6), 'circles: where things stand; squares: where the VLM says they stand; the cross is the first camera, looking up; a square of the grid is a metre', 'black', font)
+    draw.text((8, 6), 'circles: where things stand; squares: where the VLM says they stand, with map_score in percent; the cross is the first camera, looking up; a square of the grid is a metre', 'black', font)
     for i, (truth, answer) in enumerate(maps):
         left, top = i % columns * tile, i // columns * tile + 24
         panel = Image.new('RGB', (tile - 6, tile - 6), 'whitesmoke')                      # what lies outside is cut off
@@ -602,13 +610,15 @@ def draw_maps(maps, path, count=8, tile=250, metre=22):
                         pen.text((px, py - 16), name, 'black', font, anchor='mm')
                     else:
                         pen.rectangle((px - 5, py - 5, px + 5, py + 5), colour)
-        pen.text((6, 4), f'{100 * map_score(truth, answer):.0f}% within a metre', 'black', font)
+        pen.text((6, 4), f'{100 * map_score(truth, answer):.0f}', 'black', font)
         canvas.paste(panel, (left, top))
     canvas.save(path)
 
 
 def weights_stamp(run):
     """When each file of a checkpoint was written: tells one state of a run from another."""
+    if os.path.isfile(run):
+        return [(run, os.stat(run).st_mtime_ns)]
     return sorted((path, os.stat(os.path.join(folder, path)).st_mtime_ns) for folder, _, files in os.walk(run) for path in files if path.endswith('.safetensors'))
 
 
@@ -616,7 +626,7 @@ def load_answerer(run, device, max_pixels=None):
     """The folder of a run of finetune.py, or a mini VLM -> (SpatialVLM, Chat, SceneLatents or None, settings), ready to answer."""
     folder = next((path for path in (os.path.join(run, 'checkpoint'), os.path.join(run, 'checkpoint.old')) if os.path.isdir(path)), run)
     if run.endswith('.safetensors'):                          # a mini VLM that was not fine-tuned
-        (vlm, chat), settings = load_vlm(run), dict(latents='none')
+        (vlm, chat), settings = load_vlm(run), dict(vlm=run, latents='none', num_frames=8)
         return SpatialVLM(vlm).to(device).eval(), chat, None, settings
     model, chat, settings = load_spatial_vlm(folder, max_pixels=max_pixels)
     latents = SceneLatents(settings['latents'], settings['encoder'], 'out/latents', device) if settings['latents'] != 'none' else None
@@ -636,6 +646,7 @@ def ask(args, device, autocast):
 def ablate(args):
     """Fine-tunes every arm with every seed from the same initialisation, on the same data in the same order; finished runs are kept. Prints the table."""
     from finetune import make_data, parse_config, train
+    from train import pick_dtype
     finished, data = {}, None
     for seed in args.seeds:
         for arm in args.arms:
@@ -650,13 +661,19 @@ def ablate(args):
                            if key not in ('out', 'device', 'workers', 'log_every', 'cache') and there.get(key) != value]
                 if differs:
                     raise InputError(f'{out} was trained with another configuration ({"; ".join(differs[:3])}): take another --out, or delete it')
+                changed = [source for source in (config.vlm, config.encoder) if os.path.isfile(source) and os.path.getmtime(source) > os.path.getmtime(path)]
+                if changed:
+                    raise InputError(f'{out} is older than {changed[0]}: take another --out, or delete it')
             else:
                 data = data or make_data(config, lambda blocks: tqdm(blocks, 'rendering rooms', leave=False))
                 train(f'{arm}, seed {seed}', config, *data)
             if arm == 'psfm' and 'shuffled' not in json.load(open(path)):
                 data = data or make_data(config)
-                model, chat, latents, _ = load_answerer(out, pick_device(config.device))
-                other = answer_rooms(model, chat, latents, data[1], data[0], pick_device(config.device), torch.autocast('cpu', enabled=False), shuffled=True)
+                device = pick_device(config.device)
+                dtype, _ = pick_dtype(config.dtype, device)
+                model, chat, latents, _ = load_answerer(out, device)
+                autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+                other = answer_rooms(model, chat, latents, data[1], data[0], device, autocast, shuffled=True)
                 metrics = dict(json.load(open(path)), shuffled=other)
                 with open(path, 'w') as file:
                     json.dump(metrics, file, indent=1)

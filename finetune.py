@@ -4,7 +4,7 @@ Fine-tunes an open VLM that is given the latents of a scene: Spa3-VLM (Spa3R, ar
     python finetune.py --config small                                 # any laptop: the mini VLM on questions about rooms
     python finetune.py --config small --encoder out/small             # with your own encoder
     torchrun --nproc_per_node 8 finetune.py --config base --data vsi_590k.jsonl --media media/ --shard     # the paper: Qwen2.5-VL-3B
-    python finetune.py --config mini-vlm                              # makes weights/mini_vlm.safetensors
+    python finetune.py --config mini-vlm                              # pre-trains a mini VLM on pictures; then, on words too: --vlm FILE --words 20
 
 Loss on the answers' tokens alone. A scene's latents are computed once and kept in --cache.
 Everything goes to out/vlm-<config>/: map.png (of rooms), config.json, log.jsonl, metrics.json, checkpoint/ (`--resume` continues from it).
@@ -38,7 +38,7 @@ from train import Muon, check_finite, join_processes, learning_rate, open_log, o
 @dataclass(frozen=True)
 class Config:
     # what is trained
-    task: str = opt('spatial', 'spatial | mini-vlm (pre-trains the mini VLM on single pictures)')
+    task: str = opt('spatial', 'spatial | mini-vlm (pre-trains the mini VLM on single pictures, and on rooms in words)')
     vlm: str = opt('weights/mini_vlm.safetensors', 'the VLM: a file, a folder, or a hub id of the Qwen2-VL kind')
     latents: str = opt('psfm', 'psfm | none (no adapter) | random (untrained encoder) | backbone (its features, pooled)')
     encoder: str = opt(SHIPPED, "the trained encoder: a run's folder, or a file of weights")
@@ -51,8 +51,8 @@ class Config:
     max_pixels: int = opt(518 * 518, 'pictures are scaled down to so many pixels for the VLM')
     skip_bad: bool = opt(False, 'leave faulty records out instead of stopping')
     num_rooms: int = opt(3000, 'rooms: how many to train on')
-    words: int = opt(0, 'mini-vlm: how often each room is described in words, where its six pictures come once')
-    map_steps: int = opt(0, 'rooms: so many steps first ask for the map alone, of twice as many rooms')
+    words: int = opt(0, 'mini-vlm: how often as many other rooms come in words, without pictures, where the six pictures of a room come once')
+    map_steps: int = opt(0, 'rooms: so many steps first ask for the map alone, in batches of twice as many rooms')
     val_scenes: int = opt(96, 'rooms: held-out ones to be asked about; files: records held out for a loss')
     cache: str = opt('out/latents', "folder for the scenes' latents; '' computes them anew each time")
     workers: int = opt(0, 'processes that read pictures')
@@ -60,8 +60,8 @@ class Config:
     batch: int = opt(8, 'conversations a batch')
     accumulate: int = opt(1, 'batches a step')
     steps: int = opt(0, 'optimiser steps; 0: one epoch')
-    lr: float = opt(1e-5, 'peak learning rate of the language model')
-    adapter_lr: float = opt(1e-4, 'peak learning rate of the adapter')
+    lr: float = opt(1e-5, "peak learning rate of the language model (with muon_lr, only of what is not its blocks' matrices)")
+    adapter_lr: float = opt(1e-4, 'peak learning rate of the adapter (with muon_lr, only of its biases and norms)')
     muon_lr: float = opt(0.0, "peak learning rate of Muon for the matrices of the adapter and of the VLM's blocks; 0: AdamW for them too")
     min_lr: float = opt(0.0, 'where the cosine ends, as a share of the peak')
     warmup: int = opt(100, 'steps of linear warm-up (a tenth of all at most)')
@@ -87,7 +87,7 @@ PRESETS = {
     # the paper: 8 GPUs x 1 x 8, one epoch
     'base': dict(vlm='Qwen/Qwen2.5-VL-3B-Instruct', encoder='out/base', data='', batch=1, accumulate=8, warmup=250, weight_decay=0.01, beta2=0.999,
                  checkpointing=True, workers=8, val_scenes=64, eval_every=1000, log_every=20),
-    # makes weights/mini_vlm.safetensors
+    # the first of the two runs behind weights/mini_vlm.safetensors
     'mini-vlm': dict(task='mini-vlm', vlm='', latents='none', num_rooms=2400, batch=16, steps=2500, lr=2e-3, muon_lr=4e-3, min_lr=0.02, decay_from=0.5,
                      val_scenes=40, eval_every=500, log_every=100),
 }
@@ -99,7 +99,12 @@ def parse_config(argv=None):
     """Command line -> (name of the preset, Config), checked."""
     name, config = parse_options(argv, __doc__, Config, PRESETS, CHOICES)
     config = config if config.out else dataclasses.replace(config, out=os.path.join('out', f'vlm-{name}'))
-    config = config if config.data == 'rooms' else dataclasses.replace(config, map_steps=0)           # files hold no maps
+    if config.data != 'rooms' or config.task == 'mini-vlm':
+        config = dataclasses.replace(config, map_steps=0)     # only questions about rooms have maps
+    if config.words and (config.data != 'rooms' or config.task != 'mini-vlm'):
+        raise InputError('--words describes rooms for --config mini-vlm only')
+    if min(config.words, config.map_steps) < 0 or 0 < config.steps <= config.map_steps:
+        raise InputError(f'--map-steps {config.map_steps} of --steps {config.steps}, --words {config.words}: none may be negative, and questions need steps behind the maps')
     for key in ('batch', 'accumulate', 'eval_every', 'log_every', 'num_rooms', 'val_scenes', 'num_frames'):
         if getattr(config, key) < 1:
             raise InputError(f'--{key.replace("_", "-")} must be at least 1, not {getattr(config, key)}')
@@ -126,14 +131,15 @@ class Encoded(torch.utils.data.Dataset):
 
     def samples(self, step):
         """Indices of batch `step`: one random order an epoch, dealt out to the processes."""
-        B, n, maps = self.config.batch, len(self.data), self.config.map_steps
+        B, n, maps = self.config.batch, len(self.data), self.config.map_steps * self.config.accumulate
         if step < maps:
             B = 2 * B
         first = (step * self.world_size + self.rank) * B + (step >= maps) * maps * self.world_size * B     # behind the maps' rooms
         return [int(order(n, (first + i) // n, self.config.seed)[(first + i) % n]) for i in range(B)]
 
     def __getitem__(self, step):
-        items = [self.data.map_of(i) if step < self.config.map_steps else self.data[i] for i in self.samples(step)]
+        maps = self.config.map_steps * self.config.accumulate
+        items = [self.data.map_of(i) if step < maps else self.data[i] for i in self.samples(step)]
         classes = [item['classes'] for item in items if 'classes' in item]
         classes = torch.stack(classes) if classes else None
         return [self.chat.encode(item) for item in items], [item['images'] for item in items], classes
@@ -171,6 +177,7 @@ def build_model(config, data, dtype=torch.float32):
         words = [turn['value'].replace('<image>', '') for i in range(min(len(data), 400)) for turn in data[i]['conversations']]
         questions = RoomQuestions('train', 0, 400)
         words += [turn['value'].replace('<image>', '') for i in range(len(questions)) for turn in questions[i]['conversations']]
+        words += [text for maps in questions.maps for pair in maps for text in pair]
         words += ['system\n', 'user\n', 'assistant\n'] * 400
         vlm, chat = mini_vlm(build_tokenizer(words, CATEGORIES + ANSWER_WORDS))
         return SpatialVLM(vlm).requires_grad_(True), chat, None
@@ -307,7 +314,7 @@ def train(name, config, data=None, held_out=None):
     if config.task == 'mini-vlm' and world_size > 1:
         raise InputError('mini-vlm trains in one process')
     sight = Sight(model.vlm).to(device) if config.task == 'mini-vlm' else None
-    steps = config.steps or math.ceil(len(data) / (config.batch * config.accumulate * world_size))
+    steps = config.steps or config.map_steps + math.ceil(len(data) / (config.batch * config.accumulate * world_size))
     config = dataclasses.replace(config, steps=steps)
     say(f'{name}: ' + ' '.join(f'{key}={value}' for key, value in dataclasses.asdict(config).items()))
     sharded = config.shard and world_size > 1
@@ -394,8 +401,7 @@ def train(name, config, data=None, held_out=None):
             json.dump(metrics, file, indent=1)
         say(f'\n{name} took {metrics["seconds"] / 60:.1f} minutes and {metrics["peak_memory_gb"]:.1f} GB')
         if config.task == 'mini-vlm':
-            path = os.path.join(config.out if config.out != 'out/vlm-mini-vlm' else 'weights', 'mini_vlm.safetensors')
-            os.makedirs(os.path.dirname(path), exist_ok=True)
+            path = os.path.join(config.out, 'mini_vlm.safetensors')
             save_mini_vlm(model.vlm, chat, path, {}, 'python finetune.py ' + ' '.join(sys.argv[1:]))
             say(f'wrote {path}\nnext: python finetune.py --config small --vlm {path}')
         elif 'scores' in metrics:

@@ -550,7 +550,7 @@ def ask(rooms, room, cells, scene, g, used, per_task=1):
 
 
 def ask_maps(rooms, room, cells, camera, g, standpoints=3):
-    """Questions for training alone: where does everything stand that is seen? A map in words, in whole metres.
+    """Where does everything stand that is seen? Maps in words, in whole metres: to train on, and (the first) to see what a model knows; not of VSI-Bench.
 
     camera (3, 4): extrinsics of the first view. -> list of (prompt, answer), the first one as seen from there, up to
     `standpoints` more as seen by somebody who stands by one piece and faces another.

@@ -264,22 +264,34 @@ def language_prior(records):
     return guess
 
 
-PIECE = re.compile(r'([a-z]+) at x ([+-]\d+), y ([+-]\d+)')
+PIECE = re.compile(r'([a-z]+) at x ([+-]?\d+), y ([+-]?\d+)')
 
 
 def map_score(truth, answer):
-    """Share of the pieces of a true map in words (rooms.ask_maps) that the answer has: the same kind, within a metre in x and in y."""
-    there = [(name, int(x), int(y)) for name, x, y in PIECE.findall(answer)]
-    pieces, found = PIECE.findall(truth), 0
-    for name, x, y in pieces:
-        near = [piece for piece in there if piece[0] == name and max(abs(piece[1] - int(x)), abs(piece[2] - int(y))) <= 1]
-        found += bool(near)
-        there = [piece for piece in there if piece not in near[:1]]                       # each serves once
-    return found / max(1, len(pieces))
+    """How well a map in words (rooms.ask_maps) agrees with the true one: pieces of the same kind within a metre in x and in y are
+    paired, each with one at most, as many as can be; their number over that of the longer map's pieces. 1 for two empty maps.
+    """
+    pieces, named = [[(name, int(x), int(y)) for name, x, y in PIECE.findall(text)] for text in (truth, answer)]
+    fits = [[j for j, (other, u, v) in enumerate(named) if other == name and max(abs(u - x), abs(v - y)) <= 1] for name, x, y in pieces]
+    partner = {}                                              # of a named piece
+
+    def pair(i, tried):                                       # augmenting paths
+        for j in fits[i]:
+            if j not in tried:
+                tried.add(j)
+                if j not in partner or pair(partner[j], tried):
+                    partner[j] = i
+                    return True
+        return False
+    found = sum(pair(i, set()) for i in range(len(pieces)))
+    return found / max(len(pieces), len(named)) if pieces or named else 1.0
 
 
 def map_prior(maps):
-    """Where each kind of piece most often stands, over the training rooms. -> function true map -> a map with its pieces in those places"""
+    """Where each kind of piece most often stands, over the training rooms. -> function true map -> a map with its pieces in those places
+
+    It is told which pieces there are; only their places it has to guess.
+    """
     places = {}
     for text in maps:
         for name, x, y in PIECE.findall(text):
@@ -320,7 +332,7 @@ def overall_scores(runs, rival=None, draws=1000):
 
 def rooms_line(metrics):
     return (f'held-out rooms: {metrics["overall"]:.1f} (without looking: {metrics["prior"]["overall"]:.1f}), '
-            f'{metrics["map"]:.1f}% of the pieces in their places ({metrics["prior"]["map"]:.1f}%)')
+            f'maps: {metrics["map"]:.1f} ({metrics["prior"]["map"]:.1f})')
 
 
 ROOM_COLUMNS = {'object_counting': 'count', 'object_abs_distance': 'abs.dist', 'object_size_estimation': 'obj.size', 'room_size_estimation': 'room size',
@@ -335,7 +347,7 @@ def rooms_table(arms):
     rows.append(f'{"without looking":28s}' + ''.join(f'{first["prior"].get(task, math.nan):10.1f}' for task in ROOM_COLUMNS) + f'{first["prior"]["overall"]:22.1f}{first["prior"]["map"]:22.1f}')
 
     def row(name, result):
-        with_interval = ''.join('{:.1f} ({:.1f}..{:.1f})'.format(*result[key]).rjust(22) for key in ('overall', 'map'))
+        with_interval = ''.join('{:.1f} ({:.1f}..{:.1f})'.format(*result[key]).rjust(22) if key in result else '-'.rjust(22) for key in ('overall', 'map'))
         rows.append(f'{name:28s}' + ''.join(f'{result.get(task, math.nan):10.1f}' for task in ROOM_COLUMNS) + with_interval)
 
     for arm, runs in arms.items():

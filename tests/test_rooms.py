@@ -230,7 +230,7 @@ def test_maps_are_true(world):
         level = extrinsics[room, 0, :, :3] @ rooms.center[room].T + extrinsics[room, 0, :, 3:]      # the camera's axes: its pitch and roll are small
         seen = [k for k in range(K) if rooms.present[room, k] and cells[:, k].sum() >= SEEN]
         rough = '; '.join(f'{CATEGORIES[rooms.category[room, k]]} at x {round(level[0, k].item()):+d}, y {round(level[2, k].item()):+d}' for k in seen)
-        assert map_score(overview, rough) > 0.8 and overview.count(' at ') == len(seen)
+        assert map_score(overview, overview) == 1 and map_score(overview, rough) > 0.8 and overview.count(' at ') == len(seen)
         for question, answer in others:
             a, b = re.search(r'standing by the (\w+) and facing the (\w+)', question).groups()
             place = {name: rooms.center[room, [k for k in seen if CATEGORIES[rooms.category[room, k]] == name][0], :2] for name in (a, b)}
@@ -238,4 +238,7 @@ def test_maps_are_true(world):
 
     truth = 'bed at x +1, y -2; lamp at x +0, y +3; lamp at x -1, y +3'
     assert map_score(truth, truth) == 1 and map_score(truth, 'bed at x +2, y -1; lamp at x -1, y +3') == pytest.approx(2 / 3)
-    assert map_score(truth, 'bed at x +3, y -2; lamp') == 0 and map_score(truth, '') == 0
+    assert map_score(truth, 'bed at x +3, y -2; lamp') == 0 and map_score(truth, '') == 0 and map_score('none', 'none') == 1
+    spot, crowd = 'bin at x +1, y +1; bin at x +1, y +1', 'bin at x +1, y +1; ' * 9
+    assert map_score(spot, spot) == 1 and map_score(spot, crowd) == pytest.approx(2 / 9)                       # listing more than there is does not pay
+    assert map_score('bin at x +0, y +3; bin at x +1, y +2', 'bin at x +0, y +2; bin at x +0, y +4') == 1      # the pairing that pairs most
