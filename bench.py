@@ -33,7 +33,7 @@ from adapter import SceneLatents
 from data import CELL, RoomPool, RoomQuestions
 from model import InputError, RoPE2D, pick_device
 from psfm import PSFM, compile_blocks, random_view_mask
-from train import PRESETS, Config, peak_flops, peak_memory, pick_dtype
+from train import PEAKS, PRESETS, Config, peak_flops, peak_memory, pick_dtype
 from vggt import MINI, VGGT, VGGTConfig
 
 
@@ -124,7 +124,7 @@ def bench(psfm, images, clock, autocast):
     return rows
 
 
-PEAK, UTILISATION = 989e12, (0.25, 0.40)                       # an H100's dense bf16 FLOP/s; shares of it that such a step may reach
+UTILISATION = 0.25, 0.40                                      # shares of an H100's peak that such a step may reach
 
 
 def predict(name, config, V):
@@ -185,7 +185,7 @@ def predict(name, config, V):
     print(f'{"total":24s}{total / 1e12:8.2f}{100:6.0f}%{activations:9.2f}\n')
     print(f'memory of a GPU: frozen weights {frozen_gb:.1f} GB, trained weights with gradients and AdamW {adam_gb:.1f} GB, kept for the backward pass at most {activations:.1f} GB; together {frozen_gb + adam_gb + activations:.0f} GB, and what single operations need for a moment')
     for share in UTILISATION:
-        seconds = total / PEAK / share
+        seconds = total / (1e12 * dict(PEAKS)['H100']) / share
         print(f'at {100 * share:.0f}% of an H100: {1e3 * seconds:.0f} ms a batch, {B * V / seconds:.0f} views/s; {config.steps} steps of {config.accumulate} batches take '
               f'{config.steps * config.accumulate * seconds / 3600:.1f} hours on 8 GPUs, and as many views {8 * config.steps * config.accumulate * seconds / 3600:.0f} hours on one')
     print(f'8 GPUs exchange {4 * trained / 1e9:.2f} GB of gradients a step')

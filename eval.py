@@ -615,6 +615,11 @@ def draw_maps(maps, path, count=8, tile=250, metre=22):
     canvas.save(path)
 
 
+def folder_beside(run):
+    """Where what is found out about a run goes: into its folder; of a file of weights, into out/<its name>."""
+    return run if os.path.isdir(run) else os.path.join('out', os.path.splitext(os.path.basename(run))[0])
+
+
 def weights_stamp(run):
     """When each file of a checkpoint was written: tells one state of a run from another."""
     if os.path.isfile(run):
@@ -746,7 +751,7 @@ def ask_benchmark(docs, args, device, autocast):
     model, chat, latents, settings = load_answerer(args.run, device, args.max_pixels)
     # answers of other weights, or to other pictures, are in another file
     stamp = zlib.crc32(repr([settings, args.frames, args.max_pixels, weights_stamp(args.run)]).encode())
-    path = os.path.join(args.out or args.run, f'{args.command}-{stamp:08x}.jsonl')
+    path = os.path.join(args.out or folder_beside(args.run), f'{args.command}-{stamp:08x}.jsonl')
     os.makedirs(os.path.dirname(path), exist_ok=True)
     answers = read_answers(path) if os.path.isfile(path) else {}
     due = [doc for doc in docs if doc['key'] not in answers]
@@ -913,8 +918,7 @@ def main(argv=None):
     psfm, config = load_psfm(args.run, device)
     if config.data != 'rooms' and (args.command == 'probe' or args.path):
         raise InputError(f'{args.run} was trained on {config.data}: what is true there is not known, and this takes a run on rooms')
-    # beside the run; of a file of weights, in out/<its name>
-    out = args.run if os.path.isdir(args.run) else os.path.join('out', os.path.splitext(os.path.basename(args.run))[0])
+    out = folder_beside(args.run)
 
     if args.command == 'probe':
         if config.num_latents == 0:

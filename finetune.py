@@ -123,23 +123,23 @@ def parse_config(argv=None):
 class Encoded(torch.utils.data.Dataset):
     """Conversations as the VLM reads them: item `step` is batch `step`, the same whatever came before it.
 
-    The first `map_steps` batches hold nothing but the map, of twice as many rooms: where things are comes before what follows from it.
+    The batches of the first `map_steps` steps hold nothing but the map, of twice as many rooms: where things are comes before what follows from it.
     """
 
     def __init__(self, data, chat, config, rank=0, world_size=1):
         self.data, self.chat, self.config, self.rank, self.world_size = data, chat, config, rank, world_size
+        self.maps = config.map_steps * config.accumulate
 
     def samples(self, step):
         """Indices of batch `step`: one random order an epoch, dealt out to the processes."""
-        B, n, maps = self.config.batch, len(self.data), self.config.map_steps * self.config.accumulate
+        B, n, maps = self.config.batch, len(self.data), self.maps
         if step < maps:
             B = 2 * B
         first = (step * self.world_size + self.rank) * B + (step >= maps) * maps * self.world_size * B     # behind the maps' rooms
         return [int(order(n, (first + i) // n, self.config.seed)[(first + i) % n]) for i in range(B)]
 
     def __getitem__(self, step):
-        maps = self.config.map_steps * self.config.accumulate
-        items = [self.data.map_of(i) if step < maps else self.data[i] for i in self.samples(step)]
+        items = [self.data.map_of(i) if step < self.maps else self.data[i] for i in self.samples(step)]
         classes = [item['classes'] for item in items if 'classes' in item]
         classes = torch.stack(classes) if classes else None
         return [self.chat.encode(item) for item in items], [item['images'] for item in items], classes
