@@ -124,6 +124,21 @@ def bench(psfm, images, clock, autocast):
     return rows
 
 
+def build(config, dtype):
+    """An untrained model of a preset's sizes, its backbone frozen in `dtype`."""
+    heads = ('camera', 'depth') if config.depth_probe else ('camera',)
+    backbone = VGGT(MINI if config.backbone.startswith('weights/') else VGGTConfig(heads=heads)).freeze(dtype)
+    return PSFM(backbone, config.width, config.encoder_depth, config.decoder_depth, config.num_heads, config.num_latents, config.num_registers,
+                config.mask_ratio, depth_probe=config.depth_probe)
+
+
+def batch_shape(config, backbone, V):
+    """(B, V, 3, H, W) of a batch with V views a scene: square pictures for the mini backbone, else 4 : 3."""
+    p = backbone.config.patch_size
+    width = config.image_width // p * p
+    return max(1, config.images_per_batch // V), V, 3, width if backbone.config == MINI else width * 3 // 4 // p * p, width
+
+
 UTILISATION = 0.25, 0.40                                      # shares of an H100's peak that such a step may reach
 
 
@@ -133,16 +148,13 @@ def predict(name, config, V):
     What the backward pass needs is counted as autograd keeps it, each storage once. Attention's share is counted in fp32,
     which is what a CPU runs; on a GPU it is half of that. -> dict of the printed numbers
     """
-    is_mini = config.backbone.startswith('weights/')
     with torch.device('meta'):
-        backbone = VGGT(MINI if is_mini else VGGTConfig(heads=('camera', 'depth') if config.depth_probe else ('camera',))).freeze(torch.bfloat16)
-        psfm = PSFM(backbone, config.width, config.encoder_depth, config.decoder_depth, config.num_heads, config.num_latents, config.num_registers,
-                    config.mask_ratio, depth_probe=config.depth_probe)
+        psfm = build(config, torch.bfloat16)
+    backbone = psfm.backbone
     count = lambda module, trained: sum(p.numel() for p in module.parameters() if p.requires_grad == trained)
-    frozen, trained, p = count(psfm, False), count(psfm, True), backbone.config.patch_size
+    frozen, trained = count(psfm, False), count(psfm, True)
     frozen_gb = sum(x.numel() * x.element_size() for x in backbone.state_dict().values()) / 2 ** 30
-    B, width = max(1, config.images_per_batch // V), config.image_width // p * p
-    height = width if is_mini else width * 3 // 4 // p * p
+    B, _, _, height, width = batch_shape(config, backbone, V)
     rows, kept = [], {}
 
     def keep(x):
@@ -226,19 +238,17 @@ def main(argv=None):
     parser.add_argument('--predict', action='store_true', help='FLOPs and memory from shapes alone, of --config, --views and --images; nothing is computed')
     args = parser.parse_args(argv)
     config = Config(**PRESETS[args.config])
+    config = dataclasses.replace(config, images_per_batch=args.images or config.images_per_batch)
     if args.predict:
-        config = dataclasses.replace(config, images_per_batch=args.images or config.images_per_batch)
         print(json.dumps([predict(args.config, config, V) for V in args.views]))
         return
     device = pick_device(args.device)
     dtype, _ = pick_dtype(args.dtype, device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     torch.manual_seed(0)
-    is_mini = config.backbone.startswith('weights/')
-    backbone = VGGT(MINI if is_mini else VGGTConfig(heads=('camera',))).to(device).freeze(dtype)
-    psfm = PSFM(backbone, config.width, config.encoder_depth, config.decoder_depth, config.num_heads, config.num_latents,
-                config.num_registers, config.mask_ratio).to(device)
-    clock, p = Clock(device, args.repeats), backbone.config.patch_size
+    psfm = build(dataclasses.replace(config, depth_probe=False), dtype).to(device)
+    backbone = psfm.backbone
+    clock = Clock(device, args.repeats)
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads'
     peak = peak_flops(device)
     report = dict(config=args.config, device=name, torch=torch.__version__, dtype=str(dtype), compile=args.compile, runs=[])
@@ -247,9 +257,7 @@ def main(argv=None):
         compile_blocks(psfm)
 
     for V in args.views:
-        B = max(1, (args.images or config.images_per_batch) // V)
-        width = config.image_width // p * p
-        height = width if is_mini else width * 3 // 4 // p * p
+        B, _, _, height, width = batch_shape(config, backbone, V)
         images = torch.rand(B, V, 3, height, width, device=device)
         if device.type == 'cuda':
             torch.cuda.reset_peak_memory_stats(device)
@@ -286,7 +294,7 @@ def main(argv=None):
         finally:
             model.split_attention = split
         difference = (outputs['split'] - outputs['dense']).abs().max().item() / outputs['dense'].abs().max().item()
-        tokens = V * (backbone.aggregator.num_special + (height // p) * (width // p))
+        tokens = outputs['split'].shape[1] * outputs['split'].shape[2]
         saved = f' and {(memory_of["dense"] - memory_of["split"]) / 2 ** 20:.0f} MB less at the peak' if device.type == 'cuda' else ''
         print(f'asymmetric pass: split {ms["split"]:.1f} ms, dense {tokens} x {tokens} mask {ms["dense"]:.1f} ms: {ms["dense"] / ms["split"]:.2f} x '
               f'as fast{saved}, largest difference {difference:.1e} of the largest value')
@@ -299,7 +307,7 @@ def main(argv=None):
             print(f'rendering: {render:.1f} ms a step for {config.new_rooms:g} new rooms, {100 * render / (render + total):.1f}% of the step')
             run.update(render_ms=render, render_share=render / (render + total))
         report['runs'].append(run)
-    if is_mini:
+    if backbone.config == MINI:
         report['finetune'] = bench_finetune(clock, device)
     print(json.dumps(report))
 

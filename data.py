@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 
 from model import InputError
-from rooms import CLASSES, K, ask, ask_2d, ask_maps, make_intrinsics, make_rooms, make_walk, render, room_seed, surface_classes, vsi_prompt
+from rooms import CLASSES, K, SEEN, ask, ask_2d, ask_maps, make_intrinsics, make_rooms, make_walk, render, room_seed, surface_classes, vsi_prompt
 
 CELL = 4      # pixels a side: depth and classes are kept at this resolution
 
@@ -440,8 +440,6 @@ def read_video(path, num_frames, every=None):
 class RoomQuestions(torch.utils.data.Dataset):
     """VSI-Bench's questions about rooms: item i is room i, seen from VIEWS places of a walk, and everything asked about it.
 
-    To train on, a map in words (`ask_maps`) comes after the questions about every second room.
-
     `kind` '2d' instead: item i is one picture and what it alone answers; it also has `classes` (16, 11): of each sixteenth of
     the picture, which share shows which of rooms.CLASSES.
     `records`: the questions one by one, in VSI-Bench's schema, with `room`, the index of their room.
@@ -479,36 +477,53 @@ class RoomQuestions(torch.utils.data.Dataset):
         return [Image.fromarray(image) for image in self.images[room]]
 
     def turns(self, i):
-        """Room i's questions, shuffled, with their answers."""
+        """Room i's questions in words, shuffled, with their answers."""
         order = torch.randperm(len(self.questions[i]), generator=step_generator(self.seed, i, 6)).tolist()
-        questions = [self.questions[i][j] for j in order]
-        return questions if self.kind == '2d' else [(vsi_prompt(question), question['ground_truth']) for question in questions]
+        return [(vsi_prompt(question), question['ground_truth']) for question in (self.questions[i][j] for j in order)]
+
+    def ask(self, i, turns, given=''):
+        """Room i's pictures, `given` in words, and turns of questions and answers."""
+        return dict(images=self.pictures(i), conversations=to_turns('<image>' * self.VIEWS + given, turns))
 
     def map_of(self, i):
         """Room i's map from the first camera, and nothing else."""
-        return dict(images=self.pictures(i), conversations=to_turns('<image>' * self.VIEWS, self.maps[i][:1]))
+        return self.ask(i, self.maps[i][:1])
 
     def __getitem__(self, i):
         if self.kind == '2d':
             picture = Image.fromarray(self.images.reshape(-1, *self.images.shape[2:])[i])
-            return dict(images=[picture], classes=self.classes[i], conversations=to_turns('<image>', self.turns(i)))
-        last = self.maps[i][:1] if self.split == 'train' and i % 2 else []                # last: no answer can be read off it
-        return dict(images=self.pictures(i), conversations=to_turns('<image>' * self.VIEWS, self.turns(i) + last))
+            return dict(images=[picture], classes=self.classes[i], conversations=to_turns('<image>', self.questions[i]))
+        return self.ask(i, self.turns(i))
 
 
-class RoomsInWords(RoomQuestions):
-    """The same kinds of questions without pictures: in front of them stands the map. What other language models know of space from text, the mini VLM learns here."""
+class RoomsInWords(torch.utils.data.Dataset):
+    """Questions about rooms without pictures: in front of them stands a map of what a walk might have seen, and behind them it is to be told anew from other
+    places. What other language models know of space from text, the mini VLM learns here.
+    """
+
+    def __init__(self, seed, num_rooms, standpoints=6, progress=iter):
+        self.conversations, used = [], collections.Counter()
+        for number in progress(range(num_rooms)):
+            rooms = make_rooms(1, room_seed('train', seed, number))
+            camera = make_walk(rooms, 1, room_seed('train', seed, number))[0, 0]
+            g = step_generator(seed, number, 5)
+            cells = SEEN * (torch.rand(1, K, generator=g) < 0.85).int()                   # one view, which misses a piece now and then
+            (_, overview), *others = ask_maps(rooms, 0, cells, camera, g, standpoints)
+            questions = [(vsi_prompt(question), question['ground_truth']) for question in ask(rooms, 0, cells, 'words', g, used)]
+            self.conversations.append(to_turns(f'{overview}\n', questions + others))
+
+    def __len__(self):
+        return len(self.conversations)
 
     def __getitem__(self, i):
-        (_, map_in_words), *others = self.maps[i]
-        return dict(images=[], conversations=to_turns(f'{map_in_words}\n', self.turns(i) + others))
+        return dict(images=[], conversations=self.conversations[i])
 
 
 def to_turns(before, turns):
-    """[(question, answer)] -> conversations; `before` stands in front of the first question."""
+    """[(question, answer)] -> conversations; `before` stands in front of the first question. A question whose answer is None stays open."""
     conversations = []
     for question, answer in turns:
-        conversations += [{'from': 'human', 'value': before + question}, {'from': 'gpt', 'value': answer}]
+        conversations += [{'from': 'human', 'value': before + question}] + [{'from': 'gpt', 'value': answer}] * (answer is not None)
         before = ''
     return conversations
 

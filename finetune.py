@@ -28,9 +28,9 @@ from tqdm import tqdm
 
 from adapter import LATENTS, SceneLatents, SpatialVLM, add_lora, build_adapter, build_tokenizer, load_spatial_vlm, load_vlm, mini_vlm, save_mini_vlm, save_spatial_vlm
 from data import Conversations, RoomQuestions, RoomsInWords, step_generator
-from eval import SHIPPED, answer_rooms, draw_maps
+from eval import SHIPPED, answer_rooms, ask_rooms, draw_maps
 from model import InputError
-from rooms import ANSWER_WORDS, CATEGORIES, CLASSES
+from rooms import ANSWER_WORDS, CATEGORIES, CLASSES, map_prompt
 from scoring import rooms_line, rooms_table
 from train import Muon, check_finite, join_processes, learning_rate, open_log, opt, parse_options, peak_memory, pick_dtype, quiet, read_state, run_script, write_checkpoint, write_state
 
@@ -51,8 +51,8 @@ class Config:
     max_pixels: int = opt(518 * 518, 'pictures are scaled down to so many pixels for the VLM')
     skip_bad: bool = opt(False, 'leave faulty records out instead of stopping')
     num_rooms: int = opt(3000, 'rooms: how many to train on')
-    words: int = opt(0, 'mini-vlm: how often as many other rooms come in words, without pictures, where the six pictures of a room come once')
-    map_steps: int = opt(0, 'rooms: so many steps first ask for the map alone, in batches of twice as many rooms')
+    words: int = opt(0, 'mini-vlm: so many other rooms come in words, without pictures')
+    map_steps: int = opt(0, "rooms: so many steps first ask for the map alone, and later every second; questions then follow the VLM's own map")
     val_scenes: int = opt(96, 'rooms: held-out ones to be asked about; files: records held out for a loss')
     cache: str = opt('out/latents', "folder for the scenes' latents; '' computes them anew each time")
     workers: int = opt(0, 'processes that read pictures')
@@ -103,6 +103,8 @@ def parse_config(argv=None):
         config = dataclasses.replace(config, map_steps=0)     # only questions about rooms have maps
     if config.words and (config.data != 'rooms' or config.task != 'mini-vlm'):
         raise InputError('--words describes rooms for --config mini-vlm only')
+    if config.shard and config.map_steps:
+        raise InputError('--shard: a sharded model cannot draw its own maps: add --map-steps 0')
     if min(config.words, config.map_steps) < 0 or 0 < config.steps <= config.map_steps:
         raise InputError(f'--map-steps {config.map_steps} of --steps {config.steps}, --words {config.words}: none may be negative, and questions need steps behind the maps')
     for key in ('batch', 'accumulate', 'eval_every', 'log_every', 'num_rooms', 'val_scenes', 'num_frames'):
@@ -123,23 +125,33 @@ def parse_config(argv=None):
 class Encoded(torch.utils.data.Dataset):
     """Conversations as the VLM reads them: item `step` is batch `step`, the same whatever came before it.
 
-    The batches of the first `map_steps` steps hold nothing but the map, of twice as many rooms: where things are comes before what follows from it.
+    With `map_steps`, so many batches, and every second one after them, hold nothing but the map, of twice as many rooms; in the others
+    the questions follow the map that the VLM itself now makes of the room: `draw`, a function indices -> maps in words.
     """
 
-    def __init__(self, data, chat, config, rank=0, world_size=1):
-        self.data, self.chat, self.config, self.rank, self.world_size = data, chat, config, rank, world_size
+    def __init__(self, data, chat, config, rank=0, world_size=1, draw=None):
+        self.data, self.chat, self.config, self.rank, self.world_size, self.draw = data, chat, config, rank, world_size, draw
         self.maps = config.map_steps * config.accumulate
+
+    def is_map(self, step):
+        return step < self.maps or self.maps > 0 and (step - self.maps) % 2 == 1
 
     def samples(self, step):
         """Indices of batch `step`: one random order an epoch, dealt out to the processes."""
-        B, n, maps = self.config.batch, len(self.data), self.maps
-        if step < maps:
-            B = 2 * B
-        first = (step * self.world_size + self.rank) * B + (step >= maps) * maps * self.world_size * B     # behind the maps' rooms
-        return [int(order(n, (first + i) // n, self.config.seed)[(first + i) % n]) for i in range(B)]
+        before = step + min(step, self.maps) + max(0, step - self.maps) // 2 * (self.maps > 0)           # batches so far, those of maps counted twice
+        B, n = self.config.batch, len(self.data)
+        size = 2 * B if self.is_map(step) else B
+        first = before * self.world_size * B + self.rank * size
+        return [int(order(n, (first + i) // n, self.config.seed)[(first + i) % n]) for i in range(size)]
 
     def __getitem__(self, step):
-        items = [self.data.map_of(i) if step < self.maps else self.data[i] for i in self.samples(step)]
+        samples = self.samples(step)
+        if self.is_map(step):
+            items = [self.data.map_of(i) for i in samples]
+        elif self.maps:
+            items = [self.data.ask(i, self.data.turns(i), f'{own}\n') for i, own in zip(samples, self.draw(samples))]
+        else:
+            items = [self.data[i] for i in samples]
         classes = [item['classes'] for item in items if 'classes' in item]
         classes = torch.stack(classes) if classes else None
         return [self.chat.encode(item) for item in items], [item['images'] for item in items], classes
@@ -156,7 +168,7 @@ def make_data(config, progress=iter, say=print):
         kind = '2d' if config.task == 'mini-vlm' else '3d'
         training = RoomQuestions('train', 0, config.num_rooms, kind, progress)
         if config.words:
-            training = torch.utils.data.ConcatDataset([training] + [RoomsInWords('train', 1, config.num_rooms, progress=progress)] * config.words)
+            training = torch.utils.data.ConcatDataset([training, RoomsInWords(1, config.words, progress=progress)])
         return training, RoomQuestions('val', 0, config.val_scenes, kind)
     data = Conversations(config.data.split(','), config.media, config.num_frames, config.skip_bad, say=say)
     if len(data) <= config.val_scenes:
@@ -266,7 +278,7 @@ def save(folder, model, chat, optimizers, step, config, dtype, metrics, is_main,
         return
     settings = dict(vlm=os.path.abspath(config.vlm) if os.path.exists(config.vlm) else config.vlm, latents=config.latents,
                     encoder=os.path.abspath(config.encoder) if os.path.exists(config.encoder) else config.encoder, num_frames=config.num_frames,
-                    max_pixels=None if config.vlm.endswith('.safetensors') else config.max_pixels, lora_rank=config.lora_rank if config.train == 'lora' else 0)
+                    max_pixels=None if config.vlm.endswith('.safetensors') else config.max_pixels, lora_rank=config.lora_rank if config.train == 'lora' else 0, map_first=config.map_steps > 0)
 
     def write(new):
         save_spatial_vlm(model, chat, new, settings, with_vlm=config.train == 'adapter+llm', state=state)
@@ -330,7 +342,8 @@ def train(name, config, data=None, held_out=None):
             optimizer.load_state_dict(saved)
     count = lambda grad: sum(p.numel() for p in model.parameters() if p.requires_grad == grad) / 1e6
     say(f'{count(True):.2f} M parameters to train, {count(False):.2f} M frozen | {len(data)} conversations | {device}, {dtype} ({reason}) | writing to {config.out}/')
-    loader = iter(torch.utils.data.DataLoader(Encoded(data, chat, config, rank, world_size), batch_size=None, num_workers=config.workers,
+    draw = lambda rooms: ask_rooms(model, chat, latents, data, [(room, '', map_prompt()) for room in rooms], device, autocast, 160)
+    loader = iter(torch.utils.data.DataLoader(Encoded(data, chat, config, rank, world_size, draw), batch_size=None, num_workers=0 if config.map_steps else config.workers,
                                               sampler=range(first * config.accumulate, steps * config.accumulate)))
     wrapped = nn.parallel.DistributedDataParallel(model) if world_size > 1 and not sharded else model
     model.train()
@@ -341,7 +354,7 @@ def train(name, config, data=None, held_out=None):
         # evaluate and save
         if step == steps or step > first and step % config.eval_every == 0:
             if config.data == 'rooms' and config.task == 'spatial' and not sharded:       # a sharded model does not generate
-                metrics = answer_rooms(model, chat, latents, held_out, data, device, autocast) if is_main else {}
+                metrics = answer_rooms(model, chat, latents, held_out, data, device, autocast, config.map_steps > 0) if is_main else {}
                 line = rooms_line(metrics) if is_main else ''
             else:
                 model.eval()

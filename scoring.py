@@ -234,9 +234,11 @@ def results_table(name, scored, corrected=None):
 # -----------------------------------------------------------------------------
 # questions about rooms (rooms.py): what one gets without looking, maps in words, intervals, the table of arms
 
-def language_prior(records):
+def language_prior(records, commonest=False):
     """What one can answer without looking: of the training answers to the very same question (or, if it was asked fewer than
-    twenty times, of its task) the one that would have scored best. -> function record -> answer
+    twenty times, of its task) the one that would have scored best, or the `commonest`. -> function record -> answer
+
+    The two differ for numbers, where an answer in the middle is often nearly right.
     """
     text = lambda record, letter: record['options']['ABCD'.index(letter)][3:] if record['options'] else letter
     groups = {}
@@ -258,7 +260,7 @@ def language_prior(records):
         if key not in groups:
             return 'A'
         if not record['options']:
-            return best_number(key)
+            return collections.Counter(groups[key]).most_common(1)[0][0] if commonest else best_number(key)
         return max('ABCD'[:len(record['options'])], key=lambda letter: groups[key].count(text(record, letter)))
 
     return guess
@@ -344,7 +346,9 @@ def rooms_table(arms):
     arms = {arm: runs if isinstance(runs, list) else [runs] for arm, runs in arms.items()}
     first = next(iter(arms.values()))[0]
     rows = [f'{"":28s}' + ''.join(f'{title:>10s}' for title in ROOM_COLUMNS.values()) + f'{"overall":>22s}{"map":>22s}']
-    rows.append(f'{"without looking":28s}' + ''.join(f'{first["prior"].get(task, math.nan):10.1f}' for task in ROOM_COLUMNS) + f'{first["prior"]["overall"]:22.1f}{first["prior"]["map"]:22.1f}')
+    for name, prior in (('commonest answer', first['commonest']), ('best constant answer', first['prior'])):
+        rows.append(f'{name:28s}' + ''.join(f'{prior.get(task, math.nan):10.1f}' for task in ROOM_COLUMNS) + f'{prior["overall"]:22.1f}'
+                    + (f'{prior["map"]:22.1f}' if 'map' in prior else f'{"-":>22s}'))
 
     def row(name, result):
         with_interval = ''.join('{:.1f} ({:.1f}..{:.1f})'.format(*result[key]).rjust(22) if key in result else '-'.rjust(22) for key in ('overall', 'map'))

@@ -28,6 +28,7 @@ def vlm(tmp_path_factory):
     torch.manual_seed(0)
     rooms = RoomQuestions('train', 0, 8)
     words = [turn['value'].replace('<image>', '') for i in range(8) for turn in rooms[i]['conversations']]
+    words += [text for maps in rooms.maps for pair in maps for text in pair]
     path = str(tmp_path_factory.mktemp('vlm') / 'tiny.safetensors')
     save_mini_vlm(*mini_vlm(build_tokenizer(words * 5, CATEGORIES + ANSWER_WORDS), **SIZES), path, SIZES)
     return path
@@ -73,7 +74,7 @@ def test_two_processes_whole_and_sharded(vlm, tmp_path):
     weights = {}
     for name, more in (('ddp', ()), ('fsdp2', ('--shard',))):
         done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', 'finetune.py',
-                               *options(vlm, tmp_path / name, '--steps', '2', '--batch', '2', *more)],
+                               *options(vlm, tmp_path / name, '--steps', '2', '--batch', '2', '--map-steps', '0', *more)],
                               cwd=Path(finetune.__file__).parent, env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
         model, _, _ = load_spatial_vlm(str(tmp_path / name / 'run' / 'checkpoint'))
@@ -123,6 +124,9 @@ def test_prior_beats_nothing_and_knows_its_place():
         assert answer in 'ABCD' if record['options'] else float(answer) > 0
     constant = scoring.language_prior([dict(question_type='object_counting', question='How many x(s)?', options=None, ground_truth=text) for text in '223'])
     assert constant(dict(question_type='object_counting', question='How many y(s)?', options=None)) == '2'
+    # two is the commonest, but seven and eight are near to more
+    numbers = [dict(question_type='object_counting', question='How many x(s)?', options=None, ground_truth=text) for text in '2226788']
+    assert scoring.language_prior(numbers)(numbers[0]) in '78' and scoring.language_prior(numbers, commonest=True)(numbers[0]) == '2'
 
 
 def answers(values):
@@ -202,23 +206,38 @@ def test_videos_and_their_tokens(media):
         assert item['conversations'][0]['value'] == '<image>' * 6 + 'How many?'
 
 
-def test_rooms_in_words_and_maps_alone(vlm):
-    words, pictured = RoomsInWords('train', 0, 4), RoomQuestions('train', 0, 4)
+def test_rooms_in_words(vlm):
+    words = RoomsInWords(1, 6)
+    assert len({turn['value'] for i in range(6) for turn in words[i]['conversations'] if 'if I am standing by' in turn['value']}) > 10     # other points of view
     _, chat = load_vlm(vlm)
-    for i in range(4):
-        item, (_, overview) = words[i], pictured.maps[i][0]
-        assert not item['images'] and item['conversations'][0]['value'].startswith(overview + '\n')
-        assert len(item['conversations']) == 2 * (len(words.questions[i]) + len(words.maps[i]) - 1)
-        assert pictured.map_of(i)['conversations'][1]['value'] == overview
-        assert (pictured[i]['conversations'][-1]['value'] == overview) == (i % 2 == 1)
+    for i in range(6):
+        item = words[i]
+        overview = item['conversations'][0]['value'].split('\n')[0]
+        assert not item['images'] and scoring.PIECE.findall(overview)
         labels = chat.encode(item)['labels']
         assert overview not in chat.tokenizer.decode([label for label in labels if label != -100])       # the map is given, not asked for
 
-    # the first steps hold maps alone, of twice as many rooms, and no room comes twice before all have come
+
+def test_maps_come_first_and_questions_follow_the_own_map(vlm):
+    data, (_, chat) = RoomQuestions('train', 0, 16), load_vlm(vlm)
+    for i in range(4):
+        assert data.map_of(i)['conversations'][1]['value'] == data.maps[i][0][1]
+
+    # maps alone come of twice as many rooms, and no room comes twice before all have come
     config = dataclasses.replace(finetune.Config(), batch=2, map_steps=1)
-    dealt = finetune.Encoded(RoomQuestions('train', 0, 8), chat, config)
-    assert len(dealt[0][0]) == 4 and len(dealt[1][0]) == 2
-    assert sorted(dealt.samples(0) + dealt.samples(1) + dealt.samples(2)) == list(range(8))
+    dealt = finetune.Encoded(data, chat, config, draw=lambda rooms: [data.maps[room][0][1] for room in rooms])
+    assert [dealt.is_map(step) for step in range(5)] == [True, False, True, False, True]
+    assert [len(dealt[step][0]) for step in range(5)] == [4, 2, 4, 2, 4]
+    assert sorted(sum([dealt.samples(step) for step in range(5)], [])) == list(range(16))
+    for room, item in zip(dealt.samples(1), dealt[1][0]):
+        given = data.maps[room][0][1] + '\n'
+        assert given in chat.tokenizer.decode(item['input_ids'])
+        assert given not in chat.tokenizer.decode([label for label in item['labels'] if label != -100])  # no loss on what the model said itself
+
+    # two processes share the rooms of a batch
+    halves = [finetune.Encoded(data, chat, config, rank, 2) for rank in range(2)]
+    assert sorted(sum([half.samples(step) for half in halves for step in (0, 1)], [])) == sorted(finetune.Encoded(data, chat, dataclasses.replace(config, batch=4)).samples(0)
+                                                                                                 + finetune.Encoded(data, chat, dataclasses.replace(config, batch=4)).samples(1))
 
 
 def test_shares_of_files(media):
@@ -249,7 +268,7 @@ def test_files_end_to_end(vlm, media, capsys):
 @pytest.mark.parametrize('more, fault', [
     (['--latents', 'none', '--train', 'adapter'], 'nothing to train'), (['--batch', '0'], '--batch must be at least 1'), (['--data', ''], 'your own files'),
     (['--train', 'everything'], '--train takes'), (['--vlm', 'nowhere'], 'no VLM at nowhere'), (['--words', '2'], '--words describes rooms for --config mini-vlm only'),
-    (['--map-steps', '4'], 'questions need steps behind the maps')])
+    (['--map-steps', '4'], 'questions need steps behind the maps'), (['--shard'], 'cannot draw its own maps')])
 def test_faulty_options(vlm, tmp_path, more, fault):
     with pytest.raises(InputError, match=fault):
         finetune.main(options(vlm, tmp_path, *more))
