@@ -46,7 +46,7 @@ from data import RoomPool, RoomQuestions, download_benchmark, make_source, open_
 from model import MLP, InputError, pick_device, take_views
 from psfm import build_psfm, context_index, load_psfm, random_view_mask
 from rooms import FURNITURE, make_intrinsics, make_path, map_prompt, render, room_facts
-from scoring import BENCHMARKS, PIECE, aggregate, language_prior, map_prior, map_score, prompt, results_table, rooms_table, score
+from scoring import BENCHMARKS, PIECE, UNTOLD, aggregate, language_prior, map_prior, map_score, prompt, results_table, rooms_table, score, solve
 from vggt import SCENE_UNIT, VGGT, area_under_curve, pose_errors, scene_extrinsics
 
 SHIPPED = 'weights/psfm_small.safetensors'      # the encoder that the repository carries
@@ -569,7 +569,7 @@ def answer_rooms(model, chat, latents, held_out, train_data, device, autocast, m
     """Every question about the held-out rooms, and the map of each room. `map_first`: the questions follow the model's own map.
 
     -> {task: percent, 'overall', 'map': percent of scoring.map_score, 'prior' and 'commonest': the same without looking (language_prior), 'scores': [[question_type, room, score], ...],
-    'maps': [(true, the model's), ...]}. The maps are not of VSI-Bench and not in 'overall'.
+    'maps': [(true, the model's), ...], 'solved': percent that follows from the model's maps (scoring.solve; else the best constant)}. The maps are not of VSI-Bench and not in 'overall'.
     `shuffled`: each room's questions are answered with the pictures of the room and the latents of another one.
     `words`: no pictures, but the true map in words: what the language model makes of knowing all places to the metre. No map is asked for.
     """
@@ -579,15 +579,18 @@ def answer_rooms(model, chat, latents, held_out, train_data, device, autocast, m
     given = [f'{own}\n' if map_first or words else '' for own in drawn]
     answers = questioning([(record['room'], given[record['room']], prompt('vsibench', record)) for record in held_out.records])
     scored = [(record, score('vsibench', record, answer)) for record, answer in zip(held_out.records, answers)]
-    usual = map_prior([maps[0][1] for maps in train_data.maps])
+    guess, usual = language_prior(train_data.records), map_prior([maps[0][1] for maps in train_data.maps])
     prior, commonest = [aggregate('vsibench', [(record, score('vsibench', record, guess(record))) for record in held_out.records])
-                        for guess in (language_prior(train_data.records), language_prior(train_data.records, commonest=True))]
+                        for guess in (guess, language_prior(train_data.records, commonest=True))]
     prior['map'] = 100 * float(np.mean([map_score(truth, usual(truth)) for truth in truths]))
     result = dict(aggregate('vsibench', scored), prior=prior, commonest=commonest, scores=[[record['question_type'], record['room'], value] for record, value in scored])
     if not words:
         pairs = list(zip(truths, drawn))
         values = [map_score(*pair) for pair in pairs]
-        result.update(map=100 * float(np.mean(values)), maps=pairs, scores=result['scores'] + [['map', room, value] for room, value in enumerate(values)])
+        solved = aggregate('vsibench', [(record, score('vsibench', record, solve(record, drawn[record['room']]) or guess(record)))
+                                        for record in held_out.records if record['question_type'] not in UNTOLD])
+        result.update(solved={task: value for task, value in solved.items() if task != 'overall'},
+                      map=100 * float(np.mean(values)), maps=pairs, scores=result['scores'] + [['map', room, value] for room, value in enumerate(values)])
     return result
 
 

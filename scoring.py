@@ -19,8 +19,9 @@ import math
 import re
 
 import numpy as np
+import torch
 
-from rooms import NUMERICAL, vsi_prompt
+from rooms import CATEGORIES, FURNITURE, NUMERICAL, SECTORS, TURNS, turn_angle, vsi_prompt
 
 BENCHMARKS = ('vsibench', 'cvbench', 'sparbench', 'viewspatial')
 LETTER_PROMPT = "Answer with the option's letter from the given choices directly."
@@ -303,6 +304,36 @@ def map_prior(maps):
     return lambda truth: '; '.join(f'{name} at x {best[name][0]:+d}, y {best[name][1]:+d}' for name, *_ in PIECE.findall(truth) if name in best)
 
 
+UNTOLD = 'object_size_estimation', 'room_size_estimation', 'obj_appearance_order'        # what a map does not tell
+
+
+def solve(record, overview):
+    """What follows from a map in words, by computation: what a reasoner without fault would answer that knows nothing but the map.
+
+    -> answer, or None where the map lacks a piece that is asked about. For every task but UNTOLD.
+    """
+    task, names = record['question_type'], re.findall(rf"\b({'|'.join(CATEGORIES)})\b", record['question'])
+    places = {}
+    for name, x, y in PIECE.findall(overview):
+        places.setdefault(name, []).append(torch.tensor([float(x), float(y)]))
+    if any(name not in places for name in names):
+        return None
+    if task == 'object_counting':
+        return str(max(2, len(places[names[0]])))                                         # one alone is not asked about
+    radius = lambda name: np.mean([half for half in FURNITURE[name][1][:2] if half])      # metres, on average
+    gap = lambda a, b: max(0.2, min((p - q).norm().item() for p in places[a] for q in places[b]) - radius(a) - radius(b))
+    if task == 'object_abs_distance':
+        return f'{gap(*names):.1f}'
+    if task == 'object_rel_distance':
+        *others, target = names
+        said = min(others, key=lambda name: gap(name, target))
+    else:
+        a, b, c = (places[name][0] for name in names[:3])
+        angle = turn_angle(b, 2 * b - a, c) if task == 'route_planning' else turn_angle(a, b, c)
+        said = min(SECTORS.get(task, TURNS), key=lambda sector: max(sector[1] - angle.item(), angle.item() - sector[2], 0))[0]
+    return next(option[0] for option in record['options'] if option[3:] == said)
+
+
 def overall_scores(runs, rival=None, draws=1000):
     """runs: metrics of `answer_rooms` of several seeds -> {task: mean, .., 'overall' and 'map': (mean, low, high)}: 95 % bootstrap over rooms and seeds.
 
@@ -356,6 +387,9 @@ def rooms_table(arms):
 
     for arm, runs in arms.items():
         row(f'{arm}, {len(runs)} seed{"s" * (len(runs) > 1)}', overall_scores(runs))
+    for arm, runs in arms.items():
+        if 'solved' in runs[0]:
+            row(f'{arm}, maps solved', {task: float(np.mean([run['solved'][task] for run in runs])) for task in runs[0]['solved']})
     for arm, runs in arms.items():
         if arm != 'psfm' and len(runs) == len(arms.get('psfm', ())):
             row(f'psfm minus {arm}', overall_scores(arms['psfm'], runs))
