@@ -440,6 +440,8 @@ def read_video(path, num_frames, every=None):
 class RoomQuestions(torch.utils.data.Dataset):
     """VSI-Bench's questions about rooms: item i is room i, seen from VIEWS places of a walk, and everything asked about it.
 
+    To train on, a map in words (`ask_maps`) comes after the questions about every second room.
+
     `kind` '2d' instead: item i is one picture and what it alone answers; it also has `classes` (16, 11): of each sixteenth of
     the picture, which share shows which of rooms.CLASSES.
     `records`: the questions one by one, in VSI-Bench's schema, with `room`, the index of their room.
@@ -477,23 +479,21 @@ class RoomQuestions(torch.utils.data.Dataset):
         return [Image.fromarray(image) for image in self.images[room]]
 
     def turns(self, i):
-        """Room i's questions in words, shuffled, with their answers."""
+        """Room i's questions, shuffled, with their answers."""
         order = torch.randperm(len(self.questions[i]), generator=step_generator(self.seed, i, 6)).tolist()
-        return [(vsi_prompt(question), question['ground_truth']) for question in (self.questions[i][j] for j in order)]
-
-    def ask(self, i, turns, given=''):
-        """Room i's pictures, `given` in words, and turns of questions and answers."""
-        return dict(images=self.pictures(i), conversations=to_turns('<image>' * self.VIEWS + given, turns))
+        questions = [self.questions[i][j] for j in order]
+        return questions if self.kind == '2d' else [(vsi_prompt(question), question['ground_truth']) for question in questions]
 
     def map_of(self, i):
         """Room i's map from the first camera, and nothing else."""
-        return self.ask(i, self.maps[i][:1])
+        return dict(images=self.pictures(i), conversations=to_turns('<image>' * self.VIEWS, self.maps[i][:1]))
 
     def __getitem__(self, i):
         if self.kind == '2d':
             picture = Image.fromarray(self.images.reshape(-1, *self.images.shape[2:])[i])
-            return dict(images=[picture], classes=self.classes[i], conversations=to_turns('<image>', self.questions[i]))
-        return self.ask(i, self.turns(i))
+            return dict(images=[picture], classes=self.classes[i], conversations=to_turns('<image>', self.turns(i)))
+        last = self.maps[i][:1] if self.split == 'train' and i % 2 else []                # last: no answer can be read off it
+        return dict(images=self.pictures(i), conversations=to_turns('<image>' * self.VIEWS, self.turns(i) + last))
 
 
 class RoomsInWords(torch.utils.data.Dataset):
@@ -520,10 +520,10 @@ class RoomsInWords(torch.utils.data.Dataset):
 
 
 def to_turns(before, turns):
-    """[(question, answer)] -> conversations; `before` stands in front of the first question. A question whose answer is None stays open."""
+    """[(question, answer)] -> conversations; `before` stands in front of the first question."""
     conversations = []
     for question, answer in turns:
-        conversations += [{'from': 'human', 'value': before + question}] + [{'from': 'gpt', 'value': answer}] * (answer is not None)
+        conversations += [{'from': 'human', 'value': before + question}, {'from': 'gpt', 'value': answer}]
         before = ''
     return conversations
 

@@ -45,7 +45,7 @@ from adapter import LATENTS, SceneLatents, SpatialVLM, load_spatial_vlm, load_vl
 from data import RoomPool, RoomQuestions, download_benchmark, make_source, open_media, open_picture, read_benchmark, read_records, read_video, step_generator, to_turns
 from model import MLP, InputError, pick_device, take_views
 from psfm import build_psfm, context_index, load_psfm, random_view_mask
-from rooms import FURNITURE, make_intrinsics, make_path, map_prompt, render, room_facts
+from rooms import FURNITURE, make_intrinsics, make_path, render, room_facts
 from scoring import BENCHMARKS, PIECE, UNTOLD, aggregate, language_prior, map_prior, map_score, prompt, results_table, rooms_table, score, solve
 from vggt import SCENE_UNIT, VGGT, area_under_curve, pose_errors, scene_extrinsics
 
@@ -546,51 +546,47 @@ def generate(model, chat, latents, items, device, autocast, max_new_tokens=16):
     return [text.strip() for text in chat.tokenizer.batch_decode(ids[:, batch['input_ids'].shape[1]:], skip_special_tokens=True)]
 
 
-def ask_rooms(model, chat, latents, data, questions, device, autocast, max_new_tokens=16, shuffled=False, words=False, batch=32):
-    """Questions about rooms of `data` (RoomQuestions), each on its own: [(room, what is given in words, question)] -> answers.
+def answer_rooms(model, chat, latents, held_out, train_data, device, autocast, shuffled=False, words=False, batch=32):
+    """Every question about the held-out rooms, on its own, and the map of each room.
 
-    `shuffled`: each with its own room's pictures and the latents of the next room. `words`: neither pictures nor latents.
-    """
-    was_training, answers = model.training, []
-    model.eval()
-    for start in tqdm(range(0, len(questions), batch), 'asking', leave=False, disable=len(questions) <= batch):
-        part = questions[start:start + batch]
-        if words:
-            items = [dict(images=[], conversations=to_turns(given, [(question, None)])) for _, given, question in part]
-        else:
-            items = [data.ask(room, [(question, None)], given) for room, given, question in part]
-        scenes = [data.pictures((room + 1) % len(data)) for room, *_ in part] if shuffled else [item['images'] for item in items]
-        answers += generate(model, chat, latents and (lambda _: latents(scenes)), items, device, autocast, max_new_tokens)
-    model.train(was_training)
-    return answers
-
-
-def answer_rooms(model, chat, latents, held_out, train_data, device, autocast, map_first, shuffled=False, words=False):
-    """Every question about the held-out rooms, and the map of each room. `map_first`: the questions follow the model's own map.
-
-    -> {task: percent, 'overall', 'map': percent of scoring.map_score, 'prior' and 'commonest': the same without looking (language_prior), 'scores': [[question_type, room, score], ...],
-    'maps': [(true, the model's), ...], 'solved': percent that follows from the model's maps (scoring.solve; else the best constant)}. The maps are not of VSI-Bench and not in 'overall'.
+    -> {task: percent, 'overall', 'map': percent of scoring.map_score, 'prior' and 'commonest': the same without looking (scoring.language_prior), 'scores':
+    [[question_type, room, score], ...], 'maps': [(true, the model's), ...], 'solved': {'scores': of what follows from these maps by computation (scoring.solve;
+    where one lacks a piece, of the prior's answer)}}. The maps are not of VSI-Bench and not in 'overall'.
     `shuffled`: each room's questions are answered with the pictures of the room and the latents of another one.
     `words`: no pictures, but the true map in words: what the language model makes of knowing all places to the metre. No map is asked for.
     """
-    questioning = functools.partial(ask_rooms, model, chat, latents, held_out, device=device, autocast=autocast, shuffled=shuffled, words=words)
-    truths = [maps[0][1] for maps in held_out.maps]
-    drawn = truths if words else questioning([(room, '', map_prompt()) for room in range(len(held_out))], max_new_tokens=160)
-    given = [f'{own}\n' if map_first or words else '' for own in drawn]
-    answers = questioning([(record['room'], given[record['room']], prompt('vsibench', record)) for record in held_out.records])
+    was_training = model.training
+    model.eval()
+    truths = [maps[0] for maps in held_out.maps]              # (prompt, answer)
+
+    def ask(questions, max_new_tokens):
+        """[(room, prompt)] -> answers"""
+        answers = []
+        for start in tqdm(range(0, len(questions), batch), 'asking', leave=False):
+            items, scenes = [], []
+            for room, question in questions[start:start + batch]:
+                before = f'{truths[room][1]}\n' if words else '<image>' * held_out.VIEWS
+                items.append(dict(images=[] if words else held_out.pictures(room), conversations=to_turns(before, [(question, '')])[:1]))
+                scenes.append(held_out.pictures((room + 1) % len(held_out)) if shuffled else items[-1]['images'])
+            answers += generate(model, chat, (lambda _: latents(scenes)) if latents else None, items, device, autocast, max_new_tokens)
+        return answers
+
+    answers = ask([(record['room'], prompt('vsibench', record)) for record in held_out.records], 16)
+    drawn = [truth for _, truth in truths] if words else ask([(room, question) for room, (question, _) in enumerate(truths)], 160)
+    model.train(was_training)
     scored = [(record, score('vsibench', record, answer)) for record, answer in zip(held_out.records, answers)]
     guess, usual = language_prior(train_data.records), map_prior([maps[0][1] for maps in train_data.maps])
     prior, commonest = [aggregate('vsibench', [(record, score('vsibench', record, guess(record))) for record in held_out.records])
                         for guess in (guess, language_prior(train_data.records, commonest=True))]
-    prior['map'] = 100 * float(np.mean([map_score(truth, usual(truth)) for truth in truths]))
-    result = dict(aggregate('vsibench', scored), prior=prior, commonest=commonest, scores=[[record['question_type'], record['room'], value] for record, value in scored])
+    prior['map'] = 100 * float(np.mean([map_score(truth, usual(truth)) for _, truth in truths]))
+    told = [record for record in held_out.records if record['question_type'] not in UNTOLD]
+    solved = [(record, score('vsibench', record, solve(record, drawn[record['room']]) or guess(record))) for record in told]
+    by_question = lambda scored: [[record['question_type'], record['room'], value] for record, value in scored]
+    result = dict(aggregate('vsibench', scored), prior=prior, commonest=commonest, scores=by_question(scored), solved=dict(scores=by_question(solved)))
     if not words:
-        pairs = list(zip(truths, drawn))
+        pairs = [(truth, answer) for (_, truth), answer in zip(truths, drawn)]
         values = [map_score(*pair) for pair in pairs]
-        solved = aggregate('vsibench', [(record, score('vsibench', record, solve(record, drawn[record['room']]) or guess(record)))
-                                        for record in held_out.records if record['question_type'] not in UNTOLD])
-        result.update(solved={task: value for task, value in solved.items() if task != 'overall'},
-                      map=100 * float(np.mean(values)), maps=pairs, scores=result['scores'] + [['map', room, value] for room, value in enumerate(values)])
+        result.update(map=100 * float(np.mean(values)), maps=pairs, scores=result['scores'] + [['map', room, value] for room, value in enumerate(values)])
     return result
 
 
@@ -653,12 +649,8 @@ def ask(args, device, autocast):
         raise InputError('ask takes --images a.jpg b.jpg ... or --video walk.mp4')
     model, chat, latents, settings = load_answerer(args.run, device)
     pictures = [open_picture(path) for path in args.images] if args.images else read_video(args.video, args.frames or settings['num_frames'])
-
-    def reply(text, max_new_tokens):
-        conversations = to_turns('<image>' * len(pictures), [(text, None)])
-        return generate(model, chat, latents, [dict(images=pictures, conversations=conversations)], device, autocast, max_new_tokens)[0]
-    given = f'{reply(map_prompt(), 160)}\n' if settings.get('map_first') else ''          # as in its training
-    print(given + reply(given + args.question, 64))
+    conversations = [{'from': 'human', 'value': '<image>' * len(pictures) + args.question}]
+    print(generate(model, chat, latents, [dict(images=pictures, conversations=conversations)], device, autocast, max_new_tokens=64)[0])
 
 
 def ablate(args):
@@ -691,7 +683,7 @@ def ablate(args):
                 dtype, _ = pick_dtype(config.dtype, device)
                 model, chat, latents, _ = load_answerer(out, device)
                 autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-                other = answer_rooms(model, chat, latents, data[1], data[0], device, autocast, config.map_steps > 0, shuffled=True)
+                other = answer_rooms(model, chat, latents, data[1], data[0], device, autocast, shuffled=True)
                 metrics = dict(json.load(open(path)), shuffled=other)
                 with open(path, 'w') as file:
                     json.dump(metrics, file, indent=1)
@@ -911,7 +903,7 @@ def main(argv=None):
         trained = json.load(open(path))['num_rooms'] if os.path.isfile(path) else 1000                           # what the prior may know
         questions = [RoomQuestions(split, 0, number, progress=lambda blocks: tqdm(blocks, 'rendering rooms', leave=False))
                      for split, number in (('val', args.rooms), ('train', trained))]
-        metrics = answer_rooms(model, chat, latents, *questions, device, autocast, settings.get('map_first', False), bool(args.latents), args.words)
+        metrics = answer_rooms(model, chat, latents, *questions, device, autocast, bool(args.latents), args.words)
         print(rooms_table({'map in words' if args.words else f'{settings["latents"]} {args.latents}'.strip(): metrics}))
         return
 

@@ -4,7 +4,7 @@ Fine-tunes an open VLM that is given the latents of a scene: Spa3-VLM (Spa3R, ar
     python finetune.py --config small                                 # any laptop: the mini VLM on questions about rooms
     python finetune.py --config small --encoder out/small             # with your own encoder
     torchrun --nproc_per_node 8 finetune.py --config base --data vsi_590k.jsonl --media media/ --shard     # the paper: Qwen2.5-VL-3B
-    python finetune.py --config mini-vlm                              # pre-trains a mini VLM on pictures; then, on words too: --vlm FILE --words 20
+    python finetune.py --config mini-vlm                              # pre-trains a mini VLM on pictures; then, on words too: --vlm FILE --words 18000
 
 Loss on the answers' tokens alone. A scene's latents are computed once and kept in --cache.
 Everything goes to out/vlm-<config>/: map.png (of rooms), config.json, log.jsonl, metrics.json, checkpoint/ (`--resume` continues from it).
@@ -28,9 +28,9 @@ from tqdm import tqdm
 
 from adapter import LATENTS, SceneLatents, SpatialVLM, add_lora, build_adapter, build_tokenizer, load_spatial_vlm, load_vlm, mini_vlm, save_mini_vlm, save_spatial_vlm
 from data import Conversations, RoomQuestions, RoomsInWords, step_generator
-from eval import SHIPPED, answer_rooms, ask_rooms, draw_maps
+from eval import SHIPPED, answer_rooms, draw_maps
 from model import InputError
-from rooms import ANSWER_WORDS, CATEGORIES, CLASSES, map_prompt
+from rooms import ANSWER_WORDS, CATEGORIES, CLASSES
 from scoring import rooms_line, rooms_table
 from train import Muon, check_finite, join_processes, learning_rate, open_log, opt, parse_options, peak_memory, pick_dtype, quiet, read_state, run_script, write_checkpoint, write_state
 
@@ -52,7 +52,7 @@ class Config:
     skip_bad: bool = opt(False, 'leave faulty records out instead of stopping')
     num_rooms: int = opt(3000, 'rooms: how many to train on')
     words: int = opt(0, 'mini-vlm: so many other rooms come in words, without pictures')
-    map_steps: int = opt(0, "rooms: so many steps first ask for the map alone, and later every second; questions then follow the VLM's own map")
+    map_steps: int = opt(0, 'rooms: so many steps first ask for the map alone, in batches of twice as many rooms')
     val_scenes: int = opt(96, 'rooms: held-out ones to be asked about; files: records held out for a loss')
     cache: str = opt('out/latents', "folder for the scenes' latents; '' computes them anew each time")
     workers: int = opt(0, 'processes that read pictures')
@@ -83,7 +83,7 @@ class Config:
 
 PRESETS = {
     # any laptop: the mini VLM, rooms
-    'small': dict(batch=4, steps=1000, map_steps=500, lr=2e-3, adapter_lr=2e-3, muon_lr=4e-3, min_lr=0.03, decay_from=0.4, eval_every=1000, log_every=100),
+    'small': dict(steps=650, map_steps=250, lr=2e-3, adapter_lr=2e-3, muon_lr=4e-3, min_lr=0.03, eval_every=650),
     # the paper: 8 GPUs x 1 x 8, one epoch
     'base': dict(vlm='Qwen/Qwen2.5-VL-3B-Instruct', encoder='out/base', data='', batch=1, accumulate=8, warmup=250, weight_decay=0.01, beta2=0.999,
                  checkpointing=True, workers=8, val_scenes=64, eval_every=1000, log_every=20),
@@ -103,8 +103,6 @@ def parse_config(argv=None):
         config = dataclasses.replace(config, map_steps=0)     # only questions about rooms have maps
     if config.words and (config.data != 'rooms' or config.task != 'mini-vlm'):
         raise InputError('--words describes rooms for --config mini-vlm only')
-    if config.shard and config.map_steps:
-        raise InputError('--shard: a sharded model cannot draw its own maps: add --map-steps 0')
     if min(config.words, config.map_steps) < 0 or 0 < config.steps <= config.map_steps:
         raise InputError(f'--map-steps {config.map_steps} of --steps {config.steps}, --words {config.words}: none may be negative, and questions need steps behind the maps')
     for key in ('batch', 'accumulate', 'eval_every', 'log_every', 'num_rooms', 'val_scenes', 'num_frames'):
@@ -125,33 +123,23 @@ def parse_config(argv=None):
 class Encoded(torch.utils.data.Dataset):
     """Conversations as the VLM reads them: item `step` is batch `step`, the same whatever came before it.
 
-    With `map_steps`, so many batches, and every second one after them, hold nothing but the map, of twice as many rooms; in the others
-    the questions follow the map that the VLM itself now makes of the room: `draw`, a function indices -> maps in words.
+    The batches of the first `map_steps` steps hold nothing but the map, of twice as many rooms: where things are comes before what follows from it.
     """
 
-    def __init__(self, data, chat, config, rank=0, world_size=1, draw=None):
-        self.data, self.chat, self.config, self.rank, self.world_size, self.draw = data, chat, config, rank, world_size, draw
+    def __init__(self, data, chat, config, rank=0, world_size=1):
+        self.data, self.chat, self.config, self.rank, self.world_size = data, chat, config, rank, world_size
         self.maps = config.map_steps * config.accumulate
-
-    def is_map(self, step):
-        return step < self.maps or self.maps > 0 and (step - self.maps) % 2 == 1
 
     def samples(self, step):
         """Indices of batch `step`: one random order an epoch, dealt out to the processes."""
-        before = step + min(step, self.maps) + max(0, step - self.maps) // 2 * (self.maps > 0)           # batches so far, those of maps counted twice
-        B, n = self.config.batch, len(self.data)
-        size = 2 * B if self.is_map(step) else B
-        first = before * self.world_size * B + self.rank * size
-        return [int(order(n, (first + i) // n, self.config.seed)[(first + i) % n]) for i in range(size)]
+        B, n, maps = self.config.batch, len(self.data), self.maps
+        if step < maps:
+            B = 2 * B
+        first = (step * self.world_size + self.rank) * B + (step >= maps) * maps * self.world_size * B     # behind the maps' rooms
+        return [int(order(n, (first + i) // n, self.config.seed)[(first + i) % n]) for i in range(B)]
 
     def __getitem__(self, step):
-        samples = self.samples(step)
-        if self.is_map(step):
-            items = [self.data.map_of(i) for i in samples]
-        elif self.maps:
-            items = [self.data.ask(i, self.data.turns(i), f'{own}\n') for i, own in zip(samples, self.draw(samples))]
-        else:
-            items = [self.data[i] for i in samples]
+        items = [self.data.map_of(i) if step < self.maps else self.data[i] for i in self.samples(step)]
         classes = [item['classes'] for item in items if 'classes' in item]
         classes = torch.stack(classes) if classes else None
         return [self.chat.encode(item) for item in items], [item['images'] for item in items], classes
@@ -278,7 +266,7 @@ def save(folder, model, chat, optimizers, step, config, dtype, metrics, is_main,
         return
     settings = dict(vlm=os.path.abspath(config.vlm) if os.path.exists(config.vlm) else config.vlm, latents=config.latents,
                     encoder=os.path.abspath(config.encoder) if os.path.exists(config.encoder) else config.encoder, num_frames=config.num_frames,
-                    max_pixels=None if config.vlm.endswith('.safetensors') else config.max_pixels, lora_rank=config.lora_rank if config.train == 'lora' else 0, map_first=config.map_steps > 0)
+                    max_pixels=None if config.vlm.endswith('.safetensors') else config.max_pixels, lora_rank=config.lora_rank if config.train == 'lora' else 0)
 
     def write(new):
         save_spatial_vlm(model, chat, new, settings, with_vlm=config.train == 'adapter+llm', state=state)
@@ -342,8 +330,7 @@ def train(name, config, data=None, held_out=None):
             optimizer.load_state_dict(saved)
     count = lambda grad: sum(p.numel() for p in model.parameters() if p.requires_grad == grad) / 1e6
     say(f'{count(True):.2f} M parameters to train, {count(False):.2f} M frozen | {len(data)} conversations | {device}, {dtype} ({reason}) | writing to {config.out}/')
-    draw = lambda rooms: ask_rooms(model, chat, latents, data, [(room, '', map_prompt()) for room in rooms], device, autocast, 160)
-    loader = iter(torch.utils.data.DataLoader(Encoded(data, chat, config, rank, world_size, draw), batch_size=None, num_workers=0 if config.map_steps else config.workers,
+    loader = iter(torch.utils.data.DataLoader(Encoded(data, chat, config, rank, world_size), batch_size=None, num_workers=config.workers,
                                               sampler=range(first * config.accumulate, steps * config.accumulate)))
     wrapped = nn.parallel.DistributedDataParallel(model) if world_size > 1 and not sharded else model
     model.train()
@@ -354,7 +341,7 @@ def train(name, config, data=None, held_out=None):
         # evaluate and save
         if step == steps or step > first and step % config.eval_every == 0:
             if config.data == 'rooms' and config.task == 'spatial' and not sharded:       # a sharded model does not generate
-                metrics = answer_rooms(model, chat, latents, held_out, data, device, autocast, config.map_steps > 0) if is_main else {}
+                metrics = answer_rooms(model, chat, latents, held_out, data, device, autocast) if is_main else {}
                 line = rooms_line(metrics) if is_main else ''
             else:
                 model.eval()

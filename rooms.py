@@ -549,10 +549,6 @@ def ask(rooms, room, cells, scene, g, used, per_task=1):
     return records
 
 
-def map_prompt(where='of the first camera'):
-    return vsi_prompt(dict(question=f'Where are the objects, in meters to the right (x) and ahead (y) {where}?', options=None))
-
-
 def ask_maps(rooms, room, cells, camera, g, standpoints=3):
     """Where does everything stand that is seen? Maps in words, in whole metres: to train on, and (the first) to see what a model knows; not of VSI-Bench.
 
@@ -576,29 +572,28 @@ def ask_maps(rooms, room, cells, camera, g, standpoints=3):
         axes = torch.stack([torch.stack([ahead[1], -ahead[0]]), ahead])                   # to the right, ahead
         spots = ((place - stand) @ axes.T).round().int().tolist()
         answer = '; '.join(f'{CATEGORIES[c]} at x {x:+d}, y {y:+d}' for c, x, y in sorted((int(rooms.category[room, k]), *spots[k]) for k in pieces))
-        maps.append((map_prompt(where), answer or 'none'))
+        question = dict(question=f'Where are the objects, in meters to the right (x) and ahead (y) {where}?', options=None)
+        maps.append((vsi_prompt(question), answer or 'none'))
     return maps
 
 
 # ... and about single pictures, which need no scene: what the mini VLM is pre-trained on
 
 def ask_2d(rooms, room, surface, g):
-    """Questions about one picture: what is there, how many, where and how large in it, left or right of what. surface (h, w) ids of cells.
+    """Questions about one picture: what is there, how many, where in the picture, how large in it, left or right of what. surface (h, w) ids of cells.
 
-    -> list of (prompt, answer); the last one lists everything, so that no other answer can be read off it
+    -> list of (prompt, answer)
     """
     draw = lambda items: items[int(torch.randint(len(items), (1,), generator=g))]
     shuffled = lambda items: [items[i] for i in torch.randperm(len(items), generator=g)]
-    rows, columns = [axis / len(axis) for axis in map(torch.arange, surface.shape)]
-    members, sizes, spots = {}, {}, []
+    columns = torch.arange(surface.shape[1]).expand_as(surface).float() / surface.shape[1]
+    members, sizes = {}, {}
     for k in range(K):
         mask = surface == 6 + k
         if mask.sum() >= SEEN:
-            y, x = [axis[index] for axis, index in zip((rows, columns), mask.nonzero(as_tuple=True))]
-            name = CATEGORIES[rooms.category[room, k]]
+            name, x = CATEGORIES[rooms.category[room, k]], columns[mask]
             members.setdefault(name, []).append(x.mean().item())
             sizes[name] = (x.max() - x.min()).item() + 1 / surface.shape[1], mask.float().mean().item()   # of the picture: width, area
-            spots.append((int(rooms.category[room, k]), round(10 * x.mean().item() - 5), round(5 - 10 * y.mean().item())))
     absent = [name for name in CATEGORIES if name not in members]
     unique = {name: x[0] for name, x in members.items() if len(x) == 1}
     questions = []
@@ -622,9 +617,6 @@ def ask_2d(rooms, room, surface, g):
     if pairs:
         a, b = draw(pairs)
         questions.append((f'In the picture, is the {a} to the left or the right of the {b}?', shuffled(['left', 'right']), 'left' if unique[a] < unique[b] else 'right'))
-    questions = shuffled(questions)
-    questions.append(('Where are the objects in the picture, in tenths of its width to the right (x) and of its height up (y) from the middle?', None,
-                      '; '.join(f'{CATEGORIES[c]} at x {x:+d}, y {y:+d}' for c, x, y in sorted(spots)) or 'none'))
     letters = lambda options: [f'{letter}. {text}' for letter, text in zip('ABCD', options)] if options else None
     return [(vsi_prompt(dict(question=question, options=letters(options))), 'ABCD'[options.index(answer)] if options else answer)
             for question, options, answer in questions]

@@ -15,7 +15,6 @@ The last part is about the questions on rooms (rooms.py): what one gets without 
 import collections
 import functools
 import itertools
-import math
 import re
 
 import numpy as np
@@ -373,24 +372,26 @@ ROOM_COLUMNS = {'object_counting': 'count', 'object_abs_distance': 'abs.dist', '
 
 
 def rooms_table(arms):
-    """{arm: metrics of one run, or a list of those of several seeds} -> VSI-Bench's columns, with intervals."""
+    """{arm: metrics of one run, or a list of those of several seeds} -> VSI-Bench's columns, with intervals; below, the same for what follows from the maps."""
     arms = {arm: runs if isinstance(runs, list) else [runs] for arm, runs in arms.items()}
     first = next(iter(arms.values()))[0]
+    columns = lambda result: ''.join(f'{result[task]:10.1f}' if task in result else f'{"-":>10s}' for task in ROOM_COLUMNS)
     rows = [f'{"":28s}' + ''.join(f'{title:>10s}' for title in ROOM_COLUMNS.values()) + f'{"overall":>22s}{"map":>22s}']
     for name, prior in (('commonest answer', first['commonest']), ('best constant answer', first['prior'])):
-        rows.append(f'{name:28s}' + ''.join(f'{prior.get(task, math.nan):10.1f}' for task in ROOM_COLUMNS) + f'{prior["overall"]:22.1f}'
-                    + (f'{prior["map"]:22.1f}' if 'map' in prior else f'{"-":>22s}'))
+        rows.append(f'{name:28s}{columns(prior)}{prior["overall"]:22.1f}' + (f'{prior["map"]:22.1f}' if 'map' in prior else f'{"-":>22s}'))
 
     def row(name, result):
         with_interval = ''.join('{:.1f} ({:.1f}..{:.1f})'.format(*result[key]).rjust(22) if key in result else '-'.rjust(22) for key in ('overall', 'map'))
-        rows.append(f'{name:28s}' + ''.join(f'{result.get(task, math.nan):10.1f}' for task in ROOM_COLUMNS) + with_interval)
+        rows.append(f'{name:28s}{columns(result)}{with_interval}')
 
-    for arm, runs in arms.items():
-        row(f'{arm}, {len(runs)} seed{"s" * (len(runs) > 1)}', overall_scores(runs))
-    for arm, runs in arms.items():
-        if 'solved' in runs[0]:
-            row(f'{arm}, maps solved', {task: float(np.mean([run['solved'][task] for run in runs])) for task in runs[0]['solved']})
-    for arm, runs in arms.items():
-        if arm != 'psfm' and len(runs) == len(arms.get('psfm', ())):
-            row(f'psfm minus {arm}', overall_scores(arms['psfm'], runs))
+    def block(arms):
+        for arm, runs in arms.items():
+            row(f'{arm}, {len(runs)} seed{"s" * (len(runs) > 1)}', overall_scores(runs))
+        for arm, runs in arms.items():
+            if arm != 'psfm' and len(runs) == len(arms.get('psfm', ())):
+                row(f'psfm minus {arm}', overall_scores(arms['psfm'], runs))
+
+    block(arms)
+    rows.append('what follows from the maps in words, by computation (scoring.solve):')
+    block({arm: [run['solved'] for run in runs] for arm, runs in arms.items()})
     return '\n'.join(rows)

@@ -74,7 +74,7 @@ def test_two_processes_whole_and_sharded(vlm, tmp_path):
     weights = {}
     for name, more in (('ddp', ()), ('fsdp2', ('--shard',))):
         done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', 'finetune.py',
-                               *options(vlm, tmp_path / name, '--steps', '2', '--batch', '2', '--map-steps', '0', *more)],
+                               *options(vlm, tmp_path / name, '--steps', '2', '--batch', '2', *more)],
                               cwd=Path(finetune.__file__).parent, env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
         model, _, _ = load_spatial_vlm(str(tmp_path / name / 'run' / 'checkpoint'))
@@ -232,26 +232,19 @@ def test_rooms_in_words(vlm):
         assert overview not in chat.tokenizer.decode([label for label in labels if label != -100])       # the map is given, not asked for
 
 
-def test_maps_come_first_and_questions_follow_the_own_map(vlm):
-    data, (_, chat) = RoomQuestions('train', 0, 16), load_vlm(vlm)
+def test_maps_alone_and_after_questions(vlm):
+    pictured = RoomQuestions('train', 0, 4)
+    _, chat = load_vlm(vlm)
     for i in range(4):
-        assert data.map_of(i)['conversations'][1]['value'] == data.maps[i][0][1]
+        overview = pictured.maps[i][0][1]
+        assert pictured.map_of(i)['conversations'][1]['value'] == overview
+        assert (pictured[i]['conversations'][-1]['value'] == overview) == (i % 2 == 1)
 
-    # maps alone come of twice as many rooms, and no room comes twice before all have come
+    # the first steps hold maps alone, of twice as many rooms, and no room comes twice before all have come
     config = dataclasses.replace(finetune.Config(), batch=2, map_steps=1)
-    dealt = finetune.Encoded(data, chat, config, draw=lambda rooms: [data.maps[room][0][1] for room in rooms])
-    assert [dealt.is_map(step) for step in range(5)] == [True, False, True, False, True]
-    assert [len(dealt[step][0]) for step in range(5)] == [4, 2, 4, 2, 4]
-    assert sorted(sum([dealt.samples(step) for step in range(5)], [])) == list(range(16))
-    for room, item in zip(dealt.samples(1), dealt[1][0]):
-        given = data.maps[room][0][1] + '\n'
-        assert given in chat.tokenizer.decode(item['input_ids'])
-        assert given not in chat.tokenizer.decode([label for label in item['labels'] if label != -100])  # no loss on what the model said itself
-
-    # two processes share the rooms of a batch
-    halves = [finetune.Encoded(data, chat, config, rank, 2) for rank in range(2)]
-    assert sorted(sum([half.samples(step) for half in halves for step in (0, 1)], [])) == sorted(finetune.Encoded(data, chat, dataclasses.replace(config, batch=4)).samples(0)
-                                                                                                 + finetune.Encoded(data, chat, dataclasses.replace(config, batch=4)).samples(1))
+    dealt = finetune.Encoded(RoomQuestions('train', 0, 8), chat, config)
+    assert len(dealt[0][0]) == 4 and len(dealt[1][0]) == 2
+    assert sorted(dealt.samples(0) + dealt.samples(1) + dealt.samples(2)) == list(range(8))
 
 
 def test_shares_of_files(media):
@@ -282,7 +275,7 @@ def test_files_end_to_end(vlm, media, capsys):
 @pytest.mark.parametrize('more, fault', [
     (['--latents', 'none', '--train', 'adapter'], 'nothing to train'), (['--batch', '0'], '--batch must be at least 1'), (['--data', ''], 'your own files'),
     (['--train', 'everything'], '--train takes'), (['--vlm', 'nowhere'], 'no VLM at nowhere'), (['--words', '2'], '--words describes rooms for --config mini-vlm only'),
-    (['--map-steps', '4'], 'questions need steps behind the maps'), (['--shard'], 'cannot draw its own maps')])
+    (['--map-steps', '4'], 'questions need steps behind the maps')])
 def test_faulty_options(vlm, tmp_path, more, fault):
     with pytest.raises(InputError, match=fault):
         finetune.main(options(vlm, tmp_path, *more))
