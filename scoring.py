@@ -349,7 +349,7 @@ def overall_scores(runs, rival=None, draws=1000):
         sums, counts = np.bincount(kind, weight * values, len(names)), np.bincount(kind, weight, len(names))
         means = {name: s / c for name, s, c in zip(names, sums, counts) if c}
         placed = {'map': 100 * means.pop('map')} if 'map' in means else {}
-        return dict(aggregate('vsibench', [(dict(question_type=name), mean) for name, mean in means.items()]), **placed)
+        return dict(aggregate('vsibench', [(dict(question_type=name), mean) for name, mean in means.items()]) if means else {}, **placed)
 
     result, random, drawn = average(scores.mean(0), np.ones(len(kind))), np.random.default_rng(0), []
     for _ in range(draws):

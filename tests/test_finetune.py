@@ -52,9 +52,10 @@ def test_rooms_end_to_end(vlm, tmp_path, capsys):
         assert picture.size == (1000, 274)                    # four rooms in a row
     evaluation.main(['rooms', '--run', str(tmp_path / 'run'), '--rooms', '4', '--device', 'cpu'])
     evaluation.main(['rooms', '--run', str(tmp_path / 'run'), '--rooms', '4', '--latents', 'shuffled', '--device', 'cpu'])
+    evaluation.main(['rooms', '--run', str(tmp_path / 'run'), str(tmp_path / 'run'), '--rooms', '4', '--maps', '--device', 'cpu'])
     evaluation.main(['rooms', '--run', vlm, '--rooms', '4', '--words', '--device', 'cpu'])      # no pictures, but the true map in words
     shown = capsys.readouterr().out
-    assert 'psfm shuffled' in shown and 'map in words' in shown
+    assert 'psfm shuffled' in shown and 'map in words' in shown and 'psfm, 2 seeds' in shown
     Image.new('RGB', (80, 60), 'red').save(tmp_path / 'a.png')
     evaluation.main(['ask', '--run', str(tmp_path / 'run'), '--images', str(tmp_path / 'a.png'), '--question', 'How many table(s) are in this room?', '--device', 'cpu'])
 
