@@ -504,8 +504,9 @@ class RoomsInWords(torch.utils.data.Dataset):
     def __init__(self, seed, num_rooms, standpoints=6, progress=iter):
         self.conversations, used = [], collections.Counter()
         for number in progress(range(num_rooms)):
-            rooms = make_rooms(1, room_seed('train', seed, number))
-            camera = make_walk(rooms, 1, room_seed('train', seed, number))[0, 0]
+            own_seed = room_seed('train', seed, number)
+            rooms = make_rooms(1, own_seed)
+            camera = make_walk(rooms, 1, own_seed)[0, 0]
             g = step_generator(seed, number, 5)
             cells = SEEN * (torch.rand(1, K, generator=g) < 0.85).int()                   # one view, which misses a piece now and then
             (_, overview), *others = ask_maps(rooms, 0, cells, camera, g, standpoints)

@@ -577,8 +577,8 @@ def answer_rooms(model, chat, latents, held_out, train_data, device, autocast, s
     model.train(was_training)
     scored = [(record, score('vsibench', record, answer)) for record, answer in zip(held_out.records, answers)]
     guess, usual = language_prior(train_data.records), map_prior([maps[0][1] for maps in train_data.maps])
-    prior, commonest = [aggregate('vsibench', [(record, score('vsibench', record, guess(record))) for record in held_out.records])
-                        for guess in (guess, language_prior(train_data.records, commonest=True))]
+    prior, commonest = [aggregate('vsibench', [(record, score('vsibench', record, blind(record))) for record in held_out.records])
+                        for blind in (guess, language_prior(train_data.records, commonest=True))]
     prior['map'] = 100 * float(np.mean([map_score(truth, usual(truth)) for _, truth in truths]))
     told = [record for record in held_out.records if record['question_type'] not in UNTOLD]
     solved = [(record, score('vsibench', record, solve(record, drawn[record['room']]) or guess(record))) for record in told]
@@ -899,15 +899,16 @@ def main(argv=None):
     if args.command == 'rooms':
         if args.words and (args.latents or args.maps):
             raise InputError('--words shows neither pictures nor latents, and asks for no map: leave --latents and --maps out')
+        loaded = [load_answerer(run, device) for run in args.run]                         # all of them before anything is asked: a wrong folder costs nothing
+        for run, (_, _, latents, _) in zip(args.run, loaded):
+            if args.latents and latents is None:
+                raise InputError(f'{run} was trained without latents: there is nothing to shuffle')
         path = os.path.join(args.run[0], 'config.json')
         trained = json.load(open(path))['num_rooms'] if os.path.isfile(path) else 1000                           # what the prior may know
         questions = [RoomQuestions(split, 0, number, progress=lambda blocks: tqdm(blocks, 'rendering rooms', leave=False))
                      for split, number in (('val', args.rooms), ('train', trained))]
         arms = {}
-        for run in args.run:
-            model, chat, latents, settings = load_answerer(run, device)
-            if args.latents and latents is None:
-                raise InputError(f'{run} was trained without latents: there is nothing to shuffle')
+        for model, chat, latents, settings in loaded:
             metrics = answer_rooms(model, chat, latents, *questions, device, autocast, bool(args.latents), args.words, args.maps)
             arms.setdefault('map in words' if args.words else f'{settings["latents"]} {args.latents}'.strip(), []).append(metrics)
         print(rooms_table(arms))
