@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 
 from model import InputError
-from rooms import CLASSES, K, SEEN, ask, ask_2d, ask_maps, make_intrinsics, make_rooms, make_walk, render, room_seed, surface_classes, vsi_prompt
+from rooms import CLASSES, K, SEEN, ask, ask_2d, ask_maps, make_intrinsics, make_rooms, make_walk, places_shown, render, room_seed, surface_classes, vsi_prompt
 
 CELL = 4      # pixels a side: depth and classes are kept at this resolution
 
@@ -442,8 +442,8 @@ class RoomQuestions(torch.utils.data.Dataset):
 
     To train on, a map in words (`ask_maps`) comes after the questions about every second room.
 
-    `kind` '2d' instead: item i is one picture and what it alone answers; it also has `classes` (16, 11): of each sixteenth of
-    the picture, which share shows which of rooms.CLASSES.
+    `kind` '2d' instead: item i is one picture and what it alone answers, last a map of what it shows; it also has `seen` (16, 11 + 3): of each
+    sixteenth of the picture, which share shows which of rooms.CLASSES, and where that lies (rooms.places_shown).
     `records`: the questions one by one, in VSI-Bench's schema, with `room`, the index of their room.
     """
     VIEWS = 6
@@ -451,25 +451,31 @@ class RoomQuestions(torch.utils.data.Dataset):
     def __init__(self, split, seed, num_rooms, kind='3d', progress=iter):
         self.kind, self.seed, self.split = kind, seed, split
         pool = RoomPool(split, seed, num_rooms)
-        images, classes, self.questions, self.records, self.maps, used = [], [], [], [], [], collections.Counter()
+        images, seen, self.questions, self.records, self.maps, used = [], [], [], [], [], collections.Counter()
         for index in progress(range(-(-num_rooms // pool.BLOCK))):
             rooms, views = pool.render_block(index)
             images.append(views['images'][:, :self.VIEWS].permute(0, 1, 3, 4, 2).contiguous())
             surface = views['surface'][:, :self.VIEWS].long()
             cells = F.one_hot(surface.flatten(2), 6 + K)[..., 6:].sum(2)                  # (BLOCK, V, K)
+            cameras = views['extrinsics'][:, :self.VIEWS]
             if kind == '2d':
-                shown = F.one_hot(surface_classes(rooms, surface), len(CLASSES)).float().flatten(0, 1).permute(0, 3, 1, 2)
-                classes.append(F.avg_pool2d(shown, 4).flatten(2).transpose(1, 2))         # (BLOCK V, 16, 11)
+                shown = torch.cat([F.one_hot(surface_classes(rooms, surface), len(CLASSES)).float(), places_shown(
+                    views['depth'][:, :self.VIEWS], cameras, views['intrinsics'][:, :self.VIEWS], pool.size)], -1)
+                seen.append(F.avg_pool2d(shown.flatten(0, 1).permute(0, 3, 1, 2), 4).flatten(2).transpose(1, 2))              # (BLOCK V, 16, 11 + 3)
             for room in range(pool.BLOCK):
                 number = index * pool.BLOCK + room
                 g = step_generator(seed, number, 5, split != 'train')
                 if kind == '2d':
-                    self.questions += [ask_2d(rooms, room, surface[room, view], g) for view in range(self.VIEWS)]
+                    for view in range(self.VIEWS):
+                        alone = cells[room, view:view + 1]
+                        records = [record for record in ask(rooms, room, alone, '', g, used) if record['question_type'] != 'room_size_estimation']
+                        self.questions.append(ask_2d(rooms, room, surface[room, view], g) + [(vsi_prompt(record), record['ground_truth']) for record in records])
+                        self.maps.append(ask_maps(rooms, room, alone, cameras[room, view].cpu(), g, standpoints=0))
                 else:
                     self.questions.append(ask(rooms, room, cells[room], f'room-{split}-{seed}-{number}', g, used))
-                    self.maps.append(ask_maps(rooms, room, cells[room], views['extrinsics'][room, 0].cpu(), g))
+                    self.maps.append(ask_maps(rooms, room, cells[room], cameras[room, 0].cpu(), g))
                     self.records += [dict(record, id=len(self.records) + i, room=number) for i, record in enumerate(self.questions[-1])]
-        self.classes = torch.cat(classes) if classes else None                            # (R V, 16, 11)
+        self.seen = torch.cat(seen) if seen else None                                     # (R V, 16, 14)
         self.images = torch.cat(images).numpy()                                           # (R, V, H, W, 3) uint8
 
     def __len__(self):
@@ -491,7 +497,7 @@ class RoomQuestions(torch.utils.data.Dataset):
     def __getitem__(self, i):
         if self.kind == '2d':
             picture = Image.fromarray(self.images.reshape(-1, *self.images.shape[2:])[i])
-            return dict(images=[picture], classes=self.classes[i], conversations=to_turns('<image>', self.turns(i)))
+            return dict(images=[picture], seen=self.seen[i], conversations=to_turns('<image>', self.turns(i) + self.maps[i]))
         last = self.maps[i][:1] if self.split == 'train' and i % 2 else []                # last: no answer can be read off it
         return dict(images=self.pictures(i), conversations=to_turns('<image>' * self.VIEWS, self.turns(i) + last))
 

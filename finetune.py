@@ -140,9 +140,8 @@ class Encoded(torch.utils.data.Dataset):
 
     def __getitem__(self, step):
         items = [self.data.map_of(i) if step < self.maps else self.data[i] for i in self.samples(step)]
-        classes = [item['classes'] for item in items if 'classes' in item]
-        classes = torch.stack(classes) if classes else None
-        return [self.chat.encode(item) for item in items], [item['images'] for item in items], classes
+        seen = [item['seen'] for item in items if 'seen' in item]
+        return [self.chat.encode(item) for item in items], [item['images'] for item in items], torch.stack(seen) if seen else None
 
 
 @functools.lru_cache(maxsize=4)
@@ -226,19 +225,21 @@ def loss_of(model, batch, latents):
 
 
 class Sight(nn.Module):
-    """Only to pre-train the mini VLM: what its vision tower sees in each patch. A stand-in for the pictures that an open VLM's tower has learned from."""
+    """Only to pre-train the mini VLM: what its vision tower sees in each patch, and where. A stand-in for the pictures that an open VLM's tower has learned from."""
 
     def __init__(self, vlm):
         super().__init__()
-        self.head = nn.Linear(vlm.config.get_text_config().hidden_size, len(CLASSES))
+        width = vlm.config.get_text_config().hidden_size
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, len(CLASSES) + 3)
         vlm.model.visual.register_forward_hook(self.keep)
 
     def keep(self, module, inputs, outputs):
         self.tokens = outputs.pooler_output                   # (all patches of the batch, h)
 
-    def loss(self, classes):
-        """Cross entropy with the shares of the classes in each patch, (pictures, patches, classes)."""
-        return nn.functional.cross_entropy(self.head(self.tokens).float(), classes.flatten(0, 1))
+    def loss(self, seen):
+        """seen (pictures, patches, 11 + 3): cross entropy with the shares of the classes, and smooth L1 to the place in metres."""
+        (said, place), (shares, true) = [x.flatten(0, -2).float().split([len(CLASSES), 3], -1) for x in (self.head(self.norm(self.tokens)), seen)]
+        return nn.functional.cross_entropy(said, shares) + nn.functional.smooth_l1_loss(place, true)
 
 
 @torch.no_grad()
@@ -363,14 +364,14 @@ def train(name, config, data=None, held_out=None):
 
         # forward, backward, update
         for micro in range(config.accumulate):
-            items, pictures, classes = next(loader)
+            items, pictures, seen = next(loader)
             batch, z = chat.batch(items, device=device), latents(pictures) if latents else None
             last = micro == config.accumulate - 1
             with contextlib.nullcontext() if last or world_size == 1 or sharded else wrapped.no_sync():
                 with autocast:
                     losses = dict(answers=loss_of(wrapped, batch, z))
-                    if classes is not None:
-                        losses['sight'] = sight.loss(classes.to(device))
+                    if seen is not None:
+                        losses['sight'] = sight.loss(seen.to(device))
                     losses['loss'] = sum(losses.values())
                 (losses['loss'] / config.accumulate).backward()
         norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], config.clip)

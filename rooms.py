@@ -549,6 +549,26 @@ def ask(rooms, room, cells, scene, g, used, per_task=1):
     return records
 
 
+def map_frame(camera):
+    """Extrinsics (..., 3, 4) -> (eye (..., 2), axes (..., 2, 2)): where the camera stands on the floor plan, and the unit vectors to its right and ahead of it."""
+    rotation = camera[..., :3]
+    eye = -(rotation.transpose(-1, -2) @ camera[..., 3:])[..., :2, 0]
+    x, y = F.normalize(rotation[..., 2, :2], dim=-1).unbind(-1)                           # ahead
+    return eye, torch.stack([torch.stack([y, -x], -1), torch.stack([x, y], -1)], -2)
+
+
+def places_shown(depth, extrinsics, intrinsics, size):
+    """Where what each cell shows lies: metres to the right of the camera, ahead of it, and above the floor.
+
+    depth (..., h, w) of cells, extrinsics (..., 3, 4), intrinsics (..., 3, 3) for images of `size` = (H, W) pixels -> (..., h, w, 3)
+    """
+    points = camera_rays(intrinsics, size, depth.shape[-2:]) * depth.flatten(-2)[..., None]                       # (..., h w, 3) in the camera's frame
+    points = (points - extrinsics[..., None, :, 3]) @ extrinsics[..., :3]                 # in the world
+    eye, axes = map_frame(extrinsics)
+    plan = (points[..., :2] - eye[..., None, :]) @ axes.transpose(-1, -2)
+    return torch.cat([plan, points[..., 2:]], -1).unflatten(-2, depth.shape[-2:])
+
+
 def ask_maps(rooms, room, cells, camera, g, standpoints=3):
     """Where does everything stand that is seen? Maps in words, in whole metres: to train on, and (the first) to see what a model knows; not of VSI-Bench.
 
@@ -560,8 +580,8 @@ def ask_maps(rooms, room, cells, camera, g, standpoints=3):
     name = {k: CATEGORIES[rooms.category[room, k]] for k in seen}
     unique = [k for k in seen if list(name.values()).count(name[k]) == 1]
     place = rooms.center[room, :, :2]
-    eye = -(camera[:, :3].T @ camera[:, 3])[:2]
-    views = [('of the first camera', eye, camera[2, :2], seen)]
+    eye, axes = map_frame(camera)
+    views = [('of the first camera', eye, axes[1], seen)]
     for _ in range(standpoints if len(unique) > 1 else 0):
         a = draw(unique)
         b = draw([k for k in unique if k != a])
