@@ -104,18 +104,22 @@ class SpatialVLM(nn.Module):
         super().__init__()
         self.vlm, self.adapter = vlm, adapter
         self.latents = self.counts = None                     # of the forward under way
-        if adapter is not None:
-            plain = vlm.model.get_image_features
+        self.image_tokens = None                              # of the last one, as the language model read them: (all image tokens of the batch, h)
+        plain = vlm.model.get_image_features
 
-            @functools.wraps(plain)                           # transformers reads its signature
-            def get_image_features(*args, **kwargs):
-                outputs = plain(*args, **kwargs)
-                return outputs if self.latents is None else self.fuse(outputs)
-            vlm.model.get_image_features = get_image_features
+        @functools.wraps(plain)                               # transformers reads its signature
+        def get_image_features(*args, **kwargs):
+            outputs = plain(*args, **kwargs)
+            if self.latents is not None:
+                outputs = self.fuse(outputs)
+            tokens = outputs.pooler_output                    # (images, n, h), or a list of (n, h)
+            self.image_tokens = tokens.flatten(0, -2) if torch.is_tensor(tokens) else torch.cat(list(tokens))
+            return outputs
+        vlm.model.get_image_features = get_image_features
 
     def fuse(self, outputs):
         """The VLM's own image tokens, each sample's fused with its own latents. The VLM calls for them once, at prefill."""
-        tokens = outputs.pooler_output                        # (images, n, h), or a list of (n, h)
+        tokens = outputs.pooler_output
         is_tensor = torch.is_tensor(tokens)
         rows = tokens.flatten(0, -2) if is_tensor else torch.cat(list(tokens))            # (all image tokens of the batch, h)
         if len(rows) != sum(self.counts):
@@ -147,6 +151,15 @@ class SpatialVLM(nn.Module):
             # a batch without pictures leaves the adapter out: a gradient of zero all the same, which backward and DDP wait for
             outputs.logits = outputs.logits + 0 * sum(p.sum() for p in self.adapter.parameters())
         return outputs
+
+    def look(self, input_ids, latents, pixel_values, image_grid_thw):
+        """The image tokens that the language model would read, (all image tokens of the batch, h)."""
+        self.hold(input_ids, latents)
+        try:
+            self.vlm.model.get_image_features(pixel_values, image_grid_thw)
+        finally:
+            self.hold(input_ids, None)
+        return self.image_tokens
 
     @torch.no_grad()
     def generate(self, input_ids, latents=None, **inputs):
@@ -319,9 +332,11 @@ def mini_vlm(tokenizer_json, width=128, depth=4, heads=4):
     return vlm, Chat(tokenizer, image_processor, ids['image_pad'])
 
 
-def save_mini_vlm(vlm, chat, path, sizes, command=''):
-    """One file: fp16 weights, with the tokenizer and the sizes in its metadata."""
-    state = {name: tensor.detach().cpu().half().contiguous() for name, tensor in vlm.state_dict().items() if name != 'lm_head.weight'}
+def save_mini_vlm(vlm, chat, path, sizes, command='', sight=None):
+    """One file: fp16 weights, with the tokenizer and the sizes in its metadata; `sight`: what its pictures were asked with (finetune.Sight)."""
+    state = {name: tensor for name, tensor in vlm.state_dict().items() if name != 'lm_head.weight'}
+    state.update({f'sight.{name}': tensor for name, tensor in (sight.state_dict() if sight else {}).items()})
+    state = {name: tensor.detach().cpu().half().contiguous() for name, tensor in state.items()}
     save_file(state, path, dict(tokenizer=chat.tokenizer.backend_tokenizer.to_str(), sizes=json.dumps(sizes), command=command))
 
 
@@ -330,7 +345,7 @@ def load_mini_vlm(path):
     if 'tokenizer' not in metadata:
         raise InputError(f'{path} is not a mini VLM: its metadata hold no tokenizer')
     vlm, chat = mini_vlm(metadata['tokenizer'], **json.loads(metadata['sizes']))
-    load_strictly(vlm, {name: tensor.float() for name, tensor in state.items()}, path, skip=['lm_head.'])
+    load_strictly(vlm, {name: tensor.float() for name, tensor in state.items() if not name.startswith('sight.')}, path, skip=['lm_head.'])
     vlm.tie_weights()
     return vlm, chat
 

@@ -16,6 +16,7 @@ of cells x cells a patch (one cell = 4 x 4 pixels): depth (B, V, h, w) in metres
 classes (B, V, h, w), indices into rooms.CLASSES.
 """
 import collections
+import dataclasses
 import functools
 import glob
 import hashlib
@@ -32,7 +33,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 
 from model import InputError
-from rooms import CLASSES, K, SEEN, ask, ask_2d, ask_maps, make_intrinsics, make_rooms, make_walk, places_shown, render, room_seed, surface_classes, vsi_prompt
+from rooms import CLASSES, K, SEEN, ask, ask_2d, ask_maps, in_map_frame, make_intrinsics, make_rooms, make_walk, render, room_seed, surface_classes, vsi_prompt, what_patches_show
 
 CELL = 4      # pixels a side: depth and classes are kept at this resolution
 
@@ -442,8 +443,8 @@ class RoomQuestions(torch.utils.data.Dataset):
 
     To train on, a map in words (`ask_maps`) comes after the questions about every second room.
 
-    `kind` '2d' instead: item i is one picture and what it alone answers, last a map of what it shows; it also has `seen` (16, 11 + 3): of each
-    sixteenth of the picture, which share shows which of rooms.CLASSES, and where that lies (rooms.places_shown).
+    `kind` '2d' instead: item i is one picture and eight questions that it alone answers, last a map of what it shows; it also has `seen` (16, 11 + 3): what
+    each sixteenth of the picture shows, and where that lies (rooms.what_patches_show).
     `records`: the questions one by one, in VSI-Bench's schema, with `room`, the index of their room.
     """
     VIEWS = 6
@@ -458,24 +459,24 @@ class RoomQuestions(torch.utils.data.Dataset):
             surface = views['surface'][:, :self.VIEWS].long()
             cells = F.one_hot(surface.flatten(2), 6 + K)[..., 6:].sum(2)                  # (BLOCK, V, K)
             cameras = views['extrinsics'][:, :self.VIEWS]
-            if kind == '2d':
-                shown = torch.cat([F.one_hot(surface_classes(rooms, surface), len(CLASSES)).float(), places_shown(
-                    views['depth'][:, :self.VIEWS], cameras, views['intrinsics'][:, :self.VIEWS], pool.size)], -1)
-                seen.append(F.avg_pool2d(shown.flatten(0, 1).permute(0, 3, 1, 2), 4).flatten(2).transpose(1, 2))              # (BLOCK V, 16, 11 + 3)
+            shares, places = what_patches_show(rooms, surface, views['depth'][:, :self.VIEWS], cameras, views['intrinsics'][:, :self.VIEWS], pool.size)
+            frame = cameras if kind == '2d' else cameras[:, :1].expand_as(cameras)
+            seen.append(torch.cat([shares, in_map_frame(places, frame)], -1))             # (BLOCK, V, 16, 11 + 3)
             for room in range(pool.BLOCK):
                 number = index * pool.BLOCK + room
                 g = step_generator(seed, number, 5, split != 'train')
                 if kind == '2d':
                     for view in range(self.VIEWS):
                         alone = cells[room, view:view + 1]
-                        records = [record for record in ask(rooms, room, alone, '', g, used) if record['question_type'] != 'room_size_estimation']
+                        shown = dataclasses.replace(rooms, present=rooms.present & (alone >= SEEN))               # the rest of the room is not asked about
+                        records = [record for record in ask(shown, room, alone, '', g, used) if record['question_type'] != 'room_size_estimation']
                         self.questions.append(ask_2d(rooms, room, surface[room, view], g) + [(vsi_prompt(record), record['ground_truth']) for record in records])
                         self.maps.append(ask_maps(rooms, room, alone, cameras[room, view].cpu(), g, standpoints=0))
                 else:
                     self.questions.append(ask(rooms, room, cells[room], f'room-{split}-{seed}-{number}', g, used))
                     self.maps.append(ask_maps(rooms, room, cells[room], cameras[room, 0].cpu(), g))
                     self.records += [dict(record, id=len(self.records) + i, room=number) for i, record in enumerate(self.questions[-1])]
-        self.seen = torch.cat(seen) if seen else None                                     # (R V, 16, 14)
+        self.seen = torch.cat(seen)                                                       # (R, V, 16, 14)
         self.images = torch.cat(images).numpy()                                           # (R, V, H, W, 3) uint8
 
     def __len__(self):
@@ -497,7 +498,7 @@ class RoomQuestions(torch.utils.data.Dataset):
     def __getitem__(self, i):
         if self.kind == '2d':
             picture = Image.fromarray(self.images.reshape(-1, *self.images.shape[2:])[i])
-            return dict(images=[picture], seen=self.seen[i], conversations=to_turns('<image>', self.turns(i) + self.maps[i]))
+            return dict(images=[picture], seen=self.seen.flatten(0, 1)[i], conversations=to_turns('<image>', self.turns(i)[:8] + self.maps[i]))
         last = self.maps[i][:1] if self.split == 'train' and i % 2 else []                # last: no answer can be read off it
         return dict(images=self.pictures(i), conversations=to_turns('<image>' * self.VIEWS, self.turns(i) + last))
 

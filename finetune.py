@@ -27,9 +27,9 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from tqdm import tqdm
 
 from adapter import LATENTS, SceneLatents, SpatialVLM, add_lora, build_adapter, build_tokenizer, load_spatial_vlm, load_vlm, mini_vlm, save_mini_vlm, save_spatial_vlm
-from data import Conversations, RoomQuestions, RoomsInWords, step_generator
+from data import Conversations, RoomQuestions, RoomsInWords, step_generator, to_turns
 from eval import SHIPPED, answer_rooms, draw_maps
-from model import InputError
+from model import InputError, load_strictly, read_weights
 from rooms import ANSWER_WORDS, CATEGORIES, CLASSES
 from scoring import rooms_line, rooms_table
 from train import Muon, check_finite, join_processes, learning_rate, open_log, opt, parse_options, peak_memory, pick_dtype, quiet, read_state, run_script, write_checkpoint, write_state
@@ -52,6 +52,7 @@ class Config:
     skip_bad: bool = opt(False, 'leave faulty records out instead of stopping')
     num_rooms: int = opt(3000, 'rooms: how many to train on')
     words: int = opt(0, 'mini-vlm: so many other rooms come in words, without pictures')
+    ground_steps: int = opt(0, 'rooms: before anything else, so many steps teach the adapter where what each image token shows lies, four batches at once')
     map_steps: int = opt(0, 'rooms: so many steps first ask for the map alone, in batches of twice as many rooms')
     val_scenes: int = opt(96, 'rooms: held-out ones to be asked about; files: records held out for a loss')
     cache: str = opt('out/latents', "folder for the scenes' latents; '' computes them anew each time")
@@ -100,14 +101,16 @@ def parse_config(argv=None):
     name, config = parse_options(argv, __doc__, Config, PRESETS, CHOICES)
     config = config if config.out else dataclasses.replace(config, out=os.path.join('out', f'vlm-{name}'))
     if config.data != 'rooms' or config.task == 'mini-vlm':
-        config = dataclasses.replace(config, map_steps=0)     # only questions about rooms have maps
+        config = dataclasses.replace(config, ground_steps=0, map_steps=0)                 # only rooms have maps
     if config.words and (config.data != 'rooms' or config.task != 'mini-vlm'):
         raise InputError('--words describes rooms for --config mini-vlm only')
-    if min(config.words, config.map_steps) < 0 or 0 < config.steps <= config.map_steps:
-        raise InputError(f'--map-steps {config.map_steps} of --steps {config.steps}, --words {config.words}: none may be negative, and questions need steps behind the maps')
+    if min(config.words, config.ground_steps, config.map_steps) < 0 or 0 < config.steps <= config.map_steps:
+        raise InputError(f'--map-steps {config.map_steps} of --steps {config.steps}, --ground-steps {config.ground_steps}, --words {config.words}: none may be negative, and questions need steps behind the maps')
     for key in ('batch', 'accumulate', 'eval_every', 'log_every', 'num_rooms', 'val_scenes', 'num_frames'):
         if getattr(config, key) < 1:
             raise InputError(f'--{key.replace("_", "-")} must be at least 1, not {getattr(config, key)}')
+    if config.ground_steps and not config.vlm.endswith('.safetensors'):
+        raise InputError(f'--ground-steps teaches the adapter what the mini VLM was pre-trained with; for {config.vlm}, --ground-steps 0')
     if not config.data:
         raise InputError(f'{name} trains on your own files: --data a.json,b.jsonl --media FOLDER')
     if config.resume and (config.shard or config.task == 'mini-vlm'):
@@ -225,21 +228,47 @@ def loss_of(model, batch, latents):
 
 
 class Sight(nn.Module):
-    """Only to pre-train the mini VLM: what its vision tower sees in each patch, and where. A stand-in for the pictures that an open VLM's tower has learned from."""
+    """What each image token shows, and where: read off the mini VLM's own to pre-train its vision tower (a stand-in for the pictures that an open VLM's tower
+    has learned from), and off the adapter's before it is fine-tuned (`ground`)."""
 
-    def __init__(self, vlm):
+    def __init__(self, width):
         super().__init__()
-        width = vlm.config.get_text_config().hidden_size
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, len(CLASSES) + 3)
-        vlm.model.visual.register_forward_hook(self.keep)
 
-    def keep(self, module, inputs, outputs):
-        self.tokens = outputs.pooler_output                   # (all patches of the batch, h)
-
-    def loss(self, seen):
-        """seen (pictures, patches, 11 + 3): cross entropy with the shares of the classes, and smooth L1 to the place in metres."""
-        (said, place), (shares, true) = [x.flatten(0, -2).float().split([len(CLASSES), 3], -1) for x in (self.head(self.norm(self.tokens)), seen)]
+    def loss(self, tokens, seen):
+        """tokens (n, h), seen (..., 11 + 3) of the same patches: cross entropy with the shares of the classes, and smooth L1 to the place in metres."""
+        (said, place), (shares, true) = [x.flatten(0, -2).float().split([len(CLASSES), 3], -1) for x in (self.head(self.norm(tokens)), seen)]
         return nn.functional.cross_entropy(said, shares) + nn.functional.smooth_l1_loss(place, true)
+
+
+def ground(model, chat, latents, data, config, device, autocast, say):
+    """Before any word: the adapter alone learns to add to every image token where what it shows lies, seen from the first camera.
+
+    The mini VLM's own tokens say so of their own camera, in a form that its language model has learned to read (Sight). Nothing else is trained here.
+    """
+    sight = Sight(model.vlm.config.get_text_config().hidden_size).to(device).requires_grad_(False)
+    load_strictly(sight, {name.removeprefix('sight.'): tensor.float() for name, tensor in read_weights(config.vlm)[0].items() if name.startswith('sight.')}, config.vlm)
+    model.train().trainable('adapter')
+    plan = dataclasses.replace(config, steps=config.ground_steps, decay_from=0.0)
+    optimizers = make_optimizers(model, plan, device)
+    peaks = [group['lr'] for optimizer in optimizers for group in optimizer.param_groups]
+    for step in range(plan.steps):
+        rooms = [int(order(len(data), 0, config.seed)[i % len(data)]) for i in range(4 * step * config.batch, 4 * (step + 1) * config.batch)]
+        for group, peak in zip([group for optimizer in optimizers for group in optimizer.param_groups], peaks):
+            group['lr'] = learning_rate(step, plan) * peak
+        pictures = [data.pictures(i) for i in rooms]
+        batch = chat.batch([chat.encode(dict(images=images, conversations=to_turns('<image>' * len(images), [('', '')]))) for images in pictures], device=device)
+        with autocast:
+            tokens = model.look(batch['input_ids'], latents(pictures), batch['pixel_values'], batch['image_grid_thw'])
+            loss = sight.loss(tokens, data.seen[rooms].to(device))
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.adapter.parameters(), config.clip)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if step % config.log_every == 0 or step == plan.steps - 1:
+            say(f'grounding the adapter: step {step:05d}/{plan.steps:05d} | loss {loss.item():.4f}')
+    model.trainable(config.train)
 
 
 @torch.no_grad()
@@ -314,7 +343,9 @@ def train(name, config, data=None, held_out=None):
         model.vlm.enable_input_require_grads()
     if config.task == 'mini-vlm' and world_size > 1:
         raise InputError('mini-vlm trains in one process')
-    sight = Sight(model.vlm).to(device) if config.task == 'mini-vlm' else None
+    sight = Sight(model.vlm.config.get_text_config().hidden_size).to(device) if config.task == 'mini-vlm' else None
+    if config.ground_steps and latents and not config.resume:
+        ground(model, chat, latents, data, config, device, autocast, say)
     steps = config.steps or config.map_steps + math.ceil(len(data) / (config.batch * config.accumulate * world_size))
     config = dataclasses.replace(config, steps=steps)
     say(f'{name}: ' + ' '.join(f'{key}={value}' for key, value in dataclasses.asdict(config).items()))
@@ -371,7 +402,7 @@ def train(name, config, data=None, held_out=None):
                 with autocast:
                     losses = dict(answers=loss_of(wrapped, batch, z))
                     if seen is not None:
-                        losses['sight'] = sight.loss(seen.to(device))
+                        losses['sight'] = sight.loss(model.image_tokens, seen.to(device))
                     losses['loss'] = sum(losses.values())
                 (losses['loss'] / config.accumulate).backward()
         norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], config.clip)
@@ -403,7 +434,7 @@ def train(name, config, data=None, held_out=None):
         say(f'\n{name} took {metrics["seconds"] / 60:.1f} minutes and {metrics["peak_memory_gb"]:.1f} GB')
         if config.task == 'mini-vlm':
             path = os.path.join(config.out, 'mini_vlm.safetensors')
-            save_mini_vlm(model.vlm, chat, path, {}, 'python finetune.py ' + ' '.join(sys.argv[1:]))
+            save_mini_vlm(model.vlm, chat, path, {}, 'python finetune.py ' + ' '.join(sys.argv[1:]), sight)
             say(f'wrote {path}\nnext: python finetune.py --config small --vlm {path}')
         elif 'scores' in metrics:
             draw_maps(metrics['maps'], os.path.join(config.out, 'map.png'))

@@ -557,16 +557,27 @@ def map_frame(camera):
     return eye, torch.stack([torch.stack([y, -x], -1), torch.stack([x, y], -1)], -2)
 
 
-def places_shown(depth, extrinsics, intrinsics, size):
-    """Where what each cell shows lies: metres to the right of the camera, ahead of it, and above the floor.
+def in_map_frame(places, camera):
+    """Places (..., n, 3) in the world -> metres to the right of the camera, ahead of it, and above the floor. camera (..., 3, 4): extrinsics."""
+    eye, axes = map_frame(camera)
+    return torch.cat([(places[..., :2] - eye[..., None, :]) @ axes.transpose(-1, -2), places[..., 2:]], -1)
 
-    depth (..., h, w) of cells, extrinsics (..., 3, 4), intrinsics (..., 3, 3) for images of `size` = (H, W) pixels -> (..., h, w, 3)
+
+def what_patches_show(rooms, surface, depth, extrinsics, intrinsics, size, patches=4):
+    """What each of the patches x patches parts of a view shows, and where in the world that is: the middle of the piece of furniture that fills most of it
+    (a quarter of it, at least), or else the mean of the points that are seen.
+
+    surface, depth (R, V, h, w) of cells, extrinsics (R, V, 3, 4), intrinsics (R, V, 3, 3) for images of `size` = (H, W) pixels
+    -> shares of CLASSES (R, V, n, 11), places (R, V, n, 3) in metres, n = patches^2
     """
-    points = camera_rays(intrinsics, size, depth.shape[-2:]) * depth.flatten(-2)[..., None]                       # (..., h w, 3) in the camera's frame
+    patch = surface.shape[2] // patches, surface.shape[3] // patches
+    pool = lambda x: F.avg_pool2d(x.flatten(0, 1).permute(0, 3, 1, 2), patch).flatten(2).transpose(1, 2).unflatten(0, surface.shape[:2])
+    points = camera_rays(intrinsics, size, depth.shape[-2:]) * depth.flatten(-2)[..., None]                       # (R, V, h w, 3) in the camera's frame
     points = (points - extrinsics[..., None, :, 3]) @ extrinsics[..., :3]                 # in the world
-    eye, axes = map_frame(extrinsics)
-    plan = (points[..., :2] - eye[..., None, :]) @ axes.transpose(-1, -2)
-    return torch.cat([plan, points[..., 2:]], -1).unflatten(-2, depth.shape[-2:])
+    share, piece = pool(F.one_hot(surface, 6 + K).float())[..., 6:].max(-1)               # (R, V, n)
+    middle = rooms.center[torch.arange(len(surface))[:, None, None], piece]
+    places = torch.where(share[..., None] >= 0.25, middle, pool(points.unflatten(-2, depth.shape[-2:])))
+    return pool(F.one_hot(surface_classes(rooms, surface).long(), len(CLASSES)).float()), places
 
 
 def ask_maps(rooms, room, cells, camera, g, standpoints=3):

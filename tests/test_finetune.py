@@ -1,4 +1,5 @@
 """Fine-tuning end to end with a tiny VLM, and every fault that a file of conversations can have."""
+import contextlib
 import dataclasses
 import json
 import math
@@ -30,12 +31,12 @@ def vlm(tmp_path_factory):
     words = [turn['value'].replace('<image>', '') for i in range(8) for turn in rooms[i]['conversations']]
     words += [text for maps in rooms.maps for pair in maps for text in pair]
     path = str(tmp_path_factory.mktemp('vlm') / 'tiny.safetensors')
-    save_mini_vlm(*mini_vlm(build_tokenizer(words * 5, CATEGORIES + ANSWER_WORDS), **SIZES), path, SIZES)
+    save_mini_vlm(*mini_vlm(build_tokenizer(words * 5, CATEGORIES + ANSWER_WORDS), **SIZES), path, SIZES, sight=finetune.Sight(SIZES['width']))
     return path
 
 
 def options(vlm, out, *more):
-    return ['--config', 'small', '--vlm', vlm, '--num-rooms', '16', '--val-scenes', '4', '--batch', '4', '--steps', '4', '--map-steps', '1', '--eval-every', '2', '--log-every', '1',
+    return ['--config', 'small', '--vlm', vlm, '--num-rooms', '16', '--val-scenes', '4', '--batch', '4', '--steps', '4', '--ground-steps', '1', '--map-steps', '1', '--eval-every', '2', '--log-every', '1',
             '--cache', f'{out}/latents', '--out', f'{out}/run', '--device', 'cpu', '--dtype', 'float32', *more]
 
 
@@ -248,6 +249,21 @@ def test_maps_alone_and_after_questions(vlm):
     assert sorted(dealt.samples(0) + dealt.samples(1) + dealt.samples(2)) == list(range(8))
 
 
+def test_grounding(vlm, tmp_path):
+    _, config = finetune.parse_config(options(vlm, tmp_path, '--ground-steps', '40', '--log-every', '39', '--muon-lr', '0.02'))
+    data = RoomQuestions('train', 0, 16)
+    model, chat, latents = finetune.build_model(config, data)
+    before, said = {name: x.clone() for name, x in model.state_dict().items()}, []
+    finetune.ground(model, chat, latents, data, config, torch.device('cpu'), contextlib.nullcontext(), said.append)
+    first, *_, last = [float(line.split()[-1]) for line in said]
+    assert last < 0.8 * first
+    assert {name.split('.')[0] for name, x in model.state_dict().items() if not torch.equal(x, before[name])} == {'adapter'}
+
+    save_mini_vlm(*load_vlm(vlm), tmp_path / 'blind.safetensors', SIZES)
+    with pytest.raises(InputError, match='blind.safetensors does not fit this Sight'):
+        finetune.main(options(str(tmp_path / 'blind.safetensors'), tmp_path))
+
+
 def test_shares_of_files(media):
     path = write(media, *[GOOD] * 20)
     assert len(Conversations([f'{path}:0.25', path], str(media))) == 25
@@ -275,8 +291,8 @@ def test_files_end_to_end(vlm, media, capsys):
 
 @pytest.mark.parametrize('more, fault', [
     (['--latents', 'none', '--train', 'adapter'], 'nothing to train'), (['--batch', '0'], '--batch must be at least 1'), (['--data', ''], 'your own files'),
-    (['--train', 'everything'], '--train takes'), (['--vlm', 'nowhere'], 'no VLM at nowhere'), (['--words', '2'], '--words describes rooms for --config mini-vlm only'),
-    (['--map-steps', '4'], 'questions need steps behind the maps')])
+    (['--train', 'everything'], '--train takes'), (['--vlm', 'nowhere', '--ground-steps', '0'], 'no VLM at nowhere'), (['--words', '2'], '--words describes rooms for --config mini-vlm only'),
+    (['--map-steps', '4'], 'questions need steps behind the maps'), (['--vlm', 'some/where'], '--ground-steps 0')])
 def test_faulty_options(vlm, tmp_path, more, fault):
     with pytest.raises(InputError, match=fault):
         finetune.main(options(vlm, tmp_path, *more))

@@ -1,4 +1,5 @@
 import collections
+import itertools
 import math
 import re
 from dataclasses import fields
@@ -7,8 +8,8 @@ import pytest
 import torch
 
 from model import camera_rays, invert_pose
-from rooms import (CATEGORIES, CLASSES, FURNITURE, SEEN, K, ask, ask_maps, make_intrinsics, make_path, make_rooms, make_walk, render, room_facts, room_seed,
-                   surface_classes)
+from rooms import (CATEGORIES, CLASSES, FURNITURE, SEEN, K, ask, ask_maps, in_map_frame, make_intrinsics, make_path, make_rooms, make_walk, render,
+                   room_facts, room_seed, surface_classes, what_patches_show)
 from scoring import map_score
 
 SIZE = (24, 32)
@@ -165,6 +166,34 @@ def test_facts_of_rooms_are_those_of_their_object_lists(world):
         for i, (a, b) in enumerate(torch.triu_indices(8, 8, offset=1).T.tolist()):
             distance = facts['distance'][r, i]
             assert distance.isnan() if not {a, b} <= places.keys() else torch.isclose(distance, (places[a] - places[b]).norm(), atol=1e-5)
+
+
+def test_what_patches_show(world):
+    rooms, extrinsics, intrinsics, views = world
+    surface, depth = views['surface'].long(), views['depth']
+    size = tuple(surface.shape[-2:])
+    shares, places = what_patches_show(rooms, surface, depth, extrinsics, intrinsics, size)
+    own = in_map_frame(places, extrinsics)
+    h, w = size[0] // 4, size[1] // 4
+    pieces = 0
+    for r, v, row, column in itertools.product(range(2), range(3), range(4), range(4)):
+        inside = (r, v, slice(row * h, (row + 1) * h), slice(column * w, (column + 1) * w))
+        ids, n = surface[inside].flatten().tolist(), 4 * row + column
+        names = [CATEGORIES[rooms.category[r, i - 6]] if i > 5 else ('wall', 'wall', 'wall', 'wall', 'floor', 'ceiling')[i] for i in ids]
+        assert shares[r, v, n].tolist() == pytest.approx([names.count(name) / len(names) for name in CLASSES], abs=1e-5)
+        count, most = max((ids.count(i), -i) for i in range(6, 6 + K))
+        if count >= len(ids) / 4:
+            place, pieces = rooms.center[r, -most - 6], pieces + 1
+        else:
+            y, x = torch.meshgrid(*(torch.arange(part.start, part.stop) + 0.5 for part in inside[2:]), indexing='ij')
+            pixels = torch.stack([x, y, torch.ones_like(x)], -1).flatten(0, 1)
+            points = (pixels @ intrinsics[r, v].inverse().T) * depth[inside].flatten()[:, None]
+            place = ((points - extrinsics[r, v, :, 3]) @ extrinsics[r, v, :, :3]).mean(0)
+        assert torch.allclose(places[r, v, n], place, atol=1e-4)
+        camera = extrinsics[r, v] @ torch.cat([place, torch.ones(1)])                     # its roll and pitch aside, the map's axes are the camera's
+        assert own[r, v, n, 0].item() == pytest.approx(camera[0].item(), abs=0.3) and own[r, v, n, 2].item() == pytest.approx(place[2].item(), abs=1e-4)
+        assert own[r, v, n, :2].norm().item() == pytest.approx((place[:2] - invert_pose(extrinsics[r, v])[:2, 3]).norm().item(), abs=1e-4)
+    assert pieces > 10
 
 
 # -----------------------------------------------------------------------------
