@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 
 from model import InputError
-from rooms import CLASSES, K, SEEN, ask, ask_2d, ask_maps, in_map_frame, make_intrinsics, make_rooms, make_walk, render, room_seed, surface_classes, vsi_prompt, what_patches_show
+from rooms import CLASSES, K, SEEN, ask, ask_2d, ask_map, in_map_frame, make_intrinsics, make_rooms, make_walk, render, room_seed, surface_classes, vsi_prompt, what_patches_show
 
 CELL = 4      # pixels a side: depth and classes are kept at this resolution
 
@@ -441,7 +441,7 @@ def read_video(path, num_frames, every=None):
 class RoomQuestions(torch.utils.data.Dataset):
     """VSI-Bench's questions about rooms: item i is room i, seen from VIEWS places of a walk, and everything asked about it.
 
-    To train on, a map in words (`ask_maps`) comes after the questions about every second room.
+    To train on, a map in words (`ask_map`) comes after the questions about every second room.
 
     `kind` '2d' instead: item i is one picture and eight questions that it alone answers, last a map of what it shows; it also has `seen` (16, 11 + 3): what
     each sixteenth of the picture shows, and where that lies (rooms.what_patches_show).
@@ -471,10 +471,10 @@ class RoomQuestions(torch.utils.data.Dataset):
                         shown = dataclasses.replace(rooms, present=rooms.present & (alone >= SEEN))               # the rest of the room is not asked about
                         records = [record for record in ask(shown, room, alone, '', g, used) if record['question_type'] != 'room_size_estimation']
                         self.questions.append(ask_2d(rooms, room, surface[room, view], g) + [(vsi_prompt(record), record['ground_truth']) for record in records])
-                        self.maps.append(ask_maps(rooms, room, alone, cameras[room, view].cpu(), g, standpoints=0))
+                        self.maps.append(ask_map(rooms, room, alone, cameras[room, view].cpu()))
                 else:
                     self.questions.append(ask(rooms, room, cells[room], f'room-{split}-{seed}-{number}', g, used))
-                    self.maps.append(ask_maps(rooms, room, cells[room], cameras[room, 0].cpu(), g))
+                    self.maps.append(ask_map(rooms, room, cells[room], cameras[room, 0].cpu()))
                     self.records += [dict(record, id=len(self.records) + i, room=number) for i, record in enumerate(self.questions[-1])]
         self.seen = torch.cat(seen)                                                       # (R, V, 16, 14)
         self.images = torch.cat(images).numpy()                                           # (R, V, H, W, 3) uint8
@@ -493,38 +493,14 @@ class RoomQuestions(torch.utils.data.Dataset):
 
     def map_of(self, i):
         """Room i's map from the first camera, and nothing else."""
-        return dict(images=self.pictures(i), conversations=to_turns('<image>' * self.VIEWS, self.maps[i][:1]))
+        return dict(images=self.pictures(i), conversations=to_turns('<image>' * self.VIEWS, [self.maps[i]]))
 
     def __getitem__(self, i):
         if self.kind == '2d':
             picture = Image.fromarray(self.images.reshape(-1, *self.images.shape[2:])[i])
-            return dict(images=[picture], seen=self.seen.flatten(0, 1)[i], conversations=to_turns('<image>', self.turns(i)[:8] + self.maps[i]))
-        last = self.maps[i][:1] if self.split == 'train' and i % 2 else []                # last: no answer can be read off it
+            return dict(images=[picture], seen=self.seen.flatten(0, 1)[i], conversations=to_turns('<image>', self.turns(i)[:8] + [self.maps[i]]))
+        last = [self.maps[i]] if self.split == 'train' and i % 2 else []                # last: no answer can be read off it
         return dict(images=self.pictures(i), conversations=to_turns('<image>' * self.VIEWS, self.turns(i) + last))
-
-
-class RoomsInWords(torch.utils.data.Dataset):
-    """Questions about rooms without pictures: in front of them stands a map of what a walk might have seen, and behind them it is to be told anew from other
-    places. What other language models know of space from text, the mini VLM learns here.
-    """
-
-    def __init__(self, seed, num_rooms, standpoints=6, progress=iter):
-        self.conversations, used = [], collections.Counter()
-        for number in progress(range(num_rooms)):
-            own_seed = room_seed('train', seed, number)
-            rooms = make_rooms(1, own_seed)
-            camera = make_walk(rooms, 1, own_seed)[0, 0]
-            g = step_generator(seed, number, 5)
-            cells = SEEN * (torch.rand(1, K, generator=g) < 0.85).int()                   # one view, which misses a piece now and then
-            (_, overview), *others = ask_maps(rooms, 0, cells, camera, g, standpoints)
-            questions = [(vsi_prompt(question), question['ground_truth']) for question in ask(rooms, 0, cells, 'words', g, used)]
-            self.conversations.append(to_turns(f'{overview}\n', questions + others))
-
-    def __len__(self):
-        return len(self.conversations)
-
-    def __getitem__(self, i):
-        return dict(images=[], conversations=self.conversations[i])
 
 
 def to_turns(before, turns):

@@ -546,19 +546,18 @@ def generate(model, chat, latents, items, device, autocast, max_new_tokens=16):
     return [text.strip() for text in chat.tokenizer.batch_decode(ids[:, batch['input_ids'].shape[1]:], skip_special_tokens=True)]
 
 
-def answer_rooms(model, chat, latents, held_out, train_data, device, autocast, shuffled=False, words=False, maps_only=False, batch=32):
+def answer_rooms(model, chat, latents, held_out, train_data, device, autocast, shuffled=False, maps_only=False, batch=32):
     """Every question about the held-out rooms, on its own, and the map of each room.
 
     -> {task: percent, 'overall', 'map': percent of scoring.map_score, 'prior' and 'commonest': the same without looking (scoring.language_prior), 'scores':
     [[question_type, room, score], ...], 'maps': [(true, the model's), ...], 'solved': {'scores': of what follows from these maps by computation (scoring.solve;
     where one lacks a piece, of the prior's answer)}}. The maps are not of VSI-Bench and not in 'overall'.
     `shuffled`: each room's questions are answered with the pictures of the room and the latents of another one.
-    `words`: no pictures, but the true map in words: what the language model makes of knowing all places to the metre. No map is asked for.
     `maps_only`: nothing but the maps is asked for, which takes a tenth of the time.
     """
     was_training = model.training
     model.eval()
-    truths = [maps[0] for maps in held_out.maps]              # (prompt, answer)
+    truths = held_out.maps                                    # (prompt, answer)
 
     def ask(questions, max_new_tokens):
         """[(room, prompt)] -> answers"""
@@ -566,29 +565,26 @@ def answer_rooms(model, chat, latents, held_out, train_data, device, autocast, s
         for start in tqdm(range(0, len(questions), batch), 'asking', leave=False):
             items, scenes = [], []
             for room, question in questions[start:start + batch]:
-                before = f'{truths[room][1]}\n' if words else '<image>' * held_out.VIEWS
-                items.append(dict(images=[] if words else held_out.pictures(room), conversations=to_turns(before, [(question, '')])[:1]))
+                items.append(dict(images=held_out.pictures(room), conversations=to_turns('<image>' * held_out.VIEWS, [(question, '')])[:1]))
                 scenes.append(held_out.pictures((room + 1) % len(held_out)) if shuffled else items[-1]['images'])
             answers += generate(model, chat, (lambda _: latents(scenes)) if latents else None, items, device, autocast, max_new_tokens)
         return answers
 
     answers = [] if maps_only else ask([(record['room'], prompt('vsibench', record)) for record in held_out.records], 16)
-    drawn = [truth for _, truth in truths] if words else ask([(room, question) for room, (question, _) in enumerate(truths)], 160)
+    drawn = ask([(room, question) for room, (question, _) in enumerate(truths)], 160)
     model.train(was_training)
     scored = [(record, score('vsibench', record, answer)) for record, answer in zip(held_out.records, answers)]
-    guess, usual = language_prior(train_data.records), map_prior([maps[0][1] for maps in train_data.maps])
+    guess, usual = language_prior(train_data.records), map_prior([text for _, text in train_data.maps])
     prior, commonest = [aggregate('vsibench', [(record, score('vsibench', record, blind(record))) for record in held_out.records])
                         for blind in (guess, language_prior(train_data.records, commonest=True))]
     prior['map'] = 100 * float(np.mean([map_score(truth, usual(truth)) for _, truth in truths]))
     told = [record for record in held_out.records if record['question_type'] not in UNTOLD]
     solved = [(record, score('vsibench', record, solve(record, drawn[record['room']]) or guess(record))) for record in told]
     by_question = lambda scored: [[record['question_type'], record['room'], value] for record, value in scored]
-    result = dict(aggregate('vsibench', scored) if scored else {}, prior=prior, commonest=commonest, scores=by_question(scored), solved=dict(scores=by_question(solved)))
-    if not words:
-        pairs = [(truth, answer) for (_, truth), answer in zip(truths, drawn)]
-        values = [map_score(*pair) for pair in pairs]
-        result.update(map=100 * float(np.mean(values)), maps=pairs, scores=result['scores'] + [['map', room, value] for room, value in enumerate(values)])
-    return result
+    pairs = [(truth, answer) for (_, truth), answer in zip(truths, drawn)]
+    values = [map_score(*pair) for pair in pairs]
+    return dict(aggregate('vsibench', scored) if scored else {}, prior=prior, commonest=commonest, map=100 * float(np.mean(values)), maps=pairs,
+                scores=by_question(scored) + [['map', room, value] for room, value in enumerate(values)], solved=dict(scores=by_question(solved)))
 
 
 def draw_maps(maps, path, count=8, tile=250, metre=22):
@@ -851,7 +847,6 @@ def main(argv=None):
     backbone.add_argument('--rooms', type=int, default=200, help='held-out rooms (default: 200)')
     rooms = commands.add_parser('rooms', help='a fine-tuned VLM on the held-out rooms')
     rooms.add_argument('--latents', default='', choices=['', 'shuffled'], help="shuffled: with another room's latents")
-    rooms.add_argument('--words', action='store_true', help='no pictures, but the true map in words: a control of the language model alone')
     rooms.add_argument('--maps', action='store_true', help='ask for the maps alone')
     rooms.add_argument('--rooms', type=int, default=96, help='held-out rooms (default: 96)')
     question = commands.add_parser('ask', help='a question about your own pictures')
@@ -897,8 +892,6 @@ def main(argv=None):
     if args.command in BENCHMARKS:
         return benchmark(args, device, autocast)
     if args.command == 'rooms':
-        if args.words and (args.latents or args.maps):
-            raise InputError('--words shows neither pictures nor latents, and asks for no map: leave --latents and --maps out')
         loaded = [load_answerer(run, device) for run in args.run]                         # all of them before anything is asked: a wrong folder costs nothing
         for run, (_, _, latents, _) in zip(args.run, loaded):
             if args.latents and latents is None:
@@ -909,8 +902,8 @@ def main(argv=None):
                      for split, number in (('val', args.rooms), ('train', trained))]
         arms = {}
         for model, chat, latents, settings in loaded:
-            metrics = answer_rooms(model, chat, latents, *questions, device, autocast, bool(args.latents), args.words, args.maps)
-            arms.setdefault('map in words' if args.words else f'{settings["latents"]} {args.latents}'.strip(), []).append(metrics)
+            metrics = answer_rooms(model, chat, latents, *questions, device, autocast, bool(args.latents), args.maps)
+            arms.setdefault(f'{settings["latents"]} {args.latents}'.strip(), []).append(metrics)
         print(rooms_table(arms))
         return
 

@@ -4,7 +4,7 @@ Fine-tunes an open VLM that is given the latents of a scene: Spa3-VLM (Spa3R, ar
     python finetune.py --config small                                 # any laptop: the mini VLM on questions about rooms
     python finetune.py --config small --encoder out/small             # with your own encoder
     torchrun --nproc_per_node 8 finetune.py --config base --data vsi_590k.jsonl --media media/ --shard     # the paper: Qwen2.5-VL-3B
-    python finetune.py --config mini-vlm                              # pre-trains a mini VLM on pictures; then, on words too: --vlm FILE --words 18000
+    python finetune.py --config mini-vlm                              # pre-trains a mini VLM on single pictures
 
 Loss on the answers' tokens alone. A scene's latents are computed once and kept in --cache.
 Everything goes to out/vlm-<config>/: map.png (of rooms), config.json, log.jsonl, metrics.json, checkpoint/ (`--resume` continues from it).
@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from tqdm import tqdm
 
 from adapter import LATENTS, SceneLatents, SpatialVLM, add_lora, build_adapter, build_tokenizer, load_spatial_vlm, load_vlm, mini_vlm, save_mini_vlm, save_spatial_vlm
-from data import Conversations, RoomQuestions, RoomsInWords, step_generator, to_turns
+from data import Conversations, RoomQuestions, step_generator, to_turns
 from eval import SHIPPED, answer_rooms, draw_maps
 from model import InputError, load_strictly, read_weights
 from rooms import ANSWER_WORDS, CATEGORIES, CLASSES
@@ -38,7 +38,7 @@ from train import Muon, check_finite, join_processes, learning_rate, open_log, o
 @dataclass(frozen=True)
 class Config:
     # what is trained
-    task: str = opt('spatial', 'spatial | mini-vlm (pre-trains the mini VLM on single pictures, and on rooms in words)')
+    task: str = opt('spatial', 'spatial | mini-vlm (pre-trains the mini VLM on single pictures)')
     vlm: str = opt('weights/mini_vlm.safetensors', 'the VLM: a file, a folder, or a hub id of the Qwen2-VL kind')
     latents: str = opt('psfm', 'psfm | none (no adapter) | random (untrained encoder) | backbone (its features, pooled)')
     encoder: str = opt(SHIPPED, "the trained encoder: a run's folder, or a file of weights")
@@ -51,7 +51,6 @@ class Config:
     max_pixels: int = opt(518 * 518, 'pictures are scaled down to so many pixels for the VLM')
     skip_bad: bool = opt(False, 'leave faulty records out instead of stopping')
     num_rooms: int = opt(3000, 'rooms: how many to train on')
-    words: int = opt(0, 'mini-vlm: so many other rooms come in words, without pictures')
     ground_steps: int = opt(0, 'rooms: before anything else, so many steps teach the adapter where what each image token shows lies, four batches at once')
     map_steps: int = opt(0, 'rooms: so many steps first ask for the map alone, in batches of twice as many rooms')
     val_scenes: int = opt(96, 'rooms: held-out ones to be asked about; files: records held out for a loss')
@@ -88,7 +87,7 @@ PRESETS = {
     # the paper: 8 GPUs x 1 x 8, one epoch
     'base': dict(vlm='Qwen/Qwen2.5-VL-3B-Instruct', encoder='out/base', data='', batch=1, accumulate=8, warmup=250, weight_decay=0.01, beta2=0.999,
                  checkpointing=True, workers=8, val_scenes=64, eval_every=1000, log_every=20),
-    # the first of the two runs behind weights/mini_vlm.safetensors
+    # weights/mini_vlm.safetensors
     'mini-vlm': dict(task='mini-vlm', vlm='', latents='none', num_rooms=2400, batch=16, steps=2500, lr=2e-3, muon_lr=4e-3, min_lr=0.02, decay_from=0.5,
                      val_scenes=40, eval_every=500, log_every=100),
 }
@@ -102,10 +101,8 @@ def parse_config(argv=None):
     config = config if config.out else dataclasses.replace(config, out=os.path.join('out', f'vlm-{name}'))
     if config.data != 'rooms' or config.task == 'mini-vlm':
         config = dataclasses.replace(config, ground_steps=0, map_steps=0)                 # only rooms have maps
-    if config.words and (config.data != 'rooms' or config.task != 'mini-vlm'):
-        raise InputError('--words describes rooms for --config mini-vlm only')
-    if min(config.words, config.ground_steps, config.map_steps) < 0 or 0 < config.steps <= config.map_steps:
-        raise InputError(f'--map-steps {config.map_steps} of --steps {config.steps}, --ground-steps {config.ground_steps}, --words {config.words}: none may be negative, and questions need steps behind the maps')
+    if min(config.ground_steps, config.map_steps) < 0 or 0 < config.steps <= config.map_steps:
+        raise InputError(f'--map-steps {config.map_steps} of --steps {config.steps}, --ground-steps {config.ground_steps}: none may be negative, and questions need steps behind the maps')
     for key in ('batch', 'accumulate', 'eval_every', 'log_every', 'num_rooms', 'val_scenes', 'num_frames'):
         if getattr(config, key) < 1:
             raise InputError(f'--{key.replace("_", "-")} must be at least 1, not {getattr(config, key)}')
@@ -156,10 +153,7 @@ def make_data(config, progress=iter, say=print):
     """-> (training data, held-out data)"""
     if config.data == 'rooms':
         kind = '2d' if config.task == 'mini-vlm' else '3d'
-        training = RoomQuestions('train', 0, config.num_rooms, kind, progress)
-        if config.words:
-            training = torch.utils.data.ConcatDataset([training, RoomsInWords(1, config.words, progress=progress)])
-        return training, RoomQuestions('val', 0, config.val_scenes, kind)
+        return RoomQuestions('train', 0, config.num_rooms, kind, progress), RoomQuestions('val', 0, config.val_scenes, kind)
     data = Conversations(config.data.split(','), config.media, config.num_frames, config.skip_bad, say=say)
     if len(data) <= config.val_scenes:
         raise InputError(f'{config.data}: {len(data)} records, of which --val-scenes {config.val_scenes} are to be held out: none would be left')
@@ -179,7 +173,7 @@ def build_model(config, data, dtype=torch.float32):
         words = [turn['value'].replace('<image>', '') for i in range(min(len(data), 400)) for turn in data[i]['conversations']]
         questions = RoomQuestions('train', 0, 400)
         words += [turn['value'].replace('<image>', '') for i in range(len(questions)) for turn in questions[i]['conversations']]
-        words += [text for maps in questions.maps for pair in maps for text in pair]
+        words += [text for pair in questions.maps for text in pair]
         words += ['system\n', 'user\n', 'assistant\n'] * 400
         vlm, chat = mini_vlm(build_tokenizer(words, CATEGORIES + ANSWER_WORDS))
         return SpatialVLM(vlm).requires_grad_(True), chat, None

@@ -549,17 +549,12 @@ def ask(rooms, room, cells, scene, g, used, per_task=1):
     return records
 
 
-def map_frame(camera):
-    """Extrinsics (..., 3, 4) -> (eye (..., 2), axes (..., 2, 2)): where the camera stands on the floor plan, and the unit vectors to its right and ahead of it."""
-    rotation = camera[..., :3]
-    eye = -(rotation.transpose(-1, -2) @ camera[..., 3:])[..., :2, 0]
-    x, y = F.normalize(rotation[..., 2, :2], dim=-1).unbind(-1)                           # ahead
-    return eye, torch.stack([torch.stack([y, -x], -1), torch.stack([x, y], -1)], -2)
-
-
 def in_map_frame(places, camera):
     """Places (..., n, 3) in the world -> metres to the right of the camera, ahead of it, and above the floor. camera (..., 3, 4): extrinsics."""
-    eye, axes = map_frame(camera)
+    rotation = camera[..., :3]
+    eye = -(rotation.transpose(-1, -2) @ camera[..., 3:])[..., :2, 0]
+    x, y = F.normalize(rotation[..., 2, :2], dim=-1).unbind(-1)                           # ahead, on the floor plan
+    axes = torch.stack([torch.stack([y, -x], -1), torch.stack([x, y], -1)], -2)           # rows: to the right, ahead
     return torch.cat([(places[..., :2] - eye[..., None, :]) @ axes.transpose(-1, -2), places[..., 2:]], -1)
 
 
@@ -580,32 +575,15 @@ def what_patches_show(rooms, surface, depth, extrinsics, intrinsics, size, patch
     return pool(F.one_hot(surface_classes(rooms, surface).long(), len(CLASSES)).float()), places
 
 
-def ask_maps(rooms, room, cells, camera, g, standpoints=3):
-    """Where does everything stand that is seen? Maps in words, in whole metres: to train on, and (the first) to see what a model knows; not of VSI-Bench.
+def ask_map(rooms, room, cells, camera):
+    """Where does everything stand that is seen? A map in words, in whole metres: to train on, and to see what a model knows; not of VSI-Bench.
 
-    camera (3, 4): extrinsics of the first view. -> list of (prompt, answer), the first one as seen from there, up to
-    `standpoints` more as seen by somebody who stands by one piece and faces another.
+    camera (3, 4): extrinsics of the view whose axes the map has. -> (prompt, answer)
     """
-    draw = lambda items: items[int(torch.randint(len(items), (1,), generator=g))]
-    seen = (rooms.present[room] & (cells.sum(0) >= SEEN)).nonzero()[:, 0].tolist()
-    name = {k: CATEGORIES[rooms.category[room, k]] for k in seen}
-    unique = [k for k in seen if list(name.values()).count(name[k]) == 1]
-    place = rooms.center[room, :, :2]
-    eye, axes = map_frame(camera)
-    views = [('of the first camera', eye, axes[1], seen)]
-    for _ in range(standpoints if len(unique) > 1 else 0):
-        a = draw(unique)
-        b = draw([k for k in unique if k != a])
-        views.append((f'if I am standing by the {name[a]} and facing the {name[b]}', place[a], place[b] - place[a], [k for k in seen if k != a]))
-    maps = []
-    for where, stand, ahead, pieces in views:
-        ahead = F.normalize(ahead, dim=0)
-        axes = torch.stack([torch.stack([ahead[1], -ahead[0]]), ahead])                   # to the right, ahead
-        spots = ((place - stand) @ axes.T).round().int().tolist()
-        answer = '; '.join(f'{CATEGORIES[c]} at x {x:+d}, y {y:+d}' for c, x, y in sorted((int(rooms.category[room, k]), *spots[k]) for k in pieces))
-        question = dict(question=f'Where are the objects, in meters to the right (x) and ahead (y) {where}?', options=None)
-        maps.append((vsi_prompt(question), answer or 'none'))
-    return maps
+    places = in_map_frame(rooms.center[room], camera)[:, :2].round().int().tolist()
+    pieces = sorted((int(rooms.category[room, k]), *places[k]) for k in (rooms.present[room] & (cells.sum(0) >= SEEN)).nonzero()[:, 0].tolist())
+    answer = '; '.join(f'{CATEGORIES[c]} at x {x:+d}, y {y:+d}' for c, x, y in pieces)
+    return vsi_prompt(dict(question='Where are the objects, in meters to the right (x) and ahead (y) of the first camera?', options=None)), answer or 'none'
 
 
 # ... and about single pictures, which need no scene: what the mini VLM is pre-trained on

@@ -270,7 +270,7 @@ PIECE = re.compile(r'([a-z]+) at x ([+-]?\d+), y ([+-]?\d+)')
 
 
 def map_score(truth, answer):
-    """How well a map in words (rooms.ask_maps) agrees with the true one: pieces of the same kind within a metre in x and in y are
+    """How well a map in words (rooms.ask_map) agrees with the true one: pieces of the same kind within a metre in x and in y are
     paired, each with one at most, as many as can be; their number over that of the longer map's pieces. 1 for two empty maps.
     """
     pieces, named = [[(name, int(x), int(y)) for name, x, y in PIECE.findall(text)] for text in (truth, answer)]

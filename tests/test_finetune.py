@@ -17,7 +17,7 @@ import eval as evaluation
 import finetune
 import scoring
 from adapter import SpatialVLM, build_tokenizer, load_spatial_vlm, load_vlm, mini_vlm, save_mini_vlm
-from data import Conversations, RoomQuestions, RoomsInWords, draw_markers
+from data import Conversations, RoomQuestions, draw_markers
 from model import InputError
 from rooms import ANSWER_WORDS, CATEGORIES
 
@@ -29,7 +29,7 @@ def vlm(tmp_path_factory):
     torch.manual_seed(0)
     rooms = RoomQuestions('train', 0, 8)
     words = [turn['value'].replace('<image>', '') for i in range(8) for turn in rooms[i]['conversations']]
-    words += [text for maps in rooms.maps for pair in maps for text in pair]
+    words += [text for pair in rooms.maps for text in pair]
     path = str(tmp_path_factory.mktemp('vlm') / 'tiny.safetensors')
     save_mini_vlm(*mini_vlm(build_tokenizer(words * 5, CATEGORIES + ANSWER_WORDS), **SIZES), path, SIZES, sight=finetune.Sight(SIZES['width']))
     return path
@@ -54,9 +54,8 @@ def test_rooms_end_to_end(vlm, tmp_path, capsys):
     evaluation.main(['rooms', '--run', str(tmp_path / 'run'), '--rooms', '4', '--device', 'cpu'])
     evaluation.main(['rooms', '--run', str(tmp_path / 'run'), '--rooms', '4', '--latents', 'shuffled', '--device', 'cpu'])
     evaluation.main(['rooms', '--run', str(tmp_path / 'run'), str(tmp_path / 'run'), '--rooms', '4', '--maps', '--device', 'cpu'])
-    evaluation.main(['rooms', '--run', vlm, '--rooms', '4', '--words', '--device', 'cpu'])      # no pictures, but the true map in words
     shown = capsys.readouterr().out
-    assert 'psfm shuffled' in shown and 'map in words' in shown and 'psfm, 2 seeds' in shown
+    assert 'psfm shuffled' in shown and 'psfm, 2 seeds' in shown
     Image.new('RGB', (80, 60), 'red').save(tmp_path / 'a.png')
     evaluation.main(['ask', '--run', str(tmp_path / 'run'), '--images', str(tmp_path / 'a.png'), '--question', 'How many table(s) are in this room?', '--device', 'cpu'])
 
@@ -136,7 +135,7 @@ def test_what_follows_from_true_maps():
     scores = {}
     for record in held_out.records:
         if record['question_type'] not in scoring.UNTOLD:
-            said = scoring.solve(record, held_out.maps[record['room']][0][1])
+            said = scoring.solve(record, held_out.maps[record['room']][1])
             scores.setdefault(record['question_type'], []).append(scoring.score('vsibench', record, said))
             assert scoring.solve(record, 'none') is None
     means = {task: sum(values) / len(values) for task, values in scores.items()}
@@ -222,23 +221,11 @@ def test_videos_and_their_tokens(media):
         assert item['conversations'][0]['value'] == '<image>' * 6 + 'How many?'
 
 
-def test_rooms_in_words(vlm):
-    words = RoomsInWords(1, 6)
-    assert len({turn['value'] for i in range(6) for turn in words[i]['conversations'] if 'if I am standing by' in turn['value']}) > 10     # other points of view
-    _, chat = load_vlm(vlm)
-    for i in range(6):
-        item = words[i]
-        overview = item['conversations'][0]['value'].split('\n')[0]
-        assert not item['images'] and scoring.PIECE.findall(overview)
-        labels = chat.encode(item)['labels']
-        assert overview not in chat.tokenizer.decode([label for label in labels if label != -100])       # the map is given, not asked for
-
-
 def test_maps_alone_and_after_questions(vlm):
     pictured = RoomQuestions('train', 0, 4)
     _, chat = load_vlm(vlm)
     for i in range(4):
-        overview = pictured.maps[i][0][1]
+        overview = pictured.maps[i][1]
         assert pictured.map_of(i)['conversations'][1]['value'] == overview
         assert (pictured[i]['conversations'][-1]['value'] == overview) == (i % 2 == 1)
 
@@ -291,7 +278,7 @@ def test_files_end_to_end(vlm, media, capsys):
 
 @pytest.mark.parametrize('more, fault', [
     (['--latents', 'none', '--train', 'adapter'], 'nothing to train'), (['--batch', '0'], '--batch must be at least 1'), (['--data', ''], 'your own files'),
-    (['--train', 'everything'], '--train takes'), (['--vlm', 'nowhere', '--ground-steps', '0'], 'no VLM at nowhere'), (['--words', '2'], '--words describes rooms for --config mini-vlm only'),
+    (['--train', 'everything'], '--train takes'), (['--vlm', 'nowhere', '--ground-steps', '0'], 'no VLM at nowhere'),
     (['--map-steps', '4'], 'questions need steps behind the maps'), (['--vlm', 'some/where'], '--ground-steps 0')])
 def test_faulty_options(vlm, tmp_path, more, fault):
     with pytest.raises(InputError, match=fault):
