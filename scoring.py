@@ -28,12 +28,12 @@ WORD_PROMPT = 'Please answer the question using a single word or phrase.'
 
 
 def relative_accuracy(error):
-    """Mean relative accuracy: the share of ten thresholds 0.5, 0.45 .. 0.05 that a relative `error` stays within.
+    """Mean relative accuracy: the share of ten thresholds 0.5, 0.45 .. 0.05 that a relative `error` (a number, or many) stays within.
 
     The thresholds are 1 - theta in float64, as in the official code, so that an error of exactly 0.2 fails its own.
     """
     theta = np.linspace(0.5, 0.95, 10)
-    return float((error <= 1 - theta).mean())
+    return (np.asarray(error)[..., None] <= 1 - theta).mean(-1)
 
 
 # -----------------------------------------------------------------------------
@@ -249,9 +249,9 @@ def language_prior(records, commonest=False):
 
     @functools.lru_cache(maxsize=None)
     def best_number(key):
-        golds = np.array([float(gold) for gold in groups[key]])
-        total = lambda value: sum(relative_accuracy(error) for error in abs(value - golds) / golds)
-        return max(sorted(set(groups[key]), key=float), key=lambda value: total(float(value)))
+        golds, texts = np.array([float(gold) for gold in groups[key]]), sorted(set(groups[key]), key=float)
+        values = np.array([float(text) for text in texts])
+        return texts[relative_accuracy(abs(values[:, None] - golds) / golds).sum(1).argmax()]
 
     def guess(record):
         key = record['question_type'], re.sub(r'\(.*?\)', '', record['question'])
