@@ -309,7 +309,7 @@ def build_tokenizer(texts, content, frequent=20):
     return tokenizer.to_str()
 
 
-def mini_vlm(tokenizer_json, width=128, depth=4, heads=4):
+def mini_vlm(tokenizer_json, width=128, depth=6, heads=4):
     """-> (an untrained Qwen2_5_VLForConditionalGeneration of a few million parameters, Chat), for pictures of 64 x 64 pixels."""
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration

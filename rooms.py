@@ -589,7 +589,8 @@ def ask_map(rooms, room, cells, camera):
 # ... and about single pictures, which need no scene: what the mini VLM is pre-trained on
 
 def ask_2d(rooms, room, surface, g):
-    """Questions about one picture: what is there, how many, where in the picture, how large in it, left or right of what. surface (h, w) ids of cells.
+    """Questions about one picture: what is there, how many, where in the picture, how large in it, left or right of what; last, two about lists of options.
+    surface (h, w) ids of cells.
 
     -> list of (prompt, answer)
     """
@@ -627,8 +628,14 @@ def ask_2d(rooms, room, surface, g):
         a, b = draw(pairs)
         questions.append((f'In the picture, is the {a} to the left or the right of the {b}?', shuffled(['left', 'right']), 'left' if unique[a] < unique[b] else 'right'))
     letters = lambda options: [f'{letter}. {text}' for letter, text in zip('ABCD', options)] if options else None
-    return [(vsi_prompt(dict(question=question, options=letters(options))), 'ABCD'[options.index(answer)] if options else answer)
-            for question, options, answer in questions]
+    turns = [(vsi_prompt(dict(question=question, options=letters(options))), 'ABCD'[options.index(answer)] if options else answer)
+             for question, options, answer in questions]
+    # how to read a list of options: nothing to be seen in the picture, and what other language models know
+    options = shuffled(draw([CATEGORIES, CATEGORIES, ANSWER_WORDS]))[:4]
+    word, table = draw(options), '\n'.join(letters(options))
+    turns.append((f'Which of these is {word}?\nOptions:\n{table}', 'ABCD'[options.index(word)]))
+    turns.append((f'Which letters do these have?\nOptions:\n{table}', ', '.join(f'{word} {letter}' for word, letter in shuffled(list(zip(options, 'ABCD'))))))
+    return turns
 
 
 if __name__ == '__main__':
