@@ -83,12 +83,12 @@ class Config:
 
 PRESETS = {
     # any laptop: the mini VLM, rooms
-    'small': dict(steps=650, map_steps=250, lr=2e-3, adapter_lr=2e-3, muon_lr=4e-3, min_lr=0.03, eval_every=650),
+    'small': dict(ground_steps=150, steps=650, map_steps=250, lr=2e-3, adapter_lr=2e-3, muon_lr=4e-3, min_lr=0.03, eval_every=650),
     # the paper: 8 GPUs x 1 x 8, one epoch
     'base': dict(vlm='Qwen/Qwen2.5-VL-3B-Instruct', encoder='out/base', data='', batch=1, accumulate=8, warmup=250, weight_decay=0.01, beta2=0.999,
                  checkpointing=True, workers=8, val_scenes=64, eval_every=1000, log_every=20),
     # weights/mini_vlm.safetensors
-    'mini-vlm': dict(task='mini-vlm', vlm='', latents='none', num_rooms=2400, batch=16, steps=2500, lr=2e-3, muon_lr=4e-3, min_lr=0.02, decay_from=0.5,
+    'mini-vlm': dict(task='mini-vlm', vlm='', latents='none', num_rooms=3000, batch=16, steps=3300, lr=2e-3, muon_lr=4e-3, min_lr=0.02, decay_from=0.5,
                      val_scenes=40, eval_every=500, log_every=100),
 }
 CHOICES = dict(task=('spatial', 'mini-vlm'), latents=LATENTS, train=('adapter', 'adapter+llm', 'lora'),
@@ -243,7 +243,7 @@ def ground(model, chat, latents, data, config, device, autocast, say):
     sight = Sight(model.vlm.config.get_text_config().hidden_size).to(device).requires_grad_(False)
     load_strictly(sight, {name.removeprefix('sight.'): tensor.float() for name, tensor in read_weights(config.vlm)[0].items() if name.startswith('sight.')}, config.vlm)
     model.train().trainable('adapter')
-    plan = dataclasses.replace(config, steps=config.ground_steps, decay_from=0.0)
+    plan = dataclasses.replace(config, steps=config.ground_steps, adapter_lr=2e-2, muon_lr=4e-2)       # the tokens are long, and the adapter begins at zero
     optimizers = make_optimizers(model, plan, device)
     peaks = [group['lr'] for optimizer in optimizers for group in optimizer.param_groups]
     for step in range(plan.steps):

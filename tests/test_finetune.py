@@ -237,7 +237,7 @@ def test_maps_alone_and_after_questions(vlm):
 
 
 def test_grounding(vlm, tmp_path):
-    _, config = finetune.parse_config(options(vlm, tmp_path, '--ground-steps', '40', '--log-every', '39', '--muon-lr', '0.02'))
+    _, config = finetune.parse_config(options(vlm, tmp_path, '--ground-steps', '40', '--log-every', '39'))
     data = RoomQuestions('train', 0, 16)
     model, chat, latents = finetune.build_model(config, data)
     before, said = {name: x.clone() for name, x in model.state_dict().items()}, []
