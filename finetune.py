@@ -235,13 +235,19 @@ class Sight(nn.Module):
         return nn.functional.cross_entropy(said, shares) + nn.functional.smooth_l1_loss(place, true)
 
 
+def load_sight(path, width):
+    """The Sight that a mini VLM's file holds."""
+    sight = Sight(width)
+    load_strictly(sight, {name.removeprefix('sight.'): tensor.float() for name, tensor in read_weights(path)[0].items() if name.startswith('sight.')}, path)
+    return sight
+
+
 def ground(model, chat, latents, data, config, device, autocast, say):
     """Before any word: the adapter alone learns to add to every image token where what it shows lies, seen from the first camera.
 
     The mini VLM's own tokens say so of their own camera, in a form that its language model has learned to read (Sight). Nothing else is trained here.
     """
-    sight = Sight(model.vlm.config.get_text_config().hidden_size).to(device).requires_grad_(False)
-    load_strictly(sight, {name.removeprefix('sight.'): tensor.float() for name, tensor in read_weights(config.vlm)[0].items() if name.startswith('sight.')}, config.vlm)
+    sight = load_sight(config.vlm, model.vlm.config.get_text_config().hidden_size).to(device).requires_grad_(False)
     model.train().trainable('adapter')
     plan = dataclasses.replace(config, steps=config.ground_steps, adapter_lr=2e-2, muon_lr=4e-2)       # the tokens are long, and the adapter begins at zero
     optimizers = make_optimizers(model, plan, device)
@@ -337,7 +343,9 @@ def train(name, config, data=None, held_out=None):
         model.vlm.enable_input_require_grads()
     if config.task == 'mini-vlm' and world_size > 1:
         raise InputError('mini-vlm trains in one process')
-    sight = Sight(model.vlm.config.get_text_config().hidden_size).to(device) if config.task == 'mini-vlm' else None
+    sight, width = None, model.vlm.config.get_text_config().hidden_size
+    if config.task == 'mini-vlm':
+        sight = (load_sight(config.vlm, width) if config.vlm.endswith('.safetensors') else Sight(width)).to(device)
     if config.ground_steps and latents and not config.resume:
         ground(model, chat, latents, data, config, device, autocast, say)
     steps = config.steps or config.map_steps + math.ceil(len(data) / (config.batch * config.accumulate * world_size))

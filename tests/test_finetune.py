@@ -95,7 +95,11 @@ def test_arms(vlm, tmp_path, latents, train):
 
 def test_mini_vlm(tmp_path, capsys):
     finetune.main(['--config', 'mini-vlm', '--num-rooms', '8', '--val-scenes', '4', '--batch', '2', '--steps', '2', '--out', str(tmp_path), '--device', 'cpu', '--log-every', '1'])
-    finetune.main(options(str(tmp_path / 'mini_vlm.safetensors'), tmp_path / 'next', '--steps', '1', '--map-steps', '0', '--latents', 'none'))
+    path = str(tmp_path / 'mini_vlm.safetensors')
+    finetune.main(options(path, tmp_path / 'next', '--steps', '1', '--map-steps', '0', '--latents', 'none'))
+    finetune.main(['--config', 'mini-vlm', '--vlm', path, '--num-rooms', '8', '--val-scenes', '4', '--batch', '2', '--steps', '2', '--out', str(tmp_path / 'on'), '--device', 'cpu'])
+    before, after = [finetune.load_sight(file, 128).head.weight for file in (path, tmp_path / 'on' / 'mini_vlm.safetensors')]
+    assert 0 < (before - after).abs().max() < 0.02            # it went on from there
 
 
 def test_ablate(vlm, tmp_path, capsys):
