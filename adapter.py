@@ -110,24 +110,22 @@ class SpatialVLM(nn.Module):
         @functools.wraps(plain)                               # transformers reads its signature
         def get_image_features(*args, **kwargs):
             outputs = plain(*args, **kwargs)
-            if self.latents is not None:
-                outputs = self.fuse(outputs)
             tokens = outputs.pooler_output                    # (images, n, h), or a list of (n, h)
-            self.image_tokens = tokens.flatten(0, -2) if torch.is_tensor(tokens) else torch.cat(list(tokens))
+            is_tensor = torch.is_tensor(tokens)
+            rows = tokens.flatten(0, -2) if is_tensor else torch.cat(list(tokens))
+            if self.latents is not None:
+                rows = self.fuse(rows)
+                outputs.pooler_output = rows.view(tokens.shape) if is_tensor else rows.split([len(part) for part in tokens])
+            self.image_tokens = rows
             return outputs
         vlm.model.get_image_features = get_image_features
 
-    def fuse(self, outputs):
-        """The VLM's own image tokens, each sample's fused with its own latents. The VLM calls for them once, at prefill."""
-        tokens = outputs.pooler_output
-        is_tensor = torch.is_tensor(tokens)
-        rows = tokens.flatten(0, -2) if is_tensor else torch.cat(list(tokens))            # (all image tokens of the batch, h)
+    def fuse(self, rows):
+        """The VLM's own image tokens (all of the batch, h), each sample's fused with its own latents. The VLM calls for them once, at prefill."""
         if len(rows) != sum(self.counts):
             raise InputError(f'{len(rows)} image tokens for {sum(self.counts)} placeholders: with latents, one sequence a sample and all its images')
-        fused = torch.cat([self.adapter(x, z.to(x.device, self.adapter.gate.weight.dtype)) if z is not None and len(x) else x
-                           for x, z in zip(rows.split(self.counts), self.latents)])
-        outputs.pooler_output = fused.view(tokens.shape) if is_tensor else fused.split([len(part) for part in tokens])
-        return outputs
+        return torch.cat([self.adapter(x, z.to(x.device, self.adapter.gate.weight.dtype)) if z is not None and len(x) else x
+                          for x, z in zip(rows.split(self.counts), self.latents)])
 
     def hold(self, input_ids, latents):
         """Remembers for the call under way whose tokens are whose."""

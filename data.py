@@ -499,7 +499,7 @@ class RoomQuestions(torch.utils.data.Dataset):
         if self.kind == '2d':
             picture = Image.fromarray(self.images.reshape(-1, *self.images.shape[2:])[i])
             return dict(images=[picture], seen=self.seen.flatten(0, 1)[i], conversations=to_turns('<image>', self.turns(i)[:8] + [self.maps[i]]))
-        last = [self.maps[i]] if self.split == 'train' and i % 2 else []                # last: no answer can be read off it
+        last = [self.maps[i]] if self.split == 'train' and i % 2 else []                  # last: no answer can be read off it
         return dict(images=self.pictures(i), conversations=to_turns('<image>' * self.VIEWS, self.turns(i) + last))
 
 

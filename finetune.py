@@ -6,7 +6,7 @@ Fine-tunes an open VLM that is given the latents of a scene: Spa3-VLM (Spa3R, ar
     torchrun --nproc_per_node 8 finetune.py --config base --data vsi_590k.jsonl --media media/ --shard     # the paper: Qwen2.5-VL-3B
     python finetune.py --config mini-vlm                              # pre-trains a mini VLM on single pictures
 
-Loss on the answers' tokens alone. A scene's latents are computed once and kept in --cache.
+On rooms, the adapter is first grounded without words (`ground`); then the loss is on the answers' tokens alone. A scene's latents are computed once and kept in --cache.
 Everything goes to out/vlm-<config>/: map.png (of rooms), config.json, log.jsonl, metrics.json, checkpoint/ (`--resume` continues from it).
 """
 import contextlib
@@ -32,7 +32,7 @@ from eval import SHIPPED, answer_rooms, draw_maps
 from model import InputError, load_strictly, read_weights
 from rooms import ANSWER_WORDS, CATEGORIES, CLASSES
 from scoring import rooms_line, rooms_table
-from train import Muon, check_finite, join_processes, learning_rate, open_log, opt, parse_options, peak_memory, pick_dtype, quiet, read_state, run_script, write_checkpoint, write_state
+from train import Muon, check_finite, join_processes, learning_rate, open_log, opt, parse_options, peak_memory, pick_dtype, quiet, read_state, run_script, set_rates, write_checkpoint, write_state
 
 
 @dataclass(frozen=True)
@@ -254,8 +254,7 @@ def ground(model, chat, latents, data, config, device, autocast, say):
     peaks = [group['lr'] for optimizer in optimizers for group in optimizer.param_groups]
     for step in range(plan.steps):
         rooms = [int(order(len(data), 0, config.seed)[i % len(data)]) for i in range(4 * step * config.batch, 4 * (step + 1) * config.batch)]
-        for group, peak in zip([group for optimizer in optimizers for group in optimizer.param_groups], peaks):
-            group['lr'] = learning_rate(step, plan) * peak
+        set_rates(optimizers, peaks, learning_rate(step, plan))
         pictures = [data.pictures(i) for i in rooms]
         batch = chat.batch([chat.encode(dict(images=images, conversations=to_turns('<image>' * len(images), [('', '')]))) for images in pictures], device=device)
         with autocast:
@@ -392,8 +391,7 @@ def train(name, config, data=None, held_out=None):
 
         # this step's learning rate
         start, share = time.time(), learning_rate(step, config)
-        for group, peak in zip([group for optimizer in optimizers for group in optimizer.param_groups], peaks):
-            group['lr'] = share * peak
+        set_rates(optimizers, peaks, share)
 
         # forward, backward, update
         for micro in range(config.accumulate):

@@ -207,6 +207,12 @@ def learning_rate(step, config):
     return config.min_lr + (1 - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def set_rates(optimizers, peaks, share):
+    """Every group of parameters gets `share` of its peak learning rate."""
+    for group, peak in zip([group for optimizer in optimizers for group in optimizer.param_groups], peaks):
+        group['lr'] = share * peak
+
+
 def orthogonalise(matrices):
     """Newton-Schulz (Muon's quintic, five iterations): pushes all singular values of matrices (n, r, c) towards 1."""
     is_tall = matrices.shape[1] > matrices.shape[2]
@@ -539,8 +545,7 @@ def main(argv=None):
 
         # this step's learning rate
         start, share = time.time(), learning_rate(step, config)
-        for group, peak in zip([group for optimizer in optimizers for group in optimizer.param_groups], peaks):
-            group['lr'] = share * peak
+        set_rates(optimizers, peaks, share)
 
         # forward, backward, update
         for micro in range(config.accumulate):
