@@ -213,8 +213,8 @@ def bench_finetune(clock, device):
         spatial_vlm, chat, kept = finetune.build_model(dataclasses.replace(config, cache=folder), data)
         anew = SceneLatents(config.latents, config.encoder, None, device)
         spatial_vlm.to(device)
-        items, pictures, _ = finetune.Encoded(data, chat, config)[0]
-        batch = chat.batch(items, device=device)
+        batch, pictures, _ = finetune.Encoded(data, chat, config)[0]
+        batch = finetune.to_device(batch, spatial_vlm.vlm, device)
         kept(pictures)
         step = lambda latents: finetune.loss_of(spatial_vlm, batch, latents(pictures)).backward()
         ms = {'kept': [], 'anew': []}

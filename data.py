@@ -21,6 +21,7 @@ import functools
 import glob
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
@@ -33,7 +34,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 
 from model import InputError
-from rooms import CLASSES, K, SEEN, ask, ask_2d, ask_map, in_map_frame, make_intrinsics, make_rooms, make_walk, render, room_seed, surface_classes, vsi_prompt, what_patches_show
+from rooms import (CATEGORIES, CLASSES, K, SEEN, ask, ask_2d, ask_map, ask_slides, in_map_frame, make_intrinsics, make_rooms, make_walk, render, room_seed, shuffled,
+                   surface_classes, vsi_prompt, what_patches_show)
 
 CELL = 4      # pixels a side: depth and classes are kept at this resolution
 
@@ -438,46 +440,41 @@ def read_video(path, num_frames, every=None):
 # conversations about pictures. An item is a dict: `images`, a list of PIL images, and `conversations`, a list of
 # {'from': 'human' | 'gpt', 'value': text}, where each <image> in a text stands for the next of the images.
 
+def view_rooms(split, seed, num_rooms, num_views, progress=iter):
+    """Blocks of rooms as questions need them. -> iterator over (number of the first room, Rooms, images (R, V, H, W, 3) uint8, surface ids (R, V, h, w),
+    cells (R, V, K): how many cells each piece fills, extrinsics (R, V, 3, 4), patches: what each patch shows (R, V, 16, 11) and where in the world (R, V, 16, 3))"""
+    pool = RoomPool(split, seed, num_rooms)
+    for index in progress(range(-(-num_rooms // pool.BLOCK))):
+        rooms, views = pool.render_block(index)
+        views = {name: x[:, :num_views] for name, x in views.items()}
+        surface = views['surface'].long()
+        patches = what_patches_show(rooms, surface, views['depth'], views['extrinsics'], views['intrinsics'], pool.size)
+        yield (index * pool.BLOCK, rooms, views['images'].permute(0, 1, 3, 4, 2).contiguous(), surface, F.one_hot(surface.flatten(2), 6 + K)[..., 6:].sum(2),
+               views['extrinsics'], patches)
+
+
 class RoomQuestions(torch.utils.data.Dataset):
     """VSI-Bench's questions about rooms: item i is room i, seen from VIEWS places of a walk, and everything asked about it.
 
     To train on, a map in words (`ask_map`) comes after the questions about every second room.
 
-    `kind` '2d' instead: item i is one picture and eight questions that it alone answers, last a map of what it shows; it also has `seen` (16, 11 + 3): what
-    each sixteenth of the picture shows, and where that lies (rooms.what_patches_show).
-    `records`: the questions one by one, in VSI-Bench's schema, with `room`, the index of their room.
+    `records`: the questions one by one, in VSI-Bench's schema, with `room`, the index of their room; `maps`: (prompt, answer) of every room;
+    `seen` (R, V, 16, 11 + 3): what each sixteenth of a picture shows, and where, seen from the first camera (rooms.what_patches_show, in_map_frame).
     """
     VIEWS = 6
 
-    def __init__(self, split, seed, num_rooms, kind='3d', progress=iter):
-        self.kind, self.seed, self.split = kind, seed, split
-        pool = RoomPool(split, seed, num_rooms)
+    def __init__(self, split, seed, num_rooms, progress=iter):
+        self.seed, self.split = seed, split
         images, seen, self.questions, self.records, self.maps, used = [], [], [], [], [], collections.Counter()
-        for index in progress(range(-(-num_rooms // pool.BLOCK))):
-            rooms, views = pool.render_block(index)
-            images.append(views['images'][:, :self.VIEWS].permute(0, 1, 3, 4, 2).contiguous())
-            surface = views['surface'][:, :self.VIEWS].long()
-            cells = F.one_hot(surface.flatten(2), 6 + K)[..., 6:].sum(2)                  # (BLOCK, V, K)
-            cameras = views['extrinsics'][:, :self.VIEWS]
-            shares, places = what_patches_show(rooms, surface, views['depth'][:, :self.VIEWS], cameras, views['intrinsics'][:, :self.VIEWS], pool.size)
-            frame = cameras if kind == '2d' else cameras[:, :1].expand_as(cameras)
-            seen.append(torch.cat([shares, in_map_frame(places, frame)], -1))             # (BLOCK, V, 16, 11 + 3)
-            for room in range(pool.BLOCK):
-                number = index * pool.BLOCK + room
-                g = step_generator(seed, number, 5, split != 'train')
-                if kind == '2d':
-                    for view in range(self.VIEWS):
-                        alone = cells[room, view:view + 1]
-                        shown = dataclasses.replace(rooms, present=rooms.present & (alone >= SEEN))               # the rest of the room is not asked about
-                        records = [record for record in ask(shown, room, alone, '', g, used) if record['question_type'] != 'room_size_estimation']
-                        self.questions.append(ask_2d(rooms, room, surface[room, view], g) + [(vsi_prompt(record), record['ground_truth']) for record in records])
-                        self.maps.append(ask_map(rooms, room, alone, cameras[room, view].cpu()))
-                else:
-                    self.questions.append(ask(rooms, room, cells[room], f'room-{split}-{seed}-{number}', g, used))
-                    self.maps.append(ask_map(rooms, room, cells[room], cameras[room, 0].cpu()))
-                    self.records += [dict(record, id=len(self.records) + i, room=number) for i, record in enumerate(self.questions[-1])]
-        self.seen = torch.cat(seen)                                                       # (R, V, 16, 14)
-        self.images = torch.cat(images).numpy()                                           # (R, V, H, W, 3) uint8
+        for start, rooms, pictures, _, cells, cameras, (shares, places) in view_rooms(split, seed, num_rooms, self.VIEWS, progress):
+            images.append(pictures)
+            seen.append(torch.cat([shares, in_map_frame(places, cameras[:, :1])], -1))
+            for room in range(len(pictures)):
+                g = step_generator(seed, start + room, 5, split != 'train')
+                self.questions.append(ask(rooms, room, cells[room], f'room-{split}-{seed}-{start + room}', g, used))
+                self.maps.append(ask_map(rooms, room, cells[room], cameras[room, 0]))
+                self.records += [dict(record, id=len(self.records) + i, room=start + room) for i, record in enumerate(self.questions[-1])]
+        self.images, self.seen = torch.cat(images).numpy(), torch.cat(seen)
 
     def __len__(self):
         return len(self.questions)
@@ -485,22 +482,57 @@ class RoomQuestions(torch.utils.data.Dataset):
     def pictures(self, room):
         return [Image.fromarray(image) for image in self.images[room]]
 
-    def turns(self, i):
-        """Room i's questions, shuffled, with their answers."""
-        order = torch.randperm(len(self.questions[i]), generator=step_generator(self.seed, i, 6)).tolist()
-        questions = [self.questions[i][j] for j in order]
-        return questions if self.kind == '2d' else [(vsi_prompt(question), question['ground_truth']) for question in questions]
-
     def map_of(self, i):
         """Room i's map from the first camera, and nothing else."""
         return dict(images=self.pictures(i), conversations=to_turns('<image>' * self.VIEWS, [self.maps[i]]))
 
     def __getitem__(self, i):
-        if self.kind == '2d':
-            picture = Image.fromarray(self.images.reshape(-1, *self.images.shape[2:])[i])
-            return dict(images=[picture], seen=self.seen.flatten(0, 1)[i], conversations=to_turns('<image>', self.turns(i)[:8] + [self.maps[i]]))
+        questions = shuffled(self.questions[i], step_generator(self.seed, i, 6))
         last = [self.maps[i]] if self.split == 'train' and i % 2 else []                  # last: no answer can be read off it
-        return dict(images=self.pictures(i), conversations=to_turns('<image>' * self.VIEWS, self.turns(i) + last))
+        turns = [(vsi_prompt(question), question['ground_truth']) for question in questions]
+        return dict(images=self.pictures(i), conversations=to_turns('<image>' * self.VIEWS, turns + last))
+
+
+class RoomPictures(torch.utils.data.Dataset):
+    """What the mini VLM is pre-trained on: questions that need no scene. Of each room come six items of one picture, with up to twelve questions about what it alone
+    shows (`ask_2d`, and VSI-Bench's as if it were the whole video) and last its map, and one item of six pictures from six rooms (`ask_slides`).
+
+    Items also hold `kinds`, the kind of every answer, and `seen` (images, 16, 11 + 3) as in RoomQuestions, but from each picture's own camera.
+    """
+    VIEWS, QUESTIONS = 6, 12
+
+    def __init__(self, split, seed, num_rooms):
+        self.items, used, asked = [], collections.Counter(), []
+        images, seen, shown = [], [], []
+        for start, rooms, pictures, surface, cells, cameras, (shares, places) in view_rooms(split, seed, num_rooms, self.VIEWS):
+            images.append(pictures)
+            seen.append(torch.cat([shares, in_map_frame(places, cameras)], -1))
+            for room, view in itertools.product(range(len(pictures)), range(self.VIEWS)):
+                g, alone = step_generator(seed, start + room, 5, split != 'train', view), cells[room, view:view + 1]
+                only = dataclasses.replace(rooms, present=rooms.present & (alone >= SEEN))                    # the rest of the room is not asked about
+                shown.append({CATEGORIES[rooms.category[room, k]] for k in only.present[room].nonzero()[:, 0].tolist()})
+                questions = [record for record in ask(only, room, alone, '', g, used, per_task=2) if record['question_type'] != 'room_size_estimation']
+                questions = shuffled(ask_2d(rooms, room, surface[room, view], g) + questions, g)[:self.QUESTIONS]
+                prompt, overview = ask_map(rooms, room, alone, cameras[room, view])
+                asked.append([(record['question_type'], vsi_prompt(record), record['ground_truth']) for record in questions] + [('map', prompt, overview)])
+        images, seen = torch.cat(images).flatten(0, 1).numpy(), torch.cat(seen).flatten(0, 1)                 # (rooms x views, ...)
+        slides = torch.arange(len(asked)).view(-1, self.VIEWS)
+        for view in range(self.VIEWS):
+            slides[:, view] = slides[:, view].roll(view)                                  # six rooms, if there are as many
+        for picture, turns in enumerate(asked):
+            self.items.append(([picture], turns))
+        for number, row in enumerate(slides.tolist()):
+            questions = ask_slides([shown[i] for i in row], step_generator(seed, number, 12, split != 'train'), used)
+            self.items.append((row, [(record['question_type'], vsi_prompt(record), record['ground_truth']) for record in questions]))
+        self.images, self.seen = images, seen
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i):
+        pictures, turns = self.items[i]
+        return dict(images=[Image.fromarray(self.images[j]) for j in pictures], seen=self.seen[pictures], kinds=[kind for kind, _, _ in turns],
+                    conversations=to_turns('<image>' * len(pictures), [turn[1:] for turn in turns]))
 
 
 def to_turns(before, turns):

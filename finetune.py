@@ -9,6 +9,7 @@ Fine-tunes an open VLM that is given the latents of a scene: Spa3-VLM (Spa3R, ar
 On rooms, the adapter is first grounded without words (`ground`); then the loss is on the answers' tokens alone. A scene's latents are computed once and kept in --cache.
 Everything goes to out/vlm-<config>/: map.png (of rooms), config.json, log.jsonl, metrics.json, checkpoint/ (`--resume` continues from it).
 """
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -27,7 +28,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from tqdm import tqdm
 
 from adapter import LATENTS, SceneLatents, SpatialVLM, add_lora, build_adapter, build_tokenizer, load_spatial_vlm, load_vlm, mini_vlm, save_mini_vlm, save_spatial_vlm
-from data import Conversations, RoomQuestions, step_generator, to_turns
+from data import Conversations, RoomPictures, RoomQuestions, step_generator, to_turns
 from eval import SHIPPED, answer_rooms, draw_maps
 from model import InputError, load_strictly, read_weights
 from rooms import ANSWER_WORDS, CATEGORIES, CLASSES
@@ -57,7 +58,7 @@ class Config:
     cache: str = opt('out/latents', "folder for the scenes' latents; '' computes them anew each time")
     workers: int = opt(0, 'processes that read pictures')
     # optimisation
-    batch: int = opt(8, 'conversations a batch')
+    batch: int = opt(8, 'conversations a batch (mini-vlm: rooms, of seven conversations each)')
     accumulate: int = opt(1, 'batches a step')
     steps: int = opt(0, 'optimiser steps; 0: one epoch')
     lr: float = opt(1e-5, "peak learning rate of the language model (with muon_lr, only of what is not its blocks' matrices)")
@@ -88,8 +89,8 @@ PRESETS = {
     'base': dict(vlm='Qwen/Qwen2.5-VL-3B-Instruct', encoder='out/base', data='', batch=1, accumulate=8, warmup=250, weight_decay=0.01, beta2=0.999,
                  checkpointing=True, workers=8, val_scenes=64, eval_every=1000, log_every=20),
     # weights/mini_vlm.safetensors
-    'mini-vlm': dict(task='mini-vlm', vlm='', latents='none', num_rooms=3000, batch=16, steps=3300, lr=2e-3, muon_lr=4e-3, min_lr=0.02, decay_from=0.5,
-                     val_scenes=40, eval_every=500, log_every=100),
+    'mini-vlm': dict(task='mini-vlm', vlm='', latents='none', batch=8, steps=6000, lr=2e-3, muon_lr=4e-3, min_lr=0.02, decay_from=0.5, dtype='float32',
+                     val_scenes=48, eval_every=2000, log_every=100),
 }
 CHOICES = dict(task=('spatial', 'mini-vlm'), latents=LATENTS, train=('adapter', 'adapter+llm', 'lora'),
                dtype=('auto', 'float32', 'bfloat16'))
@@ -139,9 +140,12 @@ class Encoded(torch.utils.data.Dataset):
         return [int(order(n, (first + i) // n, self.config.seed)[(first + i) % n]) for i in range(B)]
 
     def __getitem__(self, step):
-        items = [self.data.map_of(i) if step < self.maps else self.data[i] for i in self.samples(step)]
+        if self.config.task == 'mini-vlm':
+            items = list(RoomPictures('train', self.config.seed * 10 ** 6 + step, self.config.batch))
+        else:
+            items = [self.data.map_of(i) if step < self.maps else self.data[i] for i in self.samples(step)]
         seen = [item['seen'] for item in items if 'seen' in item]
-        return [self.chat.encode(item) for item in items], [item['images'] for item in items], torch.stack(seen) if seen else None
+        return self.chat.batch([self.chat.encode(item) for item in items]), [item['images'] for item in items], torch.cat(seen) if seen else None
 
 
 @functools.lru_cache(maxsize=4)
@@ -151,9 +155,10 @@ def order(n, epoch, seed):
 
 def make_data(config, progress=iter, say=print):
     """-> (training data, held-out data)"""
+    if config.task == 'mini-vlm':
+        return RoomPictures('train', 0, 64), RoomPictures('val', 0, config.val_scenes)     # training goes on to make its own (Encoded)
     if config.data == 'rooms':
-        kind = '2d' if config.task == 'mini-vlm' else '3d'
-        return RoomQuestions('train', 0, config.num_rooms, kind, progress), RoomQuestions('val', 0, config.val_scenes, kind)
+        return RoomQuestions('train', 0, config.num_rooms, progress), RoomQuestions('val', 0, config.val_scenes)
     data = Conversations(config.data.split(','), config.media, config.num_frames, config.skip_bad, say=say)
     if len(data) <= config.val_scenes:
         raise InputError(f'{config.data}: {len(data)} records, of which --val-scenes {config.val_scenes} are to be held out: none would be left')
@@ -170,9 +175,8 @@ def build_model(config, data, dtype=torch.float32):
         vlm, chat = load_vlm(config.vlm)
         return SpatialVLM(vlm).requires_grad_(True), chat, None
     if config.task == 'mini-vlm':
-        words = [turn['value'].replace('<image>', '') for i in range(min(len(data), 400)) for turn in data[i]['conversations']]
         questions = RoomQuestions('train', 0, 400)
-        words += [turn['value'].replace('<image>', '') for i in range(len(questions)) for turn in questions[i]['conversations']]
+        words = [turn['value'].replace('<image>', '') for item in itertools.chain(data, questions) for turn in item['conversations']]
         words += [text for pair in questions.maps for text in pair]
         words += ['system\n', 'user\n', 'assistant\n'] * 400
         vlm, chat = mini_vlm(build_tokenizer(words, CATEGORIES + ANSWER_WORDS))
@@ -219,6 +223,13 @@ def loss_of(model, batch, latents):
     inputs = {name: x for name, x in batch.items() if name != 'labels'}
     logits = model(latents=latents, use_cache=False, **inputs).logits
     return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
+
+
+def to_device(batch, vlm, device):
+    """... with the positions of its tokens, which transformers would else work out there, sample by sample: on a GPU that takes longer than all the rest."""
+    if 'image_grid_thw' in batch:
+        batch['position_ids'], _ = vlm.model.get_rope_index(**{name: batch[name] for name in ('input_ids', 'mm_token_type_ids', 'image_grid_thw', 'attention_mask')})
+    return {name: x.to(device) for name, x in batch.items()}
 
 
 class Sight(nn.Module):
@@ -272,19 +283,20 @@ def ground(model, chat, latents, data, config, device, autocast, say):
 
 @torch.no_grad()
 def held_out_loss(model, chat, latents, data, device, autocast):
-    """-> {loss, accuracy}: mean over the held-out conversations, and the share of the answers whose tokens are all the likeliest."""
-    losses, right, count = 0.0, 0, 0
-    for i in range(len(data)):
-        batch = chat.batch([chat.encode(data[i])], device=device)
+    """-> {loss, accuracy, kinds}: mean over the held-out conversations, the share of the answers whose tokens are all the likeliest, and that share by kind of question."""
+    losses, hits = 0.0, collections.defaultdict(list)
+    for item in data:
+        batch = chat.batch([chat.encode(item)], device=device)
         labels = batch.pop('labels')[0, 1:]
         with autocast:
-            logits = model(latents=latents([data[i]['images']]) if latents else None, use_cache=False, **batch).logits[0, :-1].float()
+            logits = model(latents=latents([item['images']]) if latents else None, use_cache=False, **batch).logits[0, :-1].float()
         losses += nn.functional.cross_entropy(logits, labels, ignore_index=-100).item() / len(data)
-        hit, answer = (logits.argmax(-1) == labels).tolist(), (labels != -100).tolist()
-        for asked, run in itertools.groupby(zip(answer, hit), key=lambda pair: pair[0]):
-            if asked:
-                right, count = right + all(ok for _, ok in run), count + 1
-    return dict(loss=losses, accuracy=right / count)
+        right, is_answer = (logits.argmax(-1) == labels).tolist(), (labels != -100).tolist()
+        answers = [[ok for _, ok in run] for answer, run in itertools.groupby(zip(is_answer, right), key=lambda pair: pair[0]) if answer]
+        for kind, answer in zip(item.get('kinds', ['all'] * len(answers)), answers, strict=True):
+            hits[kind].append(all(answer))
+    share = lambda values: sum(values) / len(values)
+    return dict(loss=losses, accuracy=share(sum(hits.values(), [])), kinds={kind: share(values) for kind, values in sorted(hits.items())})
 
 
 def save(folder, model, chat, optimizers, step, config, dtype, metrics, is_main, sharded):
@@ -362,7 +374,7 @@ def train(name, config, data=None, held_out=None):
         for optimizer, saved in zip(optimizers, states):
             optimizer.load_state_dict(saved)
     count = lambda grad: sum(p.numel() for p in model.parameters() if p.requires_grad == grad) / 1e6
-    say(f'{count(True):.2f} M parameters to train, {count(False):.2f} M frozen | {len(data)} conversations | {device}, {dtype} ({reason}) | writing to {config.out}/')
+    say(f'{count(True):.2f} M parameters to train, {count(False):.2f} M frozen | {device}, {dtype} ({reason}) | writing to {config.out}/')
     loader = iter(torch.utils.data.DataLoader(Encoded(data, chat, config, rank, world_size), batch_size=None, num_workers=config.workers,
                                               sampler=range(first * config.accumulate, steps * config.accumulate)))
     wrapped = nn.parallel.DistributedDataParallel(model) if world_size > 1 and not sharded else model
@@ -382,7 +394,7 @@ def train(name, config, data=None, held_out=None):
                 model.train()
                 line = f'held-out loss {metrics["loss"]:.4f}, answers right {metrics["accuracy"]:.3f}'
             say(f'step {step:05d}/{steps:05d} | {line}')
-            log.write(json.dumps(dict(step=step, metrics={key: value for key, value in metrics.items() if key not in ('scores', 'maps')})) + '\n')
+            log.write(json.dumps(dict(step=step, metrics={key: value for key, value in metrics.items() if key not in ('scores', 'maps', 'kinds')})) + '\n')
             if step > first:
                 check_finite(losses, norm, step, checkpoint)
             save(checkpoint, model, chat, optimizers, step, config, dtype, {}, is_main, sharded)
@@ -395,8 +407,8 @@ def train(name, config, data=None, held_out=None):
 
         # forward, backward, update
         for micro in range(config.accumulate):
-            items, pictures, seen = next(loader)
-            batch, z = chat.batch(items, device=device), latents(pictures) if latents else None
+            batch, pictures, seen = next(loader)
+            batch, z = to_device(batch, model.vlm, device), latents(pictures) if latents else None
             last = micro == config.accumulate - 1
             with contextlib.nullcontext() if last or world_size == 1 or sharded else wrapped.no_sync():
                 with autocast:
@@ -435,6 +447,7 @@ def train(name, config, data=None, held_out=None):
         if config.task == 'mini-vlm':
             path = os.path.join(config.out, 'mini_vlm.safetensors')
             save_mini_vlm(model.vlm, chat, path, {}, 'python finetune.py ' + ' '.join(sys.argv[1:]), sight)
+            say(''.join(f'{kind:30s} {100 * share:5.1f} % right\n' for kind, share in metrics['kinds'].items()))
             say(f'wrote {path}\nnext: python finetune.py --config small --vlm {path}')
         elif 'scores' in metrics:
             draw_maps(metrics['maps'], os.path.join(config.out, 'map.png'))

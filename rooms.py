@@ -510,13 +510,42 @@ def candidates(rooms, room, cells):
     return found
 
 
+def draw(items, g):
+    return items[int(torch.randint(len(items), (1,), generator=g))]
+
+
+def shuffled(items, g):
+    return [items[i] for i in torch.randperm(len(items), generator=g)]
+
+
+def as_record(task, question, options, answer):
+    """With options, the answer becomes the letter of its place among them."""
+    if options is None:
+        return dict(question_type=task, question=question, options=None, ground_truth=answer)
+    lettered = [f'{letter}. {text}' for letter, text in zip('ABCD', options)]
+    return dict(question_type=task, question=question, options=lettered, ground_truth=lettered[options.index(answer)][0])
+
+
+def ask_order(first, g, used):
+    """In which order do categories appear? first: {view: categories that it is the first to show}. -> question, options, answer"""
+    # of several draws, the one whose pairs came in this order least often so far
+    pairs = lambda names: [('obj_appearance_order', *pair) for pair in itertools.combinations(names, 2)]
+    names = min(([draw(names, g) for _, names in sorted(first.items())][:4] for _ in range(8)),
+                key=lambda names: sum(used[task, a, b] - used[task, b, a] for task, a, b in pairs(names)))
+    used.update(pairs(names))
+    answer, orders = ', '.join(names), set()
+    while len(orders) < 3:
+        orders.add(', '.join(shuffled(names, g)))
+        orders.discard(answer)
+    question = f'What will be the first-time appearance order of the following categories in the video: {", ".join(shuffled(names, g))}?'
+    return question, [answer, *sorted(orders)], answer
+
+
 def ask(rooms, room, cells, scene, g, used, per_task=1):
     """Questions about one room: of every task up to `per_task`, the rarest answers first, so that no answer is much commoner than another.
 
     `used`: Counter of the classes of answers so far, over the whole set. -> list of records in VSI-Bench's schema.
     """
-    draw = lambda items: items[int(torch.randint(len(items), (1,), generator=g))]
-    shuffled = lambda items: [items[i] for i in torch.randperm(len(items), generator=g)]
     records = []
     for task, choices in candidates(rooms, room, cells).items():
         for _ in range(min(per_task, len(choices))):
@@ -524,28 +553,15 @@ def ask(rooms, room, cells, scene, g, used, per_task=1):
             asked = sum(n for key, n in used.items() if key[0] == task)
             if task == 'object_counting' and fewest > 2 + asked / 2:
                 break                                         # most rooms have nothing but pairs: 'two' may not exceed half of the answers
-            chosen = draw([choice for choice in choices if used[task, choice[0]] == fewest])
+            chosen = draw([choice for choice in choices if used[task, choice[0]] == fewest], g)
             choices = [choice for choice in choices if choice[1] != chosen[1]]
             answer_class, question, options, answer = chosen
             used[task, answer_class] += 1
             if task == 'obj_appearance_order':
-                # of several draws, the one whose pairs came in this order least often so far
-                pairs = lambda names: itertools.combinations(names, 2)
-                names = min(([draw(names) for _, names in sorted(options.items())][:4] for _ in range(8)),
-                            key=lambda names: sum(used[task, a, b] - used[task, b, a] for a, b in pairs(names)))
-                used.update((task, a, b) for a, b in pairs(names))
-                answer, orders = ', '.join(names), set()
-                while len(orders) < 3:
-                    orders.add(', '.join(shuffled(names)))
-                    orders.discard(answer)
-                options = [answer, *sorted(orders)]
-                question = f'What will be the first-time appearance order of the following categories in the video: {", ".join(shuffled(names))}?'
+                question, options, answer = ask_order(options, g, used)
             if options is not None:
-                options = shuffled(options)
-                question = question.replace('{options}', ', '.join(options))
-                letters = 'ABCD'[:len(options)]
-                answer, options = letters[options.index(answer)], [f'{letter}. {text}' for letter, text in zip(letters, options)]
-            records.append(dict(dataset='rooms', scene_name=scene, question_type=task, question=question, options=options, ground_truth=answer))
+                question = question.replace('{options}', ', '.join(options := shuffled(options, g)))
+            records.append(dict(dataset='rooms', scene_name=scene, **as_record(task, question, options, answer)))
     return records
 
 
@@ -592,10 +608,8 @@ def ask_2d(rooms, room, surface, g):
     """Questions about one picture: what is there, how many, where in the picture, how large in it, left or right of what; last, two about lists of options.
     surface (h, w) ids of cells.
 
-    -> list of (prompt, answer)
+    -> list of records as `ask` gives them
     """
-    draw = lambda items: items[int(torch.randint(len(items), (1,), generator=g))]
-    shuffled = lambda items: [items[i] for i in torch.randperm(len(items), generator=g)]
     columns = torch.arange(surface.shape[1]).expand_as(surface).float() / surface.shape[1]
     members, sizes = {}, {}
     for k in range(K):
@@ -606,36 +620,51 @@ def ask_2d(rooms, room, surface, g):
             sizes[name] = (x.max() - x.min()).item() + 1 / surface.shape[1], mask.float().mean().item()   # of the picture: width, area
     absent = [name for name in CATEGORIES if name not in members]
     unique = {name: x[0] for name, x in members.items() if len(x) == 1}
-    questions = []
-    there = bool(members) and (not absent or draw([True, False]))
-    questions.append((f'Is there a {draw(list(members) if there else absent)} in the picture?', None, 'yes' if there else 'no'))
+    there = bool(members) and (not absent or draw([True, False], g))
+    found = [('presence', f'Is there a {draw(list(members) if there else absent, g)} in the picture?', None, 'yes' if there else 'no')]
     if members:
-        name = draw(list(members))
-        questions.append((f'How many {name}(s) are in the picture?', None, str(len(members[name]))))
-        questions.append(('Which objects are in the picture?', None, ', '.join(name for name in CATEGORIES if name in members)))
+        name = draw(list(members), g)
+        found.append(('count', f'How many {name}(s) are in the picture?', None, str(len(members[name]))))
+        found.append(('list', 'Which objects are in the picture?', None, ', '.join(name for name in CATEGORIES if name in members)))
         if len(absent) >= 2:
-            questions.append(('Which of these objects is in the picture?', shuffled([name, *shuffled(absent)[:3]]), name))
+            found.append(('which', 'Which of these objects is in the picture?', shuffled([name, *shuffled(absent, g)[:3]], g), name))
     if unique:
-        name = draw(list(unique))
-        questions.append((f'Is the {name} on the left, in the middle or on the right of the picture?', ['left', 'middle', 'right'],
-                          ('left', 'middle', 'right')[min(2, int(3 * unique[name]))]))
-        name = draw(list(unique))
-        questions.append(draw([(f'What is the width of the {name} in the picture, measured in pixels of 640?', None, str(round(640 * sizes[name][0]))),
-                               (f'What share of the picture is covered by the {name} (in percent)?', None, f'{100 * sizes[name][1]:.1f}'),
-                               (f'How far from the left of the picture is the {name} (in percent)?', None, str(round(100 * unique[name])))]))
+        name = draw(list(unique), g)
+        found.append(('third', f'Is the {name} on the left, in the middle or on the right of the picture?', ['left', 'middle', 'right'],
+                      ('left', 'middle', 'right')[min(2, int(3 * unique[name]))]))
+        name = draw(list(unique), g)
+        found.append(draw([('width', f'What is the width of the {name} in the picture, measured in pixels of 640?', None, str(round(640 * sizes[name][0]))),
+                           ('share', f'What share of the picture is covered by the {name} (in percent)?', None, f'{100 * sizes[name][1]:.1f}'),
+                           ('from the left', f'How far from the left of the picture is the {name} (in percent)?', None, str(round(100 * unique[name])))], g))
     pairs = [(a, b) for a in unique for b in unique if a != b and abs(unique[a] - unique[b]) > 0.08]
     if pairs:
-        a, b = draw(pairs)
-        questions.append((f'In the picture, is the {a} to the left or the right of the {b}?', shuffled(['left', 'right']), 'left' if unique[a] < unique[b] else 'right'))
-    letters = lambda options: [f'{letter}. {text}' for letter, text in zip('ABCD', options)] if options else None
-    turns = [(vsi_prompt(dict(question=question, options=letters(options))), 'ABCD'[options.index(answer)] if options else answer)
-             for question, options, answer in questions]
+        a, b = draw(pairs, g)
+        found.append(('left or right', f'In the picture, is the {a} to the left or the right of the {b}?', shuffled(['left', 'right'], g),
+                      'left' if unique[a] < unique[b] else 'right'))
     # how to read a list of options: nothing to be seen in the picture, and what other language models know
-    options = shuffled(draw([CATEGORIES, CATEGORIES, ANSWER_WORDS]))[:4]
-    word, table = draw(options), '\n'.join(letters(options))
-    turns.append((f'Which of these is {word}?\nOptions:\n{table}', 'ABCD'[options.index(word)]))
-    turns.append((f'Which letters do these have?\nOptions:\n{table}', ', '.join(f'{word} {letter}' for word, letter in shuffled(list(zip(options, 'ABCD'))))))
-    return turns
+    options = shuffled(draw([CATEGORIES, CATEGORIES, ANSWER_WORDS], g), g)[:4]
+    word = draw(options, g)
+    letters = dict(as_record('letters', 'Which letters do these have?', options, word),
+                   ground_truth=', '.join(f'{word} {letter}' for word, letter in shuffled(list(zip(options, 'ABCD')), g)))
+    return [as_record(*question) for question in found] + [as_record('letter', f'Which of these is {word}?', options, word), letters]
+
+
+def ask_slides(shown, g, used):
+    """Questions about unrelated pictures in a row: what comes first, and where. shown: of every picture, the set of categories that it shows.
+
+    -> list of records as `ask` gives them
+    """
+    first = {}
+    for name in CATEGORIES:
+        views = [i for i, names in enumerate(shown) if name in names]
+        if views:
+            first.setdefault(views[0], []).append(name)
+    found = [('obj_appearance_order', *ask_order(first, g, used))] if len(first) >= 3 else []
+    where = {name: i for i, names in first.items() for name in names}
+    for name in shuffled(list(where), g)[:3]:
+        found.append(('picture', f'Which picture is the first with a {name} (1 to {len(shown)})?', None, str(where[name] + 1)))
+    found.append(('list', 'Which objects are in the last picture?', None, ', '.join(name for name in CATEGORIES if name in shown[-1]) or 'none'))
+    return [as_record(task, question, options and shuffled(options, g), answer) for task, question, options, answer in found]
 
 
 if __name__ == '__main__':

@@ -94,10 +94,10 @@ def test_arms(vlm, tmp_path, latents, train):
 
 
 def test_mini_vlm(tmp_path, capsys):
-    finetune.main(['--config', 'mini-vlm', '--num-rooms', '8', '--val-scenes', '4', '--batch', '2', '--steps', '2', '--out', str(tmp_path), '--device', 'cpu', '--log-every', '1'])
+    finetune.main(['--config', 'mini-vlm', '--val-scenes', '4', '--batch', '1', '--steps', '2', '--out', str(tmp_path), '--device', 'cpu', '--log-every', '1'])
     path = str(tmp_path / 'mini_vlm.safetensors')
     finetune.main(options(path, tmp_path / 'next', '--steps', '1', '--map-steps', '0', '--latents', 'none'))
-    finetune.main(['--config', 'mini-vlm', '--vlm', path, '--num-rooms', '8', '--val-scenes', '4', '--batch', '2', '--steps', '2', '--out', str(tmp_path / 'on'), '--device', 'cpu'])
+    finetune.main(['--config', 'mini-vlm', '--vlm', path, '--val-scenes', '4', '--batch', '1', '--steps', '2', '--out', str(tmp_path / 'on'), '--device', 'cpu'])
     before, after = [finetune.load_sight(file, 128).head.weight for file in (path, tmp_path / 'on' / 'mini_vlm.safetensors')]
     assert 0 < (before - after).abs().max() < 0.02            # it went on from there
 
@@ -236,7 +236,7 @@ def test_maps_alone_and_after_questions(vlm):
     # the first steps hold maps alone, of twice as many rooms, and no room comes twice before all have come
     config = dataclasses.replace(finetune.Config(), batch=2, map_steps=1)
     dealt = finetune.Encoded(RoomQuestions('train', 0, 8), chat, config)
-    assert len(dealt[0][0]) == 4 and len(dealt[1][0]) == 2
+    assert len(dealt[0][0]['input_ids']) == 4 and len(dealt[1][0]['input_ids']) == 2
     assert sorted(dealt.samples(0) + dealt.samples(1) + dealt.samples(2)) == list(range(8))
 
 
