@@ -209,26 +209,38 @@ class Chat:
             messages.append(dict(role=role, content=content))
         return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
 
+    @functools.lru_cache(maxsize=1024)
+    def layout(self, shape):
+        """What the chat template puts around the texts of a conversation. shape: of every turn its role, and how many texts its images part it into.
+
+        -> of every turn, the pieces before, between and behind its texts; a question's last ends where its answer begins, so that tokens never straddle the two.
+        """
+        mark, chunks, done = '\ue000', [], ''
+        turns = [(role, '<image>'.join([mark] * parts)) for role, parts in shape]
+        for i, (role, _) in enumerate(turns):
+            upto = self.text(turns[:i + 1], add_generation_prompt=role == 'user')
+            if not upto.startswith(done):
+                raise InputError('the chat template of this VLM rewrites earlier turns: only templates that append can be trained on')
+            chunks.append(upto[len(done):].split(mark))
+            done = upto
+        return chunks
+
     def encode(self, item):
         """An item of data (images, conversations) -> dict of input_ids, labels (-100 wherever not an answer), pixel_values, image_grid_thw.
 
         A conversation that ends with a question is laid out for its answer to be generated.
         """
-        turns = [('user' if turn['from'] == 'human' else 'assistant', turn['value']) for turn in item['conversations']]
-        ids, labels, done = [], [], ''
-        for i, (role, _) in enumerate(turns):
-            # text up to where the answer begins, then up to where it ends: tokens never straddle the two
-            upto = self.text(turns[:i + 1], add_generation_prompt=True) if role == 'user' else self.text(turns[:i + 1])
-            if not upto.startswith(done):
-                raise InputError('the chat template of this VLM rewrites earlier turns: only templates that append can be trained on')
-            new = self.tokenizer(upto[len(done):], add_special_tokens=False).input_ids
+        turns = [('user' if turn['from'] == 'human' else 'assistant', turn['value'].split('<image>')) for turn in item['conversations']]
+        ids, labels = [], []
+        for (role, texts), chunk in zip(turns, self.layout(tuple((role, len(texts)) for role, texts in turns))):
+            text = ''.join(piece + text for piece, text in zip(chunk, [*texts, '']))
+            new = self.tokenizer(text, add_special_tokens=False).input_ids
             ids += new
             if role == 'assistant':
                 end = max(j for j, token in enumerate(new) if token == self.tokenizer.eos_token_id) + 1
                 labels += new[:end] + [-100] * (len(new) - end)                           # what follows the end of the turn is not the answer's
             else:
                 labels += [-100] * len(new)
-            done = upto
         encoded = {}
         if item['images']:
             encoded = dict(self.image_processor(images=item['images'], return_tensors='pt', **self.sizes))

@@ -216,7 +216,7 @@ def bench_finetune(clock, device):
         batch, pictures, _ = finetune.Encoded(data, chat, config)[0]
         batch = finetune.to_device(batch, spatial_vlm.vlm, device)
         kept(pictures)
-        step = lambda latents: finetune.loss_of(spatial_vlm, batch, latents(pictures)).backward()
+        step = lambda latents: finetune.loss_of(spatial_vlm, batch, latents(pictures))['answers'].backward()
         ms = {'kept': [], 'anew': []}
         for _ in range(clock.repeats):
             for name, latents in (('kept', kept), ('anew', anew)):

@@ -23,6 +23,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -34,8 +35,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 
 from model import InputError
-from rooms import (CATEGORIES, CLASSES, K, SEEN, ask, ask_2d, ask_map, ask_slides, in_map_frame, make_intrinsics, make_rooms, make_walk, render, room_seed, shuffled,
-                   surface_classes, vsi_prompt, what_patches_show)
+from rooms import (CATEGORIES, CLASSES, K, SEEN, ask, ask_2d, ask_map, ask_slides, draw, in_map_frame, in_words, make_intrinsics, make_rooms, make_walk, render, room_seed, shuffled,
+                   surface_classes, vsi_prompt, what_patches_show, where_categories_stand)
 
 CELL = 4      # pixels a side: depth and classes are kept at this resolution
 
@@ -66,12 +67,12 @@ class RoomPool:
         self.num_blocks = max(1, num_rooms // self.BLOCK)
         self.blocks, self.pool = {}, None                     # slot -> index of the block in it; name -> tensor of all rooms
 
-    def render_block(self, index):
+    def render_block(self, index, num_views=VIEWS):
         """-> the Rooms of block `index`, and what their views show: a dict as a batch's, with `surface` ids (rooms.render) for `classes`."""
         seed = room_seed(self.split, self.seed, index * self.world_size + self.rank)
         rooms = make_rooms(self.BLOCK, seed)
-        extrinsics = make_walk(rooms, self.VIEWS, seed)
-        intrinsics = make_intrinsics(self.size, self.BLOCK, self.VIEWS)
+        extrinsics = make_walk(rooms, self.VIEWS, seed)[:, :num_views]                    # the first of the same walk
+        intrinsics = make_intrinsics(self.size, self.BLOCK, num_views)
         rooms, extrinsics, intrinsics = rooms.to(self.device), extrinsics.to(self.device), intrinsics.to(self.device)
         views = render(rooms, extrinsics, intrinsics, self.size)
         # a cell's depth is that of the ray through its centre: a render of its own, at the cells' resolution
@@ -445,8 +446,7 @@ def view_rooms(split, seed, num_rooms, num_views, progress=iter):
     cells (R, V, K): how many cells each piece fills, extrinsics (R, V, 3, 4), patches: what each patch shows (R, V, 16, 11) and where in the world (R, V, 16, 3))"""
     pool = RoomPool(split, seed, num_rooms)
     for index in progress(range(-(-num_rooms // pool.BLOCK))):
-        rooms, views = pool.render_block(index)
-        views = {name: x[:, :num_views] for name, x in views.items()}
+        rooms, views = pool.render_block(index, num_views)
         surface = views['surface'].long()
         patches = what_patches_show(rooms, surface, views['depth'], views['extrinsics'], views['intrinsics'], pool.size)
         yield (index * pool.BLOCK, rooms, views['images'].permute(0, 1, 3, 4, 2).contiguous(), surface, F.one_hot(surface.flatten(2), 6 + K)[..., 6:].sum(2),
@@ -494,16 +494,17 @@ class RoomQuestions(torch.utils.data.Dataset):
 
 
 class RoomPictures(torch.utils.data.Dataset):
-    """What the mini VLM is pre-trained on: questions that need no scene. Of each room come six items of one picture, with up to twelve questions about what it alone
+    """What the mini VLM is pre-trained on: questions that need no scene. Of each room come six items of one picture, with up to eighteen questions about what it alone
     shows (`ask_2d`, and VSI-Bench's as if it were the whole video) and last its map, and one item of six pictures from six rooms (`ask_slides`).
 
-    Items also hold `kinds`, the kind of every answer, and `seen` (images, 16, 11 + 3) as in RoomQuestions, but from each picture's own camera.
+    Items also hold `kinds`, the kind of every answer; `seen` (images, 16, 11 + 3) as in RoomQuestions, but from each picture's own camera; and `stand` (C, 3), where the
+    only piece of each category stands.
     """
-    VIEWS, QUESTIONS = 6, 12
+    VIEWS, QUESTIONS = 6, 18
 
     def __init__(self, split, seed, num_rooms):
         self.items, used, asked = [], collections.Counter(), []
-        images, seen, shown = [], [], []
+        images, seen, shown, stand = [], [], [], []
         for start, rooms, pictures, surface, cells, cameras, (shares, places) in view_rooms(split, seed, num_rooms, self.VIEWS):
             images.append(pictures)
             seen.append(torch.cat([shares, in_map_frame(places, cameras)], -1))
@@ -511,8 +512,10 @@ class RoomPictures(torch.utils.data.Dataset):
                 g, alone = step_generator(seed, start + room, 5, split != 'train', view), cells[room, view:view + 1]
                 only = dataclasses.replace(rooms, present=rooms.present & (alone >= SEEN))                    # the rest of the room is not asked about
                 shown.append({CATEGORIES[rooms.category[room, k]] for k in only.present[room].nonzero()[:, 0].tolist()})
-                questions = [record for record in ask(only, room, alone, '', g, used, per_task=2) if record['question_type'] != 'room_size_estimation']
+                stand.append(where_categories_stand(only, room, cameras[room, view]))
+                questions = [record for record in ask(only, room, alone, '', g, used, per_task=4) if record['question_type'] != 'room_size_estimation']
                 questions = shuffled(ask_2d(rooms, room, surface[room, view], g) + questions, g)[:self.QUESTIONS]
+                questions = [in_words(record) if record['question_type'] != 'letter' and draw([True, False], g) else record for record in questions]
                 prompt, overview = ask_map(rooms, room, alone, cameras[room, view])
                 asked.append([(record['question_type'], vsi_prompt(record), record['ground_truth']) for record in questions] + [('map', prompt, overview)])
         images, seen = torch.cat(images).flatten(0, 1).numpy(), torch.cat(seen).flatten(0, 1)                 # (rooms x views, ...)
@@ -524,14 +527,15 @@ class RoomPictures(torch.utils.data.Dataset):
         for number, row in enumerate(slides.tolist()):
             questions = ask_slides([shown[i] for i in row], step_generator(seed, number, 12, split != 'train'), used)
             self.items.append((row, [(record['question_type'], vsi_prompt(record), record['ground_truth']) for record in questions]))
-        self.images, self.seen = images, seen
+        self.images, self.seen, self.stand = images, seen, torch.stack(stand)
 
     def __len__(self):
         return len(self.items)
 
     def __getitem__(self, i):
         pictures, turns = self.items[i]
-        return dict(images=[Image.fromarray(self.images[j]) for j in pictures], seen=self.seen[pictures], kinds=[kind for kind, _, _ in turns],
+        stand = self.stand[pictures[0]] if len(pictures) == 1 else torch.full((len(CATEGORIES), 3), math.nan)
+        return dict(images=[Image.fromarray(self.images[j]) for j in pictures], seen=self.seen[pictures], stand=stand, kinds=[kind for kind, _, _ in turns],
                     conversations=to_turns('<image>' * len(pictures), [turn[1:] for turn in turns]))
 
 

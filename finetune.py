@@ -130,6 +130,9 @@ class Encoded(torch.utils.data.Dataset):
     def __init__(self, data, chat, config, rank=0, world_size=1):
         self.data, self.chat, self.config, self.rank, self.world_size = data, chat, config, rank, world_size
         self.maps = config.map_steps * config.accumulate
+        self.category_of = torch.full((len(chat.tokenizer),), len(CATEGORIES))            # of every token: index of the category that it names
+        for i, name in enumerate(CATEGORIES):
+            self.category_of[chat.tokenizer.convert_tokens_to_ids([name, f' {name}'])] = i
 
     def samples(self, step):
         """Indices of batch `step`: one random order an epoch, dealt out to the processes."""
@@ -144,8 +147,12 @@ class Encoded(torch.utils.data.Dataset):
             items = list(RoomPictures('train', self.config.seed * 10 ** 6 + step, self.config.batch))
         else:
             items = [self.data.map_of(i) if step < self.maps else self.data[i] for i in self.samples(step)]
-        seen = [item['seen'] for item in items if 'seen' in item]
-        return self.chat.batch([self.chat.encode(item) for item in items]), [item['images'] for item in items], torch.cat(seen) if seen else None
+        batch, truth = self.chat.batch([self.chat.encode(item) for item in items]), None
+        if self.config.task == 'mini-vlm':
+            named = self.category_of[batch['input_ids']]                                  # (B, T)
+            stand = nn.functional.pad(torch.stack([item['stand'] for item in items]), (0, 0, 0, 1), value=math.nan)           # (B, C + 1, 3): the last for words that name none
+            truth = dict(seen=torch.cat([item['seen'] for item in items]), stand=stand.gather(1, named[..., None].expand(-1, -1, 3)))
+        return batch, [item['images'] for item in items], truth
 
 
 @functools.lru_cache(maxsize=4)
@@ -217,12 +224,16 @@ def shard_model(model):
     return fully_shard(model)
 
 
-def loss_of(model, batch, latents):
-    """Mean cross entropy over the answers' tokens of a batch."""
-    labels = batch['labels']
+def loss_of(model, batch, latents, sight=None, truth=None):
+    """-> {answers: mean cross entropy over the answers' tokens of a batch}; with a Sight, what it makes of image tokens and words too (`truth` of Encoded)"""
     inputs = {name: x for name, x in batch.items() if name != 'labels'}
-    logits = model(latents=latents, use_cache=False, **inputs).logits
-    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
+    outputs = model(latents=latents, use_cache=False, output_hidden_states=sight is not None, **inputs)
+    losses = dict(answers=nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1).float(), batch['labels'][:, 1:].flatten(), ignore_index=-100))
+    if sight is not None:
+        named = ~truth['stand'].isnan().any(-1)                                           # (B, T)
+        hidden = outputs.hidden_states[len(outputs.hidden_states) // 2]                   # (B, T, h), half-way up
+        losses.update(sight=sight.loss(model.image_tokens, truth['seen']), words=sight.loss_of_words(hidden[named], truth['stand'][named]))
+    return losses
 
 
 def to_device(batch, vlm, device):
@@ -239,11 +250,17 @@ class Sight(nn.Module):
     def __init__(self, width):
         super().__init__()
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, len(CLASSES) + 3)
+        self.norm_of_words, self.head_of_words = nn.LayerNorm(width), nn.Linear(width, 3)
 
     def loss(self, tokens, seen):
         """tokens (n, h), seen (..., 11 + 3) of the same patches: cross entropy with the shares of the classes, and smooth L1 to the place in metres."""
         (said, place), (shares, true) = [x.flatten(0, -2).float().split([len(CLASSES), 3], -1) for x in (self.head(self.norm(tokens)), seen)]
         return nn.functional.cross_entropy(said, shares) + nn.functional.smooth_l1_loss(place, true)
+
+
+    def loss_of_words(self, hidden, stand):
+        """hidden (n, h): the language model's states, half-way up, of n words that name a category, stand (n, 3): where its piece is. -> smooth L1, metres"""
+        return nn.functional.smooth_l1_loss(self.head_of_words(self.norm_of_words(hidden)).float(), stand)
 
 
 def load_sight(path, width):
@@ -407,14 +424,13 @@ def train(name, config, data=None, held_out=None):
 
         # forward, backward, update
         for micro in range(config.accumulate):
-            batch, pictures, seen = next(loader)
+            batch, pictures, truth = next(loader)
+            truth = {name: x.to(device) for name, x in (truth or {}).items()}
             batch, z = to_device(batch, model.vlm, device), latents(pictures) if latents else None
             last = micro == config.accumulate - 1
             with contextlib.nullcontext() if last or world_size == 1 or sharded else wrapped.no_sync():
                 with autocast:
-                    losses = dict(answers=loss_of(wrapped, batch, z))
-                    if seen is not None:
-                        losses['sight'] = sight.loss(model.image_tokens, seen.to(device))
+                    losses = loss_of(wrapped, batch, z, sight, truth)
                     losses['loss'] = sum(losses.values())
                 (losses['loss'] / config.accumulate).backward()
         norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], config.clip)

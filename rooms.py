@@ -526,6 +526,14 @@ def as_record(task, question, options, answer):
     return dict(question_type=task, question=question, options=lettered, ground_truth=lettered[options.index(answer)][0])
 
 
+def in_words(record):
+    """The same question without its options: the answer is the text of the right one."""
+    if record['options'] is None:
+        return record
+    answer = next(option[3:] for option in record['options'] if option[0] == record['ground_truth'])
+    return dict(record, question_type=f'{record["question_type"]} in words', options=None, ground_truth=answer)
+
+
 def ask_order(first, g, used):
     """In which order do categories appear? first: {view: categories that it is the first to show}. -> question, options, answer"""
     # of several draws, the one whose pairs came in this order least often so far
@@ -591,6 +599,13 @@ def what_patches_show(rooms, surface, depth, extrinsics, intrinsics, size, patch
     return pool(F.one_hot(surface_classes(rooms, surface).long(), len(CLASSES)).float()), places
 
 
+def where_categories_stand(rooms, room, camera):
+    """Of every category that one piece alone has, its place (in_map_frame); NaN for the others. -> (C, 3)"""
+    member = F.one_hot(rooms.category[room], len(CATEGORIES)) * rooms.present[room, :, None]                      # (K, C)
+    places = member.T.float() @ in_map_frame(rooms.center[room], camera)
+    return places.masked_fill((member.sum(0) != 1)[:, None], math.nan)
+
+
 def ask_map(rooms, room, cells, camera):
     """Where does everything stand that is seen? A map in words, in whole metres: to train on, and to see what a model knows; not of VSI-Bench.
 
@@ -627,7 +642,8 @@ def ask_2d(rooms, room, surface, g):
         found.append(('count', f'How many {name}(s) are in the picture?', None, str(len(members[name]))))
         found.append(('list', 'Which objects are in the picture?', None, ', '.join(name for name in CATEGORIES if name in members)))
         if len(absent) >= 2:
-            found.append(('which', 'Which of these objects is in the picture?', shuffled([name, *shuffled(absent, g)[:3]], g), name))
+            options = shuffled([name, *shuffled(absent, g)[:3]], g)
+            found.append(('which', f'Which of these objects ({", ".join(options)}) is in the picture?', options, name))
     if unique:
         name = draw(list(unique), g)
         found.append(('third', f'Is the {name} on the left, in the middle or on the right of the picture?', ['left', 'middle', 'right'],
@@ -644,9 +660,7 @@ def ask_2d(rooms, room, surface, g):
     # how to read a list of options: nothing to be seen in the picture, and what other language models know
     options = shuffled(draw([CATEGORIES, CATEGORIES, ANSWER_WORDS], g), g)[:4]
     word = draw(options, g)
-    letters = dict(as_record('letters', 'Which letters do these have?', options, word),
-                   ground_truth=', '.join(f'{word} {letter}' for word, letter in shuffled(list(zip(options, 'ABCD')), g)))
-    return [as_record(*question) for question in found] + [as_record('letter', f'Which of these is {word}?', options, word), letters]
+    return [as_record(*question) for question in found] + [as_record('letter', f'Which of these is {word}?', options, word)]
 
 
 def ask_slides(shown, g, used):

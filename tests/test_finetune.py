@@ -17,9 +17,9 @@ import eval as evaluation
 import finetune
 import scoring
 from adapter import SpatialVLM, build_tokenizer, load_spatial_vlm, load_vlm, mini_vlm, save_mini_vlm
-from data import Conversations, RoomQuestions, draw_markers
+from data import Conversations, RoomPictures, RoomQuestions, draw_markers
 from model import InputError
-from rooms import ANSWER_WORDS, CATEGORIES
+from rooms import ANSWER_WORDS, CATEGORIES, CLASSES
 
 SIZES = dict(width=64, depth=1)
 
@@ -238,6 +238,32 @@ def test_maps_alone_and_after_questions(vlm):
     dealt = finetune.Encoded(RoomQuestions('train', 0, 8), chat, config)
     assert len(dealt[0][0]['input_ids']) == 4 and len(dealt[1][0]['input_ids']) == 2
     assert sorted(dealt.samples(0) + dealt.samples(1) + dealt.samples(2)) == list(range(8))
+
+
+def test_pictures_to_pre_train_on(vlm):
+    pictures = RoomPictures('train', 0, 8)
+    model, chat = load_vlm(vlm)
+    assert len(pictures) == 8 * 7
+    single, row = pictures[0], pictures[8 * 6]
+    assert len(single['images']) == 1 and single['kinds'][-1] == 'map' and len(row['images']) == 6 and 'picture' in row['kinds']
+    assert len({image.tobytes() for image in row['images']}) == 6 and row['stand'].isnan().all()
+    for item in pictures:
+        asked, answers = item['conversations'][::2], item['conversations'][1::2]
+        assert len(item['kinds']) == len(answers)
+        for kind, question, answer in zip(item['kinds'], asked, answers):
+            assert ('Options:' in question['value']) == (answer['value'] in 'ABCD') and (not kind.endswith('in words') or answer['value'] not in 'ABCD')
+
+    # what a batch says of its words and image tokens; and where its tokens stand, worked out beforehand
+    config = dataclasses.replace(finetune.Config(), **finetune.PRESETS['mini-vlm'])
+    batch, shown, truth = finetune.Encoded(None, chat, config)[0]
+    assert len(batch['input_ids']) == 56 and truth['seen'].shape == (len(batch['pixel_values']) // 64, 16, len(CLASSES) + 3)
+    named = ~truth['stand'].isnan().any(-1)
+    words = {chat.tokenizer.decode(token).strip() for token in batch['input_ids'][named]}
+    assert words == set(CATEGORIES)
+    labels = batch.pop('labels')
+    with torch.no_grad():
+        here, there = [model(use_cache=False, **x).logits[labels != -100] for x in (batch, finetune.to_device(dict(batch), model, 'cpu'))]
+    assert torch.equal(here, there)
 
 
 def test_grounding(vlm, tmp_path):
