@@ -150,15 +150,6 @@ class SpatialVLM(nn.Module):
             outputs.logits = outputs.logits + 0 * sum(p.sum() for p in self.adapter.parameters())
         return outputs
 
-    def look(self, input_ids, latents, pixel_values, image_grid_thw):
-        """The image tokens that the language model would read, (all image tokens of the batch, h)."""
-        self.hold(input_ids, latents)
-        try:
-            self.vlm.model.get_image_features(pixel_values, image_grid_thw)
-        finally:
-            self.hold(input_ids, None)
-        return self.image_tokens
-
     @torch.no_grad()
     def generate(self, input_ids, latents=None, **inputs):
         """As the VLM's own generate, with `latents`; they are fused into the cache at prefill."""

@@ -456,16 +456,17 @@ def view_rooms(split, seed, num_rooms, num_views, progress=iter):
 class RoomQuestions(torch.utils.data.Dataset):
     """VSI-Bench's questions about rooms: item i is room i, seen from VIEWS places of a walk, and everything asked about it.
 
-    To train on, a map in words (`ask_map`) comes after the questions about every second room.
+    To train on, half of the choices are asked for in words, and a map in words (`ask_map`) comes after the questions about every second room.
 
     `records`: the questions one by one, in VSI-Bench's schema, with `room`, the index of their room; `maps`: (prompt, answer) of every room;
-    `seen` (R, V, 16, 11 + 3): what each sixteenth of a picture shows, and where, seen from the first camera (rooms.what_patches_show, in_map_frame).
+    Items also hold `seen` (V, 16, 11 + 3): what each sixteenth of a picture shows, and where, and `stand` (C, 3), where the only piece of each category stands; both
+    seen from the first camera (rooms.what_patches_show, in_map_frame).
     """
     VIEWS = 6
 
     def __init__(self, split, seed, num_rooms, progress=iter):
         self.seed, self.split = seed, split
-        images, seen, self.questions, self.records, self.maps, used = [], [], [], [], [], collections.Counter()
+        images, seen, stand, self.questions, self.records, self.maps, used = [], [], [], [], [], [], collections.Counter()
         for start, rooms, pictures, _, cells, cameras, (shares, places) in view_rooms(split, seed, num_rooms, self.VIEWS, progress):
             images.append(pictures)
             seen.append(torch.cat([shares, in_map_frame(places, cameras[:, :1])], -1))
@@ -473,8 +474,9 @@ class RoomQuestions(torch.utils.data.Dataset):
                 g = step_generator(seed, start + room, 5, split != 'train')
                 self.questions.append(ask(rooms, room, cells[room], f'room-{split}-{seed}-{start + room}', g, used))
                 self.maps.append(ask_map(rooms, room, cells[room], cameras[room, 0]))
+                stand.append(where_categories_stand(rooms, room, cameras[room, 0]))
                 self.records += [dict(record, id=len(self.records) + i, room=start + room) for i, record in enumerate(self.questions[-1])]
-        self.images, self.seen = torch.cat(images).numpy(), torch.cat(seen)
+        self.images, self.seen, self.stand = torch.cat(images).numpy(), torch.cat(seen), torch.stack(stand)
 
     def __len__(self):
         return len(self.questions)
@@ -484,13 +486,16 @@ class RoomQuestions(torch.utils.data.Dataset):
 
     def map_of(self, i):
         """Room i's map from the first camera, and nothing else."""
-        return dict(images=self.pictures(i), conversations=to_turns('<image>' * self.VIEWS, [self.maps[i]]))
+        return dict(images=self.pictures(i), seen=self.seen[i], stand=self.stand[i], conversations=to_turns('<image>' * self.VIEWS, [self.maps[i]]))
 
     def __getitem__(self, i):
-        questions = shuffled(self.questions[i], step_generator(self.seed, i, 6))
+        g = step_generator(self.seed, i, 6)
+        questions = shuffled(self.questions[i], g)
+        if self.split == 'train':
+            questions = [in_words(question) if draw([True, False], g) else question for question in questions]
         last = [self.maps[i]] if self.split == 'train' and i % 2 else []                  # last: no answer can be read off it
         turns = [(vsi_prompt(question), question['ground_truth']) for question in questions]
-        return dict(images=self.pictures(i), conversations=to_turns('<image>' * self.VIEWS, turns + last))
+        return dict(images=self.pictures(i), seen=self.seen[i], stand=self.stand[i], conversations=to_turns('<image>' * self.VIEWS, turns + last))
 
 
 class RoomPictures(torch.utils.data.Dataset):

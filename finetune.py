@@ -52,7 +52,7 @@ class Config:
     max_pixels: int = opt(518 * 518, 'pictures are scaled down to so many pixels for the VLM')
     skip_bad: bool = opt(False, 'leave faulty records out instead of stopping')
     num_rooms: int = opt(3000, 'rooms: how many to train on')
-    ground_steps: int = opt(0, 'rooms: before anything else, so many steps teach the adapter where what each image token shows lies, four batches at once')
+    ground_steps: int = opt(0, 'rooms: before anything else, so many steps teach the adapter where what each image token shows lies, two batches at once')
     map_steps: int = opt(0, 'rooms: so many steps first ask for the map alone, in batches of twice as many rooms')
     val_scenes: int = opt(96, 'rooms: held-out ones to be asked about; files: records held out for a loss')
     cache: str = opt('out/latents', "folder for the scenes' latents; '' computes them anew each time")
@@ -148,11 +148,28 @@ class Encoded(torch.utils.data.Dataset):
         else:
             items = [self.data.map_of(i) if step < self.maps else self.data[i] for i in self.samples(step)]
         batch, truth = self.chat.batch([self.chat.encode(item) for item in items]), None
-        if self.config.task == 'mini-vlm':
-            named = self.category_of[batch['input_ids']]                                  # (B, T)
-            stand = nn.functional.pad(torch.stack([item['stand'] for item in items]), (0, 0, 0, 1), value=math.nan)           # (B, C + 1, 3): the last for words that name none
-            truth = dict(seen=torch.cat([item['seen'] for item in items]), stand=stand.gather(1, named[..., None].expand(-1, -1, 3)))
+        if 'seen' in items[0]:
+            truth = dict(seen=torch.cat([item['seen'] for item in items]), **self.where_words_point(batch, torch.stack([item['stand'] for item in items])))
         return batch, [item['images'] for item in items], truth
+
+
+    def where_words_point(self, batch, stand):
+        """The truth about words. stand (B, C, 3): where the only piece of each category stands, NaN for the others.
+
+        -> words (B, T, 3): at every token that names a category, its place; answers (B, T, NAMES, 3): at every token that an answer follows, the places of the
+        categories that the question names, in their order. NaN elsewhere.
+        """
+        category = self.category_of[batch['input_ids']]                                   # (B, T)
+        stand = nn.functional.pad(stand, (0, 0, 0, 1), value=math.nan)                    # (B, C + 1, 3): the last for words that name none
+        words = stand.gather(1, category[..., None].expand(-1, -1, 3))
+        answers = words.new_full((*category.shape, Sight.NAMES, 3), math.nan)
+        for i, (named, is_answer) in enumerate(zip((category < len(CATEGORIES)).tolist(), (batch['labels'] != -100).tolist())):
+            names = []                                                                    # since the last answer
+            for t in range(len(named) - 1):
+                names = [] if is_answer[t] else names + [t] if named[t] else names
+                if is_answer[t + 1] and not is_answer[t]:
+                    answers[i, t, :len(names[:Sight.NAMES])] = words[i, names[:Sight.NAMES]]
+        return dict(words=words, answers=answers)
 
 
 @functools.lru_cache(maxsize=4)
@@ -230,9 +247,9 @@ def loss_of(model, batch, latents, sight=None, truth=None):
     outputs = model(latents=latents, use_cache=False, output_hidden_states=sight is not None, **inputs)
     losses = dict(answers=nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1).float(), batch['labels'][:, 1:].flatten(), ignore_index=-100))
     if sight is not None:
-        named = ~truth['stand'].isnan().any(-1)                                           # (B, T)
-        hidden = outputs.hidden_states[len(outputs.hidden_states) // 2]                   # (B, T, h), half-way up
-        losses.update(sight=sight.loss(model.image_tokens, truth['seen']), words=sight.loss_of_words(hidden[named], truth['stand'][named]))
+        states = outputs.hidden_states                                                    # of the embeddings, then of every block, (B, T, h)
+        losses.update(tokens=sight.loss(model.image_tokens, truth['seen']), words=sight.loss_of_words(states[len(states) // 2], truth['words']),
+                      questions=sight.loss_of_answers(states[2 * len(states) // 3], truth['answers']))
     return losses
 
 
@@ -244,23 +261,36 @@ def to_device(batch, vlm, device):
 
 
 class Sight(nn.Module):
-    """What each image token shows, and where: read off the mini VLM's own to pre-train its vision tower (a stand-in for the pictures that an open VLM's tower
-    has learned from), and off the adapter's before it is fine-tuned (`ground`)."""
+    """Asks a mini VLM, while it is pre-trained, for places in metres on the way to its answers. Without this it takes too long to find that there are any:
+
+    * each image token: what it shows, and where (a stand-in for the pictures that an open VLM's tower has learned from; `ground` reads the adapter's with it too);
+    * each word that names a piece, half-way up the language model: where it stands;
+    * the token that an answer follows, two thirds up: where all the pieces stand that the question names, in their order. From there, which of two is on
+      the left, or in which direction a third lies, is but one step.
+    """
+    NAMES = 5       # in a question, at most
 
     def __init__(self, width):
         super().__init__()
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, len(CLASSES) + 3)
-        self.norm_of_words, self.head_of_words = nn.LayerNorm(width), nn.Linear(width, 3)
+        reader = lambda outputs: nn.Sequential(nn.LayerNorm(width), nn.Linear(width, outputs))
+        self.tokens, self.words, self.answers = reader(len(CLASSES) + 3), reader(3), reader(3 * self.NAMES)
 
     def loss(self, tokens, seen):
         """tokens (n, h), seen (..., 11 + 3) of the same patches: cross entropy with the shares of the classes, and smooth L1 to the place in metres."""
-        (said, place), (shares, true) = [x.flatten(0, -2).float().split([len(CLASSES), 3], -1) for x in (self.head(self.norm(tokens)), seen)]
+        (said, place), (shares, true) = [x.flatten(0, -2).float().split([len(CLASSES), 3], -1) for x in (self.tokens(tokens), seen)]
         return nn.functional.cross_entropy(said, shares) + nn.functional.smooth_l1_loss(place, true)
 
+    def loss_of_words(self, states, places):
+        """states (B, T, h), places (B, T, 3), NaN where no word names a piece"""
+        return self.loss_of_places(self.words(states), places)
 
-    def loss_of_words(self, hidden, stand):
-        """hidden (n, h): the language model's states, half-way up, of n words that name a category, stand (n, 3): where its piece is. -> smooth L1, metres"""
-        return nn.functional.smooth_l1_loss(self.head_of_words(self.norm_of_words(hidden)).float(), stand)
+    def loss_of_answers(self, states, places):
+        """states (B, T, h), places (B, T, NAMES, 3), NaN where there is none"""
+        return self.loss_of_places(self.answers(states).unflatten(-1, (self.NAMES, 3)), places)
+
+    def loss_of_places(self, said, true):
+        known = ~true.isnan()
+        return nn.functional.smooth_l1_loss(said[known].float(), true[known]) if known.any() else 0 * said.sum()
 
 
 def load_sight(path, width):
@@ -271,30 +301,28 @@ def load_sight(path, width):
 
 
 def ground(model, chat, latents, data, config, device, autocast, say):
-    """Before any word: the adapter alone learns to add to every image token where what it shows lies, seen from the first camera.
+    """Before anything else: the adapter alone learns to add to every image token where what it shows lies, seen from the first camera.
 
-    The mini VLM's own tokens say so of their own camera, in a form that its language model has learned to read (Sight). Nothing else is trained here.
+    The mini VLM's own tokens say so of their own camera, in a form that its language model has learned to read and to reason with. Both, and the Sight that asks
+    on the way, stay as they are here.
     """
     sight = load_sight(config.vlm, model.vlm.config.get_text_config().hidden_size).to(device).requires_grad_(False)
     model.train().trainable('adapter')
-    plan = dataclasses.replace(config, steps=config.ground_steps, adapter_lr=2e-2, muon_lr=4e-2)       # the tokens are long, and the adapter begins at zero
-    optimizers = make_optimizers(model, plan, device)
+    plan = dataclasses.replace(config, steps=config.ground_steps, batch=2 * config.batch, map_steps=0, adapter_lr=2e-2, muon_lr=4e-2)   # the tokens are long, and the adapter begins at zero
+    optimizers, dealt = make_optimizers(model, plan, device), Encoded(data, chat, plan)
     peaks = [group['lr'] for optimizer in optimizers for group in optimizer.param_groups]
     for step in range(plan.steps):
-        rooms = [int(order(len(data), 0, config.seed)[i % len(data)]) for i in range(4 * step * config.batch, 4 * (step + 1) * config.batch)]
         set_rates(optimizers, peaks, learning_rate(step, plan))
-        pictures = [data.pictures(i) for i in rooms]
-        batch = chat.batch([chat.encode(dict(images=images, conversations=to_turns('<image>' * len(images), [('', '')]))) for images in pictures], device=device)
+        batch, pictures, truth = dealt[step]
         with autocast:
-            tokens = model.look(batch['input_ids'], latents(pictures), batch['pixel_values'], batch['image_grid_thw'])
-            loss = sight.loss(tokens, data.seen[rooms].to(device))
-        loss.backward()
+            losses = loss_of(model, to_device(batch, model.vlm, device), latents(pictures), sight, {name: x.to(device) for name, x in truth.items()})
+        sum(losses.values()).backward()
         nn.utils.clip_grad_norm_(model.adapter.parameters(), config.clip)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         if step % config.log_every == 0 or step == plan.steps - 1:
-            say(f'grounding the adapter: step {step:05d}/{plan.steps:05d} | loss {loss.item():.4f}')
+            say(f'grounding the adapter: step {step:05d}/{plan.steps:05d} | ' + ' '.join(f'{name} {loss.item():.3f}' for name, loss in losses.items()))
     model.trainable(config.train)
 
 
@@ -425,7 +453,7 @@ def train(name, config, data=None, held_out=None):
         # forward, backward, update
         for micro in range(config.accumulate):
             batch, pictures, truth = next(loader)
-            truth = {name: x.to(device) for name, x in (truth or {}).items()}
+            truth = {name: x.to(device) for name, x in truth.items()} if sight else None
             batch, z = to_device(batch, model.vlm, device), latents(pictures) if latents else None
             last = micro == config.accumulate - 1
             with contextlib.nullcontext() if last or world_size == 1 or sharded else wrapped.no_sync():
@@ -449,7 +477,7 @@ def train(name, config, data=None, held_out=None):
             log.write(json.dumps(record) + '\n')
             log.flush()
             cached = f' | latents: {latents.found} found, {latents.computed} computed' if latents else ''
-            parts = ' '.join(f'{key} {value:.3f}' for key, value in values.items() if key != 'loss') if sight else ''
+            parts = ' '.join(f'{key} {value:.3f}' for key, value in values.items() if key != 'loss') + ' ' if sight else ''
             say(f'step {step:05d}/{steps:05d} | loss {values["loss"]:.4f} {parts}| lr {record["lr"]:.1e} | gnorm {norm.item():.2f} | {record["step_ms"]:.0f} ms | '
                 f'mem {record["memory_gb"]:.1f} GB{cached}')
             busy, logged = 0.0, step + 1
