@@ -84,7 +84,7 @@ class Config:
 
 PRESETS = {
     # any laptop: the mini VLM, rooms
-    'small': dict(ground_steps=150, steps=400, map_steps=80, lr=2e-3, adapter_lr=2e-3, muon_lr=4e-3, min_lr=0.03, val_scenes=192, eval_every=400),
+    'small': dict(ground_steps=150, steps=300, map_steps=40, lr=7e-4, adapter_lr=2e-3, muon_lr=1.5e-3, min_lr=0.03, val_scenes=192, eval_every=300),
     # the paper: 8 GPUs x 1 x 8, one epoch
     'base': dict(vlm='Qwen/Qwen2.5-VL-3B-Instruct', encoder='out/base', data='', batch=1, accumulate=8, warmup=250, weight_decay=0.01, beta2=0.999,
                  checkpointing=True, workers=8, val_scenes=64, eval_every=1000, log_every=20),
