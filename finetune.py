@@ -152,7 +152,6 @@ class Encoded(torch.utils.data.Dataset):
             truth = dict(seen=torch.cat([item['seen'] for item in items]), **self.where_words_point(batch, torch.stack([item['stand'] for item in items])))
         return batch, [item['images'] for item in items], truth
 
-
     def where_words_point(self, batch, stand):
         """The truth about words. stand (B, C, 3): where the only piece of each category stands, NaN for the others.
 
