@@ -458,7 +458,7 @@ class RoomQuestions(torch.utils.data.Dataset):
 
     To train on, half of the choices are asked for in words, and a map in words (`ask_map`) comes after the questions about every second room.
 
-    `records`: the questions one by one, in VSI-Bench's schema, with `room`, the index of their room; `maps`: (prompt, answer) of every room;
+    `records`: the questions one by one, in VSI-Bench's schema, with `room`, the index of their room; `maps`: (prompt, answer) of every room.
     Items also hold `seen` (V, 16, 11 + 3): what each sixteenth of a picture shows, and where, and `stand` (C, 3), where the only piece of each category stands; both
     seen from the first camera (rooms.what_patches_show, in_map_frame).
     """
