@@ -205,7 +205,7 @@ def predict(name, config, V):
                 kept_gb=activations, frozen_gb=frozen_gb, adam_gb=adam_gb)
 
 
-def bench_finetune(clock, device):
+def bench_finetune(clock, device, autocast):
     """A step of finetune.py --config small with its scenes' latents from disk, and with latents computed anew, in turns."""
     _, config = finetune.parse_config(['--config', 'small', '--map-steps', '0'])
     data = RoomQuestions('train', 0, config.batch)
@@ -216,7 +216,12 @@ def bench_finetune(clock, device):
         batch, pictures, _ = finetune.Encoded(data, chat, config)[0]
         batch = finetune.to_device(batch, spatial_vlm.vlm, device)
         kept(pictures)
-        step = lambda latents: finetune.loss_of(spatial_vlm, batch, latents(pictures))['answers'].backward()
+
+        def step(latents):
+            z = latents(pictures)
+            with autocast:
+                loss = finetune.loss_of(spatial_vlm, batch, z)['answers']
+            loss.backward()
         ms = {'kept': [], 'anew': []}
         for _ in range(clock.repeats):
             for name, latents in (('kept', kept), ('anew', anew)):
@@ -308,7 +313,7 @@ def main(argv=None):
             run.update(render_ms=render, render_share=render / (render + total))
         report['runs'].append(run)
     if backbone.config == MINI:
-        report['finetune'] = bench_finetune(clock, device)
+        report['finetune'] = bench_finetune(clock, device, autocast)
     print(json.dumps(report))
 
 
