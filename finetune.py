@@ -253,10 +253,14 @@ def loss_of(model, batch, latents, sight=None, truth=None):
 
 
 def to_device(batch, vlm, device):
-    """... with the positions of its tokens, which transformers would else work out there, sample by sample: on a GPU that takes longer than all the rest."""
+    """... with two things that transformers would else do there, at a cost, and to the same result:
+
+    the positions of the tokens, which it works out sample by sample: on a GPU that takes longer than all the rest; and a mask for padding, which stands behind all
+    that counts: causal attention does not look there, and has faster kernels without a mask.
+    """
     if 'image_grid_thw' in batch:
         batch['position_ids'], _ = vlm.model.get_rope_index(**{name: batch[name] for name in ('input_ids', 'mm_token_type_ids', 'image_grid_thw', 'attention_mask')})
-    return {name: x.to(device) for name, x in batch.items()}
+    return {name: x.to(device) for name, x in batch.items() if name != 'attention_mask'}
 
 
 class Sight(nn.Module):

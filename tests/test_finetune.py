@@ -266,6 +266,7 @@ def test_pictures_to_pre_train_on(vlm):
         names = [CATEGORIES.index(name) for name in re.findall('|'.join(CATEGORIES), question['value'])][:5]
         assert torch.equal(truth['answers'][0, where - 1, :len(names)].nan_to_num(99), first['stand'][names].nan_to_num(99)), kind
     labels = batch.pop('labels')
+    assert not batch['attention_mask'].all()                  # some are padded
     with torch.no_grad():
         here, there = [model(use_cache=False, **x).logits[labels != -100] for x in (batch, finetune.to_device(dict(batch), model, 'cpu'))]
     assert torch.equal(here, there)
