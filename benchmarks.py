@@ -1,0 +1,494 @@
+"""
+Four spatial benchmarks, whole: their files, prompts, scores, averages, and how they are asked.
+
+    prompt(name, doc)            the text that follows the pictures
+    score(name, doc, output)     0 .. 1, the official score of one raw answer
+    aggregate(name, scored)      [(doc, score)] -> percentages per task and overall
+
+vsibench (VSI-Bench, arXiv 2412.14171), cvbench (CV-Bench, arXiv 2406.16860), sparbench (SPAR-Bench,
+arXiv 2503.22976), viewspatial (ViewSpatial-Bench, arXiv 2505.21500). Prompts and scores are the
+official ones, to the character and the digit. The official code has its quirks, and published
+numbers rest on them, so they are kept and named. `corrected=True` mends what is plainly wrong.
+Where the official code would raise an error, the score is 0.
+"""
+import glob
+import io
+import json
+import os
+import re
+import zlib
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from common import InputError, autocast_on, step_generator
+from data import open_picture, read_video
+
+LETTER_PROMPT = "Answer with the option's letter from the given choices directly."
+WORD_PROMPT = 'Please answer the question using a single word or phrase.'
+
+
+# -----------------------------------------------------------------------------
+# files
+
+def read_records(path):
+    """Yields (number from 1, record, fault) of a .jsonl file, or of a .json file with one list."""
+    try:
+        with open(path, encoding='utf-8') as file:
+            if path.endswith('.jsonl'):
+                lines = [(number, line) for number, line in enumerate(file, 1) if line.strip()]
+            else:
+                records = json.load(file)
+    except FileNotFoundError as error:
+        raise InputError(f'no file {path}') from error
+    except (OSError, ValueError) as error:
+        raise InputError(f'{path} cannot be read as JSON: {error}') from error
+    if not path.endswith('.jsonl'):
+        if not isinstance(records, list):
+            raise InputError(f'{path} holds a {type(records).__name__}, not a list of records')
+        yield from ((number, record, None) for number, record in enumerate(records, 1))
+        return
+    for number, line in lines:
+        try:
+            yield number, json.loads(line), None
+        except ValueError as error:
+            yield number, None, f'not JSON ({error})'
+
+
+def read_lines(path):
+    """All records of a file, which must be objects."""
+    records = []
+    for number, record, fault in read_records(path):
+        if fault or not isinstance(record, dict):
+            raise InputError(f'{path}, record {number}: {fault or "not an object"}')
+        records.append(record)
+    return records
+
+
+def read_parquet(root, *patterns):
+    """Rows, as dicts, of the parquet files that fit the first pattern that any fits."""
+    found = [sorted(glob.glob(os.path.join(root, pattern))) for pattern in patterns]
+    paths = next(filter(None, found), None)
+    if paths is None:
+        raise InputError(f'no {" nor ".join(patterns)} in {root}')
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise InputError(f'{paths[0]}: reading parquet files needs pyarrow '
+                         '(pip install pyarrow)') from error
+    rows = []
+    for path in paths:
+        try:
+            rows += pyarrow.parquet.read_table(path).to_pylist()
+        except (pyarrow.ArrowException, OSError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise InputError(f'{path} cannot be read as parquet: {reason}') from error
+    return rows
+
+
+def download(name):
+    """The id of a data set on the hub -> the folder with its files, fetched once."""
+    if name.count('/') != 1 or name.startswith(('.', '/')):
+        raise InputError(f'no folder {name}')
+    try:
+        from huggingface_hub import snapshot_download
+        return snapshot_download(name, repo_type='dataset')
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f'no folder {name}, and it could not be fetched from the hub '
+                         f'({reason})') from error
+
+
+# -----------------------------------------------------------------------------
+# scores and averages that several share
+
+def relative_accuracy(error):
+    """Mean relative accuracy: the share of thresholds 0.5, 0.45 .. 0.05 that `error` stays within.
+
+    The thresholds are 1 - theta in float64, as in the official code: an error of exactly 0.2
+    misses its own. `error` may be an array.
+    """
+    theta = np.linspace(0.5, 0.95, 10)
+    return (np.asarray(error)[..., None] <= 1 - theta).mean(-1)
+
+
+def mean(values):
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def mean_by(scored, key):
+    """[(doc, score)] -> {key(doc): mean score x 100}"""
+    groups = {}
+    for doc, value in scored:
+        groups.setdefault(key(doc), []).append(value)
+    return {name: 100 * mean(values) for name, values in groups.items()}
+
+
+def mean_of_groups(means, groups):
+    """{group: mean of its tasks} for those groups that have any task in `means`."""
+    found = {name: [means[task] for task in tasks if task in means]
+             for name, tasks in groups.items()}
+    return {name: mean(values) for name, values in found.items() if values}
+
+
+class VSIBench:
+    title = 'VSI-Bench'
+    fields = 'question_type', 'question', 'ground_truth'
+    numerical = ('object_counting', 'object_abs_distance', 'object_size_estimation',
+                 'room_size_estimation')
+    directions = tuple(f'object_rel_direction_{level}' for level in ('easy', 'medium', 'hard'))
+    new_tokens = 16  # as the official evaluators allow
+
+    def read(self, root):
+        path = os.path.join(root, 'test.jsonl')
+        if os.path.isfile(path):
+            docs = read_lines(path)
+        else:
+            docs = read_parquet(root, 'test-*.parquet', 'test*.parquet')
+        for i, doc in enumerate(docs):
+            for field in ('dataset', 'scene_name'):
+                if field not in doc:
+                    raise InputError(f'{root}: question {i} has no {field}')
+            doc['key'] = str(doc.get('id', i))
+            doc['media'] = os.path.join(root, doc['dataset'], f'{doc["scene_name"]}.mp4')
+        return docs
+
+    def prompt(self, doc):
+        lines = ['These are frames of a video.', doc['question']]
+        if doc['question_type'] in self.numerical or not doc['options']:
+            return '\n'.join([*lines, WORD_PROMPT])
+        return '\n'.join([*lines, 'Options:', *doc['options'], LETTER_PROMPT])
+
+    def score(self, doc, output, corrected=False):
+        """The first word (up to a space) without full stops: a letter, or a number for float()."""
+        answer = output.split(' ')[0].rstrip('.').strip()
+        truth = doc['ground_truth']
+        if doc['question_type'] not in self.numerical:
+            return float(answer.lower() == str(truth).lower())
+        answer, truth = float(answer), float(truth)
+        return relative_accuracy(abs(answer - truth) / truth)
+
+    def aggregate(self, scored):
+        """Mean per task, with the three levels of relative direction as one; mean of tasks."""
+        means = mean_by(scored, lambda doc: doc['question_type'])
+        levels = [means.pop(name) for name in self.directions if name in means]
+        if levels:
+            means['object_rel_direction'] = mean(levels)
+        return dict(means, overall=mean(means.values()))
+
+
+class CVBench:
+    title = 'CV-Bench'
+    fields = 'task', 'source', 'prompt', 'choices', 'answer'
+    new_tokens = 1024
+
+    def read(self, root):
+        if glob.glob(os.path.join(root, 'test*.parquet')):
+            docs = read_parquet(root, 'test.parquet', 'test-*.parquet', 'test_*.parquet')
+        else:
+            paths = [os.path.join(root, f'test_{half}.jsonl') for half in ('2d', '3d')]
+            docs = [doc for path in paths if os.path.isfile(path) for doc in read_lines(path)]
+        if not docs:
+            raise InputError(f'neither test*.parquet nor test_2d.jsonl and test_3d.jsonl in {root}')
+        for i, doc in enumerate(docs):
+            picture = doc.pop('image', None)
+            path = os.path.join(root, doc.get('filename', ''))
+            doc['key'] = f'{doc.get("type", "")}{doc.get("idx", i)}'
+            doc['media'] = [picture['bytes'] if picture else path]
+        return docs
+
+    def prompt(self, doc):
+        letters = ', '.join('ABCDEF'[:len(doc['choices'])])
+        return (f'Note: You only need to respond with {letters} without providing any additional '
+                f'information.\n\n{doc["prompt"]}')
+
+    def score(self, doc, output, corrected=False):
+        """The first letter, after brackets and blanks: so that 'The answer is C' says T."""
+        found = re.match(r'[\(\s]*([A-Z])[\)\.\s]*', output.strip(), re.IGNORECASE)
+        return float(found is not None and found[1].upper() == doc['answer'].strip('()').upper())
+
+    def aggregate(self, scored):
+        """2D: mean of two sources. Overall: mean of 2D and 3D. Plain: share of all answers."""
+        sources = mean_by(scored, lambda doc: doc['source'])
+        halves = mean_of_groups(sources, {'2D': ('ADE20K', 'COCO'), '3D': ('Omni3D',)})
+        return {**mean_by(scored, lambda doc: doc['task']), **halves,
+                'plain': 100 * mean(value for _, value in scored), 'overall': mean(halves.values())}
+
+
+class SPARBench:
+    title = 'SPAR-Bench'
+    fields = 'task', 'question', 'answer'
+    new_tokens = 100
+    low = [f'{kind}_prediction_{pair}' for kind in ('depth', 'distance')
+           for pair in ('oc', 'oo', 'oc_mv', 'oo_mv')]
+    medium = ['position_matching', 'camera_motion_infer', 'view_change_infer']
+    high = ['distance_infer_center_oo', 'distance_infer_center_oo_mv',
+            'obj_spatial_relation_oo', 'obj_spatial_relation_oc_mv', 'obj_spatial_relation_oo_mv',
+            'spatial_imagination_oc', 'spatial_imagination_oo',
+            'spatial_imagination_oc_mv', 'spatial_imagination_oo_mv']
+    moves = [('move_right', 'move_left'), ('move_up', 'move_down'),
+             ('move_forward', 'move_backward'), ('rotate_right', 'rotate_left'),
+             ('rotate_up', 'rotate_down')]
+
+    def read(self, root):
+        docs = read_parquet(root, 'data/test-*.parquet', 'test-*.parquet')
+        for i, doc in enumerate(docs):
+            pictures = doc.pop('image', None) or []
+            doc['key'] = str(doc.get('id', i))
+            doc['media'] = [picture['bytes'] if isinstance(picture, dict) else picture
+                            for picture in pictures]
+        return docs
+
+    def prompt(self, doc):
+        task, question = doc['task'], doc['question']
+        if task in self.low:
+            return f'\n{question}\n{WORD_PROMPT}'
+        if task == 'view_change_infer':
+            return f'\n{question}\n\n'
+        between = ''
+        if task in ('position_matching', 'camera_motion_infer'):
+            between = ('The values represent the bounding box coordinates normalized to a 0-1000 '
+                       'scale, with the top-left corner as the origin of the image.')
+        return f'\n{question}\n{between}\n{LETTER_PROMPT}'
+
+    def movements(self, text):
+        """'move_right:0.3,rotate_up:20' -> five signed numbers."""
+        pairs = [pair.split(':') for pair in text.split(',')]
+        values = {key: float(value) for key, value in pairs}
+        return [values.get(positive, 0) - values.get(negative, 0)
+                for positive, negative in self.moves]
+
+    def score(self, doc, output, corrected=False):
+        """Letters: the whole answer is part of the gold (so an empty one is right, unless
+        `corrected`), or begins with it. Numbers: the first in the text; of several views the
+        last. view_change_infer: five movements, each error relative to the answer's own value.
+        """
+        task, truth = doc['task'], str(doc['answer'])
+        is_many = task.endswith('_mv')
+        if task in self.low:
+            numbers = re.findall(r'(?<!\^)\d+\.\d+|(?<!\^)\d+', output)
+            if not numbers and not is_many:
+                return 0.0
+            answer = float(numbers[-1 if is_many else 0]) if numbers else -1.0
+            error = abs(answer - float(truth))
+            return relative_accuracy(error / abs(float(truth)) if float(truth) else error)
+        output, truth = output.lower(), truth.lower()
+        if task == 'view_change_infer':
+            scores = []
+            for gold, answer in zip(self.movements(truth), self.movements(output)):
+                error = abs(gold - answer)
+                scores.append(relative_accuracy(error / abs(answer) if answer else error))
+            return mean(scores)
+        if corrected and not output.strip():
+            return 0.0
+        return float(output in truth or output[0] == truth)
+
+    def aggregate(self, scored):
+        """Mean per task; overall: mean of all tasks. Medium has three tasks, as published; Middle
+        is what the official code prints, without view_change_infer."""
+        means = mean_by(scored, lambda doc: doc['task'])
+        levels = {'Low': self.low, 'Medium': self.medium,
+                  'Middle': self.medium[:2], 'High': self.high}
+        return {**means, **mean_of_groups(means, levels), 'overall': mean(means.values())}
+
+
+class ViewSpatial:
+    title = 'ViewSpatial-Bench'
+    fields = 'question_type', 'question', 'choices', 'answer'
+    new_tokens = 128
+
+    def read(self, root):
+        docs = read_lines(os.path.join(root, 'ViewSpatial-Bench.json'))
+        for i, doc in enumerate(docs):
+            doc['key'] = str(i)
+            doc['media'] = [os.path.join(root, path.removeprefix('ViewSpatial-Bench/'))
+                            for path in doc.get('image_path') or []]
+        return docs
+
+    def prompt(self, doc):
+        return (f'{doc["question"]}{doc["choices"]}\nReply only to the corresponding option.\n'
+                'Answer:')
+
+    def score(self, doc, output, corrected=False):
+        """The first lone letter A to D of the last line ('a' counts). Corrected: of the last line
+        that is not empty."""
+        output = output.rstrip() if corrected else output
+        found = re.search(r'\b([A-D])\b', output.split('\n')[-1], re.IGNORECASE)
+        truth = re.search(r'\b([A-D])\b', doc['answer'], re.IGNORECASE)
+        return float(found is not None and found[1].upper() == truth[1].upper())
+
+    def aggregate(self, scored):
+        """Accuracy per question type; camera, person and overall: of all their questions."""
+        result = mean_by(scored, lambda doc: doc['question_type'])
+        for side in ('camera', 'person'):
+            values = [value for doc, value in scored
+                      if doc['question_type'].lower().startswith(side)]
+            if values:
+                result[side] = 100 * mean(values)
+        return dict(result, overall=100 * mean(value for _, value in scored))
+
+
+BENCHMARKS = {'vsibench': VSIBench(), 'cvbench': CVBench(), 'sparbench': SPARBench(),
+              'viewspatial': ViewSpatial()}
+
+
+def read_benchmark(name, root):
+    """Questions from a folder with the hub's files: the documents' own fields, `key` (which tells
+    one question from another) and `media`: the path of a video, or a list of pictures (paths, or
+    bytes as in parquet files)."""
+    docs = BENCHMARKS[name].read(root)
+    for doc in docs:
+        lacking = [field for field in BENCHMARKS[name].fields if doc.get(field) is None]
+        if lacking:
+            raise InputError(f'{root}: question {doc["key"]} of {name} has no '
+                             f'{" nor ".join(lacking)}; it has {", ".join(map(str, doc))}')
+    return docs
+
+
+def prompt(name, doc):
+    return BENCHMARKS[name].prompt(doc)
+
+
+def score(name, doc, output, corrected=False):
+    try:
+        return BENCHMARKS[name].score(doc, output, corrected)
+    except (ValueError, ZeroDivisionError, IndexError, OverflowError):
+        return 0.0  # not a number, no number, a gold of zero
+
+
+def aggregate(name, scored):
+    """Percentages of whichever tasks there are, and 'overall'."""
+    return BENCHMARKS[name].aggregate(scored)
+
+
+# -----------------------------------------------------------------------------
+# asking
+
+@torch.no_grad()
+def generate(model, chat, latents, items, autocast, max_new_tokens=16):
+    """Greedy answers to items that end with a question. `latents`: SceneLatents, or None."""
+    device = next(model.parameters()).device
+    batch = chat.batch([chat.encode(item) for item in items], left=True)
+    batch = {name: x.to(device) for name, x in batch.items() if name != 'labels'}
+    z = latents([item['images'] for item in items]) if latents else None
+    with autocast:
+        ids = model.generate(latents=z, do_sample=False, max_new_tokens=max_new_tokens, **batch)
+    new = ids[:, batch['input_ids'].shape[1]:]
+    texts = chat.tokenizer.batch_decode(new, skip_special_tokens=True)
+    return [text.strip() for text in texts]
+
+
+def media_paths(doc):
+    """The files that a question needs."""
+    media = [doc['media']] if isinstance(doc['media'], str) else doc['media']
+    return [path for path in media if isinstance(path, str)]
+
+
+def leave_out_lost(docs, root):
+    """The questions whose pictures are there; says how many are not. InputError if none are."""
+    there, lost = [], []
+    for doc in docs:
+        missing = [path for path in media_paths(doc) if not os.path.exists(path)]
+        there += [] if missing else [doc]
+        lost += missing[:1]
+    if lost:
+        zipped = glob.glob(os.path.join(root, '*.zip'))
+        hint = f" (in {root} lie .zip files: unpack them there, unzip '*.zip')" if zipped else ''
+        if not there:
+            raise InputError(f'none of the {len(docs)} questions has its pictures; the first one '
+                             f'looks for {lost[0]}{hint}')
+        print(f'{len(lost)} of {len(docs)} questions are left out, because their pictures are '
+              f'missing; the first: {lost[0]}{hint}')
+    return there
+
+
+def open_media(media, num_frames):
+    """`media` of a question -> PIL images: all pictures, or `num_frames` of a video."""
+    if isinstance(media, str):
+        return read_video(media, num_frames)
+    return [open_picture(io.BytesIO(x) if isinstance(x, bytes) else x) for x in media]
+
+
+def read_answers(path):
+    """A JSONL file of answers -> {key: output}. A last line that was cut off is passed over."""
+    answers = {}
+    for number, record, fault in read_records(path):
+        if fault:
+            continue
+        key = record.get('key', record.get('id')) if isinstance(record, dict) else None
+        if key is None or 'output' not in record:
+            raise InputError(f'{path}, record {number}: an answer has "key" (or "id") and "output"')
+        answers[str(key)] = str(record['output'])
+    return answers
+
+
+def ask_benchmark(name, docs, answerer, path, num_frames, batch):
+    """Asks what is not answered yet in the file `path`; appends answers as they come. -> answers
+
+    `answerer`: (SpatialVLM, Chat, SceneLatents or None).
+    """
+    model, chat, latents = answerer
+    autocast = autocast_on(next(model.parameters()).device, torch.float32)
+    answers = read_answers(path) if os.path.isfile(path) else {}
+    due = [doc for doc in docs if doc['key'] not in answers]
+    print(f'{len(due)} questions to ask, {len(docs) - len(due)} answered before, in {path}')
+    with open(path, 'a') as file:
+        for start in tqdm(range(0, len(due), batch), name):
+            keys, items = [], []
+            for doc in due[start:start + batch]:
+                try:
+                    images = open_media(doc['media'], num_frames)
+                except InputError as error:
+                    tqdm.write(f'question {doc["key"]} is left out: {error}')
+                    continue
+                text = '<image>' * len(images) + prompt(name, doc)
+                items.append(dict(images=images, conversations=[{'from': 'human', 'value': text}]))
+                keys.append(doc['key'])
+            if not items:
+                continue
+            new_tokens = BENCHMARKS[name].new_tokens
+            outputs = generate(model, chat, latents, items, autocast, new_tokens)
+            for key, output in zip(keys, outputs):
+                answers[key] = output
+                file.write(json.dumps(dict(key=key, output=output)) + '\n')
+            file.flush()
+    return answers
+
+
+def answers_file(name, folder, *what):
+    """Where answers are kept: answers of other weights, or to other pictures, in another file."""
+    os.makedirs(folder, exist_ok=True)
+    return os.path.join(folder, f'{name}-{zlib.crc32(repr(what).encode()):08x}.jsonl')
+
+
+def sample(docs, limit):
+    """A sample of `limit` questions, always the same; a larger one holds the smaller."""
+    lot = torch.randperm(len(docs), generator=step_generator(11))[:limit].tolist()
+    return [docs[i] for i in sorted(lot)]
+
+
+def results_table(name, docs, answers, published):
+    """Scores of the answers, per task, and beside them what others published."""
+    official, mended = [aggregate(name, [(doc, score(name, doc, answers[doc['key']], corrected))
+                                         for doc in docs]) for corrected in (False, True)]
+    rows = [f'{BENCHMARKS[name].title}, {len(docs)} questions']
+    for task, value in official.items():
+        if task != 'overall':
+            differs = abs(mended[task] - value) > 1e-9
+            note = f'  (corrected scorer: {mended[task]:.2f})' if differs else ''
+            rows.append(f'  {task:58s}{value:8.2f}{note}')
+
+    def row(model, source, values):
+        cells = [f'{value:10.2f}' if value is not None else f'{"-":>10s}' for value in values]
+        rows.append(f'{model:24s}{source:16s}' + ''.join(cells))
+
+    columns = published['columns']
+    rows.append('')
+    rows.append(' ' * 40 + ''.join(f'{title:>10s}' for title in columns.values()))
+    for model, source, values in published['rows']:
+        row(model, source, values + [None] * (len(columns) - len(values)))
+    row('this run', 'measured', [official.get(task) for task in columns])
+    return '\n'.join(rows)

@@ -1,0 +1,515 @@
+"""
+What all other files stand on: errors that teach, options, the machine, weights, and what training
+loops share (processes, learning rate, optimizers, checkpoints, logs). Nothing here knows of Spa3R:
+who reads the method needs no more than InputError, read_weights and load_strictly.
+"""
+import argparse
+import dataclasses
+import datetime
+import difflib
+import json
+import math
+import os
+import pickle
+import shutil
+import sys
+import time
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+
+
+class InputError(Exception):
+    """The user's input is at fault. Scripts print the sentence and stop: no traceback."""
+
+
+def run_script(main):
+    """Runs `main` and turns every error that is not our bug into one sentence."""
+    try:
+        main()
+    except BrokenPipeError:
+        # nobody reads our output any more, and Python must not complain about it at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (InputError, OSError) as error:
+        # the error of a data worker arrives with the worker's traceback in front of it
+        sentence = str(error).strip().splitlines()[-1]
+        sys.exit('error: ' + sentence.removeprefix('common.InputError: '))
+    except KeyboardInterrupt:
+        print('stopped; --resume continues from the last checkpoint, if any', file=sys.stderr)
+        sys.exit(130)
+
+
+def step_generator(*numbers):
+    """A CPU generator that is a pure function of a few whole numbers (seed, step, rank, ...)."""
+    seed = np.random.SeedSequence(numbers).generate_state(1)[0]
+    return torch.Generator().manual_seed(int(seed))
+
+
+def find_file(path):
+    """A path that exists as given, or else beside this file: shipped weights are found anywhere."""
+    beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), path)
+    return path if os.path.exists(path) or not os.path.exists(beside) else beside
+
+
+def read_json(path):
+    """Raises InputError with the path if the file is missing or is not JSON."""
+    try:
+        with open(path, encoding='utf-8') as file:
+            return json.load(file)
+    except (OSError, ValueError) as error:
+        raise InputError(f'{path} cannot be read as JSON ({error})') from error
+
+
+def write_json(path, content):
+    with open(path, 'w', encoding='utf-8') as file:
+        json.dump(content, file, indent=1)
+
+
+# -----------------------------------------------------------------------------
+# options: the fields of a dataclass, each with its help and its range
+
+def opt(default, help, low=None, high=None, choices=None, group=None):
+    """A field of a Config. `group` is the title of the group of options that begins here."""
+    metadata = dict(help=help, low=low, high=high, choices=choices, group=group)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def check_value(option, value, low=None, high=None, choices=None):
+    """Raises InputError if `value` is not one of `choices`, or not a number in low .. high."""
+    if choices and value not in choices:
+        raise InputError(f'{option} takes {" or ".join(choices)}, not {value}')
+    if low is None:
+        return
+    if not value >= low:  # also true of NaN
+        raise InputError(f'{option} must be at least {low}, not {value}')
+    if high is not None and value > high or value == math.inf:
+        raise InputError(f'{option} must be at most {high or "finite"}, not {value}')
+
+
+def number(kind, low=None, high=None):
+    """The `type` of an argparse option that is a number between `low` and `high`."""
+    def convert(text):
+        value = kind(text)
+        try:
+            check_value('it', value, low, high)
+        except InputError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+        return value
+    return convert
+
+
+class Parser(argparse.ArgumentParser):
+    """Keeps the line breaks of the script's docstring; says what an unknown option may mean."""
+
+    def __init__(self, **settings):
+        settings.setdefault('formatter_class', argparse.RawDescriptionHelpFormatter)
+        super().__init__(allow_abbrev=False, **settings)
+
+    def error(self, message):
+        if message.startswith('unrecognized arguments: '):
+            word = message.split()[2].split('=')[0]
+            near = difflib.get_close_matches(word, self._option_string_actions, 3)
+            hint = f'did you mean {" or ".join(near)}?' if near else 'see --help'
+            message = f'no option {word}; {hint}'
+        self.exit(2, f'error: {message}\n')
+
+
+def parse_options(argv, doc, Config, presets, default='small'):
+    """Command line -> (name of the preset, Config): the preset's values, then the given options.
+
+    Raises InputError if a value is out of the range that its field declares.
+    """
+    parser = Parser(description=doc)
+    parser.add_argument('--config', default=default, metavar='NAME',
+                        help=f'a preset: {", ".join(presets)} (default: {default})')
+    for f in dataclasses.fields(Config):
+        if f.metadata['group']:
+            group = parser.add_argument_group(f.metadata['group'])
+        if f.type is bool:
+            kind = dict(action=argparse.BooleanOptionalAction)
+        else:
+            kind = dict(type=f.type, metavar=f.type.__name__)
+        text = f'{f.metadata["help"]} (default: {f.default!r})'.replace('%', '%%')
+        group.add_argument('--' + f.name.replace('_', '-'), dest=f.name, help=text,
+                           default=argparse.SUPPRESS, **kind)
+    given = vars(parser.parse_args(argv))
+
+    # the preset
+    name = given.pop('config')
+    if name not in presets:
+        near = difflib.get_close_matches(name, presets, 1)
+        hint = f', did you mean {near[0]}?' if near else ''
+        raise InputError(f'no preset {name!r}{hint}; there are {", ".join(presets)}')
+    config = Config(**{**presets[name], **given})
+
+    # the ranges
+    for f in dataclasses.fields(Config):
+        allowed = {key: f.metadata[key] for key in ('low', 'high', 'choices')}
+        check_value('--' + f.name.replace('_', '-'), getattr(config, f.name), **allowed)
+    return name, config
+
+
+# -----------------------------------------------------------------------------
+# the machine
+
+def pick_device(name):
+    """'auto', or a name that torch knows and that is usable here -> torch.device."""
+    if name == 'auto':
+        has_mps = torch.backends.mps.is_available()
+        name = 'cuda' if torch.cuda.is_available() else 'mps' if has_mps else 'cpu'
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f'--device {name} cannot be used here; take auto, cpu, cuda, cuda:1, ... '
+                         'or mps, or leave it out to run on what there is') from error
+    return device
+
+
+def pick_dtype(name, device):
+    """Autocast dtype, and the reason for it: bfloat16 where it is fast, measured on a CPU."""
+    if name != 'auto':
+        return getattr(torch, name), 'as asked'
+    if device.type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16, 'the GPU has it'
+    if device.type != 'cpu':
+        return torch.float32, 'this GPU has no bf16'
+
+    # median time of a matrix product of the size that `small` spends its time in
+    median = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = torch.randn(2048, 128, dtype=dtype), torch.randn(128, 512, dtype=dtype)
+        times = []
+        for _ in range(20):
+            start = time.perf_counter()
+            a @ b
+            times.append(time.perf_counter() - start)
+        median[dtype] = sorted(times)[10]
+    ratio = median[torch.float32] / median[torch.bfloat16]
+    dtype = torch.bfloat16 if ratio > 1.3 else torch.float32
+    return dtype, f'measured: bf16 matrices are {ratio:.1f} x as fast as fp32 here'
+
+
+def autocast_on(device, dtype):
+    """The autocast context of a run; does nothing for fp32."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def peak_memory(device):
+    """Bytes at most: of the GPU, or of the process on a CPU."""
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:               # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == 'darwin' else 1024 * peak
+
+
+def join_processes(device):
+    """Joins the processes that torchrun started. -> rank, number of processes, own device."""
+    rank = int(os.environ.get('RANK', 0))
+    world_size = int(os.environ.get('WORLD_SIZE', 1))
+    device = pick_device(device)
+    if world_size > 1 and device.type == 'cuda':
+        device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
+        torch.cuda.set_device(device)
+    if world_size > 1 and not dist.is_initialized():
+        # one process evaluates and writes while the others wait for it
+        backend = 'nccl' if device.type == 'cuda' else 'gloo'
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
+    return rank, world_size, device
+
+
+# -----------------------------------------------------------------------------
+# weights
+
+def read_weights(path):
+    """A .safetensors file -> state (name -> tensor), metadata. InputError if it is not whole."""
+    try:
+        with safe_open(find_file(path), 'pt') as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}
+            return state, file.metadata() or {}
+    except SafetensorError as error:
+        raise InputError(f'{path} is not a safetensors file, or not whole ({error})') from error
+    except OSError as error:
+        raise InputError(f'no weights at {path} ({error})') from error
+
+
+def without_prefix(state, prefix):
+    """The part of a state whose names begin with `prefix`, under the rest of their names."""
+    return {name.removeprefix(prefix): tensor
+            for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def some(names):
+    """A few of many names, for a message."""
+    shown = ', '.join(sorted(names)[:4])
+    return f'{shown}, ... ({len(names)} in all)' if len(names) > 4 else shown or 'none'
+
+
+def load_strictly(module, state, source, skip=(), assign=False):
+    """Loads `state` (name -> tensor): every name must match, but those that begin with `skip`.
+
+    Raises InputError with the names that are missing or unexpected, or whose shapes differ.
+    `source` is what the message calls the weights.
+    """
+    own = module.state_dict()
+    own = {name: tensor for name, tensor in own.items() if not name.startswith(tuple(skip))}
+    state = {name: tensor for name, tensor in state.items() if not name.startswith(tuple(skip))}
+    misfit = f'{source} does not fit this {type(module).__name__}'
+    missing = own.keys() - state.keys()
+    unexpected = state.keys() - own.keys()
+    if missing or unexpected:
+        raise InputError(f'{misfit}: missing {some(missing)}; unexpected {some(unexpected)}')
+    shapes = [name for name in own if state[name].shape != own[name].shape]
+    if shapes:
+        raise InputError(f'{misfit}: other shapes for {some(shapes)}')
+    module.load_state_dict(state, strict=False, assign=assign)
+
+
+# -----------------------------------------------------------------------------
+# learning rate and optimizers
+
+def learning_rate(step, config):
+    """Share of the peak at `step`: linear warm-up, flat, then a cosine from `decay_from` on."""
+    warmup = min(config.warmup, config.steps // 10)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    start = max(warmup, config.decay_from * config.steps)
+    progress = (step - start) / max(1, config.steps - start)
+    progress = min(1.0, max(0.0, progress))
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    return config.min_lr + (1 - config.min_lr) * cosine
+
+
+def orthogonalise(matrices):
+    """Moves the singular values of (n, r, c) towards 1: Muon's quintic Newton-Schulz, 5 times."""
+    is_tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if is_tall else matrices
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
+    return x.mT if is_tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum with an orthogonalised direction (arXiv 2502.16982), scaled to AdamW's update size.
+
+    torch.optim.Muon takes one matrix after the other, in bf16 on every machine. Here all matrices
+    of one shape go together, in bf16 on a GPU and in fp32 elsewhere.
+    """
+
+    def __init__(self, params, lr, weight_decay, momentum=0.95):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            by_shape = {}
+            for p in group['params']:
+                if p.grad is not None:
+                    by_shape.setdefault(p.shape, []).append(p)
+            for params in by_shape.values():
+                self.update(params, group)
+
+    def update(self, params, group):
+        """One step of matrices of one shape."""
+        directions = []
+        for p in params:
+            if not self.state[p]:
+                self.state[p]['momentum'] = torch.zeros_like(p)
+            momentum = self.state[p]['momentum']
+            momentum.lerp_(p.grad, 1 - group['momentum'])
+            directions.append(p.grad.lerp(momentum, group['momentum']))  # Nesterov
+        directions = torch.stack(directions)  # (n, r, c)
+        if directions.is_cuda:
+            directions = directions.bfloat16()
+        scale = group['lr'] * 0.2 * max(params[0].shape) ** 0.5
+        for p, update in zip(params, orthogonalise(directions)):
+            p.mul_(1 - group['lr'] * group['weight_decay'])
+            p.sub_(update, alpha=scale)
+
+
+# where the matrices are that Muon takes: transformer blocks, and the adapter
+MUON_PLACES = ('blocks.', 'layers.', 'adapter.')
+
+
+def make_optimizers(model, config, device, rate_of=None, fused=True):
+    """AdamW and, if config.muon_lr > 0, Muon for the matrices of MUON_PLACES. -> list
+
+    `rate_of`: name of a parameter -> its peak learning rate under AdamW (default: config.lr).
+    Weight decay is for matrices only. Every group keeps its peak rate as 'peak'.
+    """
+    adam_groups, matrices = {}, []
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        if config.muon_lr > 0 and p.ndim == 2 and any(place in name for place in MUON_PLACES):
+            matrices.append(p)
+            continue
+        lr = rate_of(name) if rate_of else config.lr
+        decay = config.weight_decay if p.ndim >= 2 else 0.0
+        adam_groups.setdefault((lr, decay), []).append(p)
+
+    optimizers = []
+    if adam_groups:
+        groups = [dict(params=params, lr=lr, weight_decay=decay)
+                  for (lr, decay), params in adam_groups.items()]
+        fused = fused and device.type in ('cuda', 'cpu')
+        optimizers.append(torch.optim.AdamW(groups, betas=(0.9, config.beta2), fused=fused))
+    if matrices:
+        optimizers.append(Muon(matrices, config.muon_lr, config.weight_decay))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group['peak'] = group['lr']
+    return optimizers
+
+
+def set_rates(optimizers, share):
+    """Every group of parameters gets `share` of its peak learning rate."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group['lr'] = share * group['peak']
+
+
+def take_step(optimizers, parameters, clip):
+    """Clips the gradients, updates, clears the gradients. -> gradient norm, a tensor"""
+    norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+# -----------------------------------------------------------------------------
+# checkpoints: a folder with weights, optimizer.pt and state.json
+
+def flush_to_disk(folder):
+    """Waits until every file below `folder` is on the disk."""
+    for path, _, names in os.walk(folder):
+        for name in names:
+            with open(os.path.join(path, name), 'rb') as file:
+                os.fsync(file.fileno())
+
+
+def write_checkpoint(folder, step, optimizers, config, dtype, metrics, save_model):
+    """Writes a new folder beside the old one, then swaps them: one whole checkpoint always exists.
+
+    `save_model(folder)` writes the weights. `optimizers` None: not kept (a sharded run).
+    """
+    new, old = folder + '.new', folder + '.old'
+    state = dict(step=step, dtype=str(dtype).removeprefix('torch.'),
+                 config=dataclasses.asdict(config), metrics=metrics)
+    try:
+        shutil.rmtree(new, ignore_errors=True)
+        os.makedirs(new)
+        save_model(new)
+        if optimizers is not None:
+            states = [optimizer.state_dict() for optimizer in optimizers]
+            torch.save(states, os.path.join(new, 'optimizer.pt'))
+        write_json(os.path.join(new, 'state.json'), state)
+        flush_to_disk(new)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(new, ignore_errors=True)
+        raise InputError(f'could not write the checkpoint of step {step} to {folder} ({error}); '
+                         'the one before is still there: make room, then --resume') from error
+    # a run resumed from .old has no `folder`: then .old is the only whole one, and stays until last
+    if os.path.isdir(folder):
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(folder, old)
+    os.rename(new, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def find_checkpoint(run):
+    """The newest whole checkpoint of a run's folder, or None."""
+    for name in ('checkpoint', 'checkpoint.old'):
+        path = os.path.join(run, name)
+        if os.path.isdir(path):
+            return path
+    return None
+
+
+# options that may change between a run and its continuation
+FREE = {'resume', 'out', 'device', 'eval_every', 'log_every', 'compile', 'steps', 'dtype',
+        'workers', 'cache'}
+
+
+def read_state(config):
+    """The state.json to resume from, with 'folder'; without --resume, the state of a new run.
+
+    Refuses a checkpoint of another configuration, and says what differs.
+    """
+    if not config.resume:
+        return dict(step=0, metrics={}, dtype=config.dtype, folder=None)
+    folder = find_checkpoint(config.out)
+    if folder is None:
+        raise InputError(f'--resume: no checkpoint in {config.out}; leave --resume out to begin')
+    state = read_json(os.path.join(folder, 'state.json'))
+    differs = []
+    for key, ours in dataclasses.asdict(config).items():
+        theirs = state['config'].get(key)
+        if key not in FREE and theirs != ours:
+            differs.append(f'{key} {theirs} there, {ours} here')
+    if differs:
+        raise InputError(f'--resume: {folder} was trained with another configuration '
+                         f'({"; ".join(differs[:4])}); give the same options, or another --out')
+    return dict(state, folder=folder)
+
+
+def load_optimizers(optimizers, folder):
+    """The optimizers' states from a checkpoint. Raises InputError if they do not fit."""
+    path = os.path.join(folder, 'optimizer.pt')
+    try:
+        states = torch.load(path, map_location='cpu', weights_only=True)
+        for optimizer, state in zip(optimizers, states, strict=True):
+            optimizer.load_state_dict(state)
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError,
+            pickle.UnpicklingError) as error:
+        raise InputError(f'{path} does not hold the optimizers of this run ({error})') from error
+
+
+# -----------------------------------------------------------------------------
+# logs
+
+def quiet(text):
+    """What all processes but the first say things with. (The first: tqdm.write.)"""
+
+
+def log_step(line):
+    """The step of one line of log.jsonl, or infinity if the line cannot be read."""
+    try:
+        return json.loads(line)['step']
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def open_log(run, first, is_main):
+    """log.jsonl of a run, for writing, with only the records up to step `first`."""
+    if not is_main:
+        return open(os.devnull, 'w')
+    path = os.path.join(run, 'log.jsonl')
+    lines = []
+    if first and os.path.isfile(path):
+        with open(path) as file:
+            lines = [line for line in file if log_step(line) <= first]
+    log = open(path, 'w', buffering=1)
+    log.writelines(lines)
+    return log
+
+
+def check_finite(losses, norm, step, config):
+    """-> the losses as numbers. Stops before broken weights can replace good ones."""
+    values = {key: value.item() for key, value in losses.items()}
+    if not math.isfinite(values['loss'] + norm.item()):
+        raise InputError(
+            f'the loss is {values["loss"]} and the gradient norm {norm.item()} at step {step}: '
+            'try a lower --lr, or --dtype float32; '
+            f'what was saved before is in {config.out}/checkpoint')
+    return values

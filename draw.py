@@ -1,0 +1,440 @@
+"""
+Pictures of what was learned: field.png, curve.png, path.gif and map.png, with PIL alone.
+
+    draw_field    pictures, the features that the backbone sees, those that we predict
+    draw_curve    loss, R2 and baselines over the steps of a run
+    draw_film     the field of a room along a path of cameras where no picture was taken
+    draw_maps     where a VLM says that things stand, and where they stand
+    draw_markers  the points and boxes that a question names
+"""
+import json
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+
+from data import RoomPool
+from measure import field_batches, knows_rooms, look, map_score, read_map
+from model import invert_pose, take_views
+from questions import corners
+from rooms import (CLASSES, EYE_HEIGHT, FURNITURE, SCENE_UNIT, cameras_at, clearance,
+                   make_intrinsics, render, scene_extrinsics)
+
+# floor, ceiling, wall, and the furniture as it is painted
+PAINT = [(0.75, 0.70, 0.65), (0.95, 0.95, 0.95), (0.45, 0.45, 0.45)]
+PAINT += [colour for _, _, colour in FURNITURE.values()]
+ACCENT = 'firebrick'
+
+
+def rgb(colour):
+    """Three numbers in [0, 1] -> three in 0 .. 255."""
+    return tuple(round(255 * channel) for channel in colour)
+
+
+def blank(width, height, font_size=13):
+    """-> a white canvas, its pen, a font"""
+    canvas = Image.new('RGB', (width, height), 'white')
+    return canvas, ImageDraw.Draw(canvas), ImageFont.load_default(font_size)
+
+
+def to_tile(image, size):
+    """(h, w, 3) in [0, 1] -> PIL image of `size` = (width, height). A value stays a square."""
+    pixels = (255 * image).round().byte().cpu().numpy()
+    return Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST)
+
+
+def to_grey(x):
+    """(..., h, w), cut to [0, 1] -> (..., h, w, 3)"""
+    return x.clamp(0, 1)[..., None].expand(*x.shape, 3)
+
+
+def color_basis(features):
+    """The three main directions of features (..., C), and the range of values along them."""
+    x = features.float().flatten(0, -2)
+    mean = x.mean(0)
+    directions = torch.linalg.svd(x - mean, full_matrices=False).Vh[:3].T  # (C, 3)
+    y = (x - mean) @ directions
+    return mean, directions, torch.quantile(y, 0.02, dim=0), torch.quantile(y, 0.98, dim=0)
+
+
+def to_colors(features, basis, grid):
+    """Features (..., N, C) -> colours (..., h, w, 3) in [0, 1]."""
+    mean, directions, low, high = basis
+    y = ((features.float() - mean) @ directions - low) / (high - low)
+    return y.clamp(0, 1).unflatten(-2, grid)
+
+
+def draw_swatches(pen, font, x, y, per_row, names=CLASSES, paint=PAINT):
+    """The names of the categories beside their colours."""
+    for i, (name, colour) in enumerate(zip(names, paint)):
+        left, top = x + i % per_row * 92, y + i // per_row * 20
+        pen.rectangle((left, top - 6, left + 12, top + 6), rgb(colour), 'grey')
+        pen.text((left + 18, top), name, 'black', font, anchor='lm')
+
+
+def draw_depth_bar(canvas, pen, font, x, y, height, far, unit):
+    """From near (bright) to `far` (black), with the numbers beside it."""
+    bar = torch.linspace(1, 0, height)[:, None].expand(-1, 12)
+    canvas.paste(to_tile(to_grey(bar), (12, height)), (x, y))
+    pen.rectangle((x, y, x + 12, y + height), None, 'grey')
+    pen.text((x + 16, y + 6), '0', 'black', font, anchor='lm')
+    pen.text((x + 16, y + height - 6), f'{far:.1f}{unit}', 'black', font, anchor='lm')
+
+
+# -----------------------------------------------------------------------------
+# field.png
+
+@torch.no_grad()
+def field_rows(psfm, source, config, autocast, num_scenes):
+    """-> rows [(title, tiles (B, V, h, w, 3))], R2 (B, V), number of context views, depth's scale.
+
+    Context views come first. One basis of colours serves all samples, so that two samples of one
+    scene look like one scene.
+    """
+    was_training = psfm.training
+    psfm.eval()
+    batch, mask, num_context = next(iter(field_batches(psfm, source, config, num_scenes)))
+    order = mask.int().argsort(dim=1, stable=True)  # context first
+    size = batch['images'].shape[-2:]
+    scale = None
+    with autocast:
+        seen = look(psfm, batch, mask, num_context, config)
+        cameras = seen.extrinsics, seen.intrinsics, size, seen.grid
+        z = psfm.encode(seen.context, seen.grid)
+        predicted = take_views(psfm.decode(z, *cameras), order)
+    features = take_views(seen.features, order)
+    basis = color_basis(features)
+    error = ((predicted - features) / psfm.geo_std).square().mean(-1)  # (B, V, N)
+    variance = ((features - psfm.geo_mean) / psfm.geo_std).square().mean(-1)
+    rows = [('picture', take_views(batch['images'], order).permute(0, 1, 3, 4, 2)),
+            ('features seen by\nthe backbone', to_colors(features, basis, seen.grid)),
+            ('features predicted\nfrom the context', to_colors(predicted, basis, seen.grid)),
+            ('error (white: as\nbad as the mean)',
+             to_grey((error / variance.mean()).unflatten(-1, seen.grid)))]
+
+    if knows_rooms(psfm, config):
+        read, logits = psfm.backbone.read_out(predicted, seen.grid)
+        depth = take_views(batch['depth'], order) / SCENE_UNIT
+        classes = take_views(batch['classes'], order)
+        paint = torch.tensor(PAINT, device=depth.device)
+        far = depth.max()
+        scale = SCENE_UNIT * far.item(), ' m'
+        rows += [('true depth', to_grey(1 - depth / far)),
+                 ('depth read off\nthe prediction', to_grey(1 - read / far)),
+                 ('true categories', paint[classes]),
+                 ('categories read off\nthe prediction', paint[logits.argmax(-1)])]
+    elif psfm.depth_probe is not None:
+        with autocast:
+            depth = psfm.observe(batch['images'], mask, num_context, with_depth=True)[2]
+            read = psfm.read_depth(z, *cameras)
+        depth, read = [take_views(x, order).unflatten(-1, seen.grid) for x in (depth, read)]
+        far = depth.max()
+        scale = far.item(), ''
+        rows += [('depth seen by\nthe backbone', to_grey(1 - depth / far)),
+                 ('depth read off the\nfield (probe)', to_grey(1 - read / far))]
+    psfm.train(was_training)
+    return rows, 1 - error.mean(-1) / variance.mean(-1), num_context, scale
+
+
+def draw_field(psfm, source, config, autocast, path, num_scenes=2, tile=88):
+    """Draws a few held-out samples: the context views, and views that the encoder did not see."""
+    rows, r2, num_context, scale = field_rows(psfm, source, config, autocast, num_scenes)
+    (B, V), (H, W) = r2.shape, rows[0][1].shape[2:4]
+    height, gap, margin, top = tile * H // W, 4, 160, 46
+    block = top + len(rows) * (height + gap) + 24
+    footer = 52 if len(rows) > 6 else 0
+    canvas, pen, font = blank(margin + V * (tile + gap) + 80, B * block + footer)
+
+    for b in range(B):
+        y0 = b * block
+        name = 'held-out room' if config.data == 'rooms' else 'held-out sample'
+        pen.text((8, y0 + 14), f'{name} {b}', 'black', font, anchor='lm')
+        for r, (title, tiles) in enumerate(rows):
+            y = y0 + top + r * (height + gap)
+            pen.multiline_text((8, y + height // 2), title, 'black', font, anchor='lm')
+            for v in range(V):
+                x = margin + v * (tile + gap) + (12 if v >= num_context else 0)
+                canvas.paste(to_tile(tiles[b, v], (tile, height)), (x, y))
+            if 'depth' in title and scale:
+                x = margin + V * (tile + gap) + 16
+                draw_depth_bar(canvas, pen, font, x, y, height, *scale)
+        for v in range(V):
+            x = margin + v * (tile + gap) + (12 if v >= num_context else 0) + tile // 2
+            is_context = v < num_context
+            label = 'context' if is_context else 'unseen'
+            pen.text((x, y0 + 14), label, 'black' if is_context else ACCENT, font, anchor='mm')
+            pen.text((x, y0 + 32), f'R2 {r2[b, v]:.2f}', 'black', font, anchor='mm')
+        x = margin + num_context * (tile + gap) + 3
+        pen.line((x, y0 + 4, x, y0 + block - 24), ACCENT, 2)
+    if footer:
+        draw_swatches(pen, font, margin, B * block + 8, per_row=6)
+    canvas.save(path)
+
+
+# -----------------------------------------------------------------------------
+# curve.png
+
+def draw_panel(pen, font, box, curves, title, low=None):
+    """Curves {name: ([steps], [values], colour)} in the rectangle `box`, with axes and a legend."""
+    left, top, right, bottom = box
+    points = [(x, y) for xs, ys, _ in curves.values() for x, y in zip(xs, ys)]
+    if not points:
+        return
+    last = max(x for x, _ in points) or 1
+    low = min(y for _, y in points) if low is None else low
+    high = max(max(y for _, y in points), low + 1e-6)
+
+    def place(x, y):
+        share = (min(max(y, low), high) - low) / (high - low)
+        return left + x / last * (right - left), bottom - share * (bottom - top)
+
+    pen.text(((left + right) // 2, top - 16), title, 'black', font, anchor='mm')
+    for i in range(5):
+        value = low + (high - low) * i / 4
+        x, y = place(last * i / 4, value)
+        pen.line((left, y, right, y), 'gainsboro')
+        pen.text((left - 6, y), f'{value:.2f}', 'black', font, anchor='rm')
+        pen.text((x, bottom + 12), f'{last * i / 4:.0f}', 'black', font, anchor='mm')
+    for i, (name, (xs, ys, colour)) in enumerate(curves.items()):
+        line = [place(x, y) for x, y in zip(xs, ys)]
+        pen.line(line, colour, 2, joint='curve')
+        for x, y in line if len(line) < 40 else []:
+            pen.ellipse((x - 3, y - 3, x + 3, y + 3), colour)
+        y = bottom + 32
+        x = left + i * (right - left) // len(curves)
+        pen.line((x, y, x + 20, y), colour, 3)
+        pen.text((x + 26, y), name, 'black', font, anchor='lm')
+
+
+def draw_curve(log, path):
+    """The run's log.jsonl: loss on the left, what was evaluated on the right, over the steps."""
+    with open(log) as file:
+        records = [json.loads(line) for line in file]
+    training = [(record['step'], record['loss']) for record in records if 'loss' in record]
+    measured = [(record['step'], record['metrics']) for record in records if 'metrics' in record]
+    canvas, pen, font = blank(1000, 360)
+    loss = [step for step, _ in training], [value for _, value in training], 'black'
+    draw_panel(pen, font, (60, 40, 470, 290), {'training loss': loss}, 'loss, over steps')
+
+    steps = [step for step, _ in measured]
+    curves = {'R2, unseen views': ([m['psfm']['r2'] for _, m in measured], ACCENT),
+              'camera alone': ([m['camera']['r2'] for _, m in measured], 'grey')}
+    if measured and 'read_out' in measured[0][1]:
+        found = [m['read_out']['psfm']['object_recall'] for _, m in measured]
+        curves['objects found'] = found, 'steelblue'
+    curves = {name: (steps, values, colour) for name, (values, colour) in curves.items()}
+    draw_panel(pen, font, (550, 40, 970, 290), curves, 'held-out scenes, over steps', low=0)
+    canvas.save(path)
+
+
+# -----------------------------------------------------------------------------
+# path.gif
+
+FILM_CONTEXT, FILM_FRAMES = 4, 36
+
+
+def make_path(rooms, num_views):
+    """A smooth closed path through each room. -> extrinsics (R, V, 3, 4), world-to-camera
+
+    An ellipse at eye height that looks across the room; of a few sizes, the one that is clearest
+    of tall furniture.
+    """
+    R, V = len(rooms.size), num_views
+    angle = 2 * math.pi * torch.arange(V) / V
+    circle = torch.stack([angle.cos(), angle.sin()], -1)  # (V, 2)
+    shares = torch.linspace(0.8, 0.4, 9)[:, None, None]
+    xy = (rooms.size[:, None, None, :2] / 2 - 0.35) * shares * circle  # (R, 9, V, 2)
+    best = clearance(rooms, xy).amin(-1).argmax(-1)  # (R,)
+    xy = xy[torch.arange(R), best]  # (R, V, 2)
+    position = F.pad(xy, (0, 1), value=sum(EYE_HEIGHT) / 2)
+    yaw = torch.atan2(-xy[..., 1], -xy[..., 0])
+    pitch = math.radians(-16) + math.radians(6) * (2 * angle).sin().expand(R, V)
+    return cameras_at(position, yaw, pitch, torch.zeros(R, V))
+
+
+def field_along(psfm, context, frames, extrinsics, intrinsics):
+    """The field from cameras that the encoder knows nothing of, and what the backbone sees there.
+
+    context (Vc, 3, H, W) and frames (F, 3, H, W), F even, in [0, 1]; the frames' extrinsics
+    (F, 3, 4) in the frame of the first context view, in SCENE_UNITs; intrinsics (3, 3).
+    -> true and predicted features (F, N, 2C), grid. The true ones come from passes in which two
+    frames are the targets beside the context. The prediction never meets a frame.
+    """
+    pairs = frames.unflatten(0, (-1, 2))  # (F/2, 2, 3, H, W)
+    context = context.expand(len(pairs), -1, -1, -1, -1)
+    images = torch.cat([context, pairs], 1)
+    Vc = context.shape[1]
+    mask = torch.arange(images.shape[1], device=images.device) >= Vc
+    allowed, views, _ = psfm.observe(images, mask.expand(len(pairs), -1), Vc)
+    z = psfm.encode(allowed[:1], views.grid)  # (1, Q, D)
+    intrinsics = intrinsics.expand(1, len(frames), 3, 3)
+    predicted = psfm.decode(z, extrinsics[None], intrinsics, frames.shape[-2:], views.grid)[0]
+    return views.features[:, Vc:].flatten(0, 1), predicted, views.grid
+
+
+def draw_plan(rooms, room, context, camera, size):
+    """A room from above: furniture, context cameras (black), the camera now. -> PIL image
+
+    context (Vc, 3, 4), camera (3, 4): extrinsics in the room's frame.
+    """
+    canvas, pen, _ = blank(size, size)
+    sides = rooms.size[room, :2].tolist()
+    scale = (size - 10) / max(sides)  # pixels a metre
+
+    def place(x, y):
+        return size / 2 + scale * x, size / 2 - scale * y
+
+    pen.rectangle((*place(-sides[0] / 2, sides[1] / 2), *place(sides[0] / 2, -sides[1] / 2)),
+                  'whitesmoke', 'grey')
+    outlines = corners(rooms, room)
+    for k in rooms.present[room].nonzero()[:, 0].tolist():
+        colour = rgb(PAINT[3 + int(rooms.category[room, k])])
+        pen.polygon([place(*corner) for corner in outlines[k].tolist()], colour, 'grey')
+    for extrinsics, colour in [*((x, 'black') for x in context), (camera, ACCENT)]:
+        x, y, _ = invert_pose(extrinsics)[:, 3].tolist()
+        ahead = math.atan2(extrinsics[2, 1], extrinsics[2, 0])
+        ends = [(x + 0.6 * math.cos(ahead + turn), y + 0.6 * math.sin(ahead + turn))
+                for turn in (-0.6, 0.6)]
+        pen.polygon([place(x, y), *(place(*end) for end in ends)], None, colour, 2)
+    return canvas
+
+
+@torch.no_grad()
+def draw_film(psfm, config, autocast, path, num_rooms=2, tile=112):
+    """A film: held-out rooms from cameras where no picture was taken, beside the truth."""
+    device = psfm.geo_mean.device
+    size = config.image_width, config.image_width
+    rooms, block = RoomPool('val', 0, num_rooms, image_size=size, device=device).render_block(0)
+    walk = block['extrinsics']
+    chosen = torch.arange(FILM_CONTEXT) * RoomPool.VIEWS // FILM_CONTEXT  # spread over the walk
+    cameras = make_path(rooms.to('cpu'), FILM_FRAMES).to(device)  # (R, F, 3, 4)
+    intrinsics = make_intrinsics(size, len(cameras), FILM_FRAMES).to(device)
+    seen = render(rooms, cameras, intrinsics, size)
+
+    strips = []  # of each room: context pictures, columns of (F, h, w, 3)
+    for room in range(num_rooms):
+        context = block['images'][room, chosen].float() / 255
+        frames = seen['image'][room].float() / 255
+        both = torch.cat([walk[room, :1], cameras[room]])[None]
+        extrinsics = scene_extrinsics(both)[0, 1:]
+        with autocast:
+            features, predicted, grid = field_along(psfm, context, frames, extrinsics,
+                                                    block['intrinsics'][room, 0])
+        basis = color_basis(features)
+        depth = seen['depth'][room] / SCENE_UNIT
+        read = psfm.backbone.read_out(predicted[None].float(), grid)[0][0]
+        far = depth.max()
+        strips.append((context, [frames.permute(0, 2, 3, 1), to_colors(features, basis, grid),
+                                 to_colors(predicted, basis, grid), to_grey(1 - depth / far),
+                                 to_grey(1 - read / far)]))
+
+    titles = ['four context pictures', 'from above', 'a new camera', 'backbone features',
+              'predicted from z', 'true depth', 'read off prediction']
+    gap, top, half = 4, 22, tile // 2 - 1
+    on_cpu, film = rooms.to('cpu'), []
+    for f in range(FILM_FRAMES):
+        canvas, pen, font = blank(len(titles) * (tile + gap), top + num_rooms * (tile + gap), 11)
+        for column, title in enumerate(titles):
+            colour = ACCENT if column in (4, 6) else 'black'
+            x = column * (tile + gap) + tile // 2
+            pen.text((x, top // 2), title, colour, font, anchor='mm')
+        for room, (context, columns) in enumerate(strips):
+            y = top + room * (tile + gap)
+            for i, picture in enumerate(context):
+                small = to_tile(picture.permute(1, 2, 0), (half, half))
+                canvas.paste(small, (i % 2 * (half + 2), y + i // 2 * (half + 2)))
+            plan = draw_plan(on_cpu, room, walk[room, chosen].cpu(), cameras[room, f].cpu(), tile)
+            canvas.paste(plan, (tile + gap, y))
+            for column, pictures in enumerate(columns, 2):
+                canvas.paste(to_tile(pictures[f], (tile, tile)), (column * (tile + gap), y))
+        film.append(canvas.quantize(128))
+    film[0].save(path, save_all=True, append_images=film[1:], duration=120, loop=0)
+
+
+# -----------------------------------------------------------------------------
+# map.png
+
+def draw_map(truth, answer, width):
+    """One map in words, from above: circles where things stand, squares where the VLM says so."""
+    canvas, pen, font = blank(width, width, 12)
+    pieces, named = read_map(truth), read_map(answer)
+    named = [piece for piece in named if piece[0] in FURNITURE]
+
+    # everything fits: the scale follows from the farthest place
+    reach = max([abs(value) for _, *place in pieces + named for value in place] + [4]) + 1
+    scale = (width - 24) / 2 / reach  # pixels a metre
+
+    def place(x, y):
+        return width / 2 + scale * x, width / 2 - scale * y
+
+    for k in range(-reach, reach + 1):
+        pen.line((*place(k, -reach), *place(k, reach)), 'gainsboro')
+        pen.line((*place(-reach, k), *place(reach, k)), 'gainsboro')
+    (x, y), size = place(0, 0), 6
+    pen.line((x - size, y, x + size, y), 'black', 2)
+    pen.line((x, y - 2 * size, x, y + size), 'black', 2)
+    taken = {}  # places with several things fan out
+    for shape, things in (('square', named), ('circle', pieces)):
+        for name, *where in things:
+            x, y = place(*where)
+            x += 11 * taken.setdefault((shape, *where), 0)
+            taken[shape, *where] += 1
+            colour = rgb(FURNITURE[name][2])
+            if shape == 'square':
+                pen.rectangle((x - 5, y - 5, x + 5, y + 5), colour, 'black')
+            else:
+                pen.ellipse((x - 9, y - 9, x + 9, y + 9), None, colour, 3)
+    pen.rectangle((0, 0, 46, 18), 'white')
+    pen.text((6, 9), f'{100 * map_score(truth, answer):.0f} %', 'black', font, anchor='lm')
+    pen.rectangle((0, 0, width - 1, width - 1), None, 'grey')
+    return canvas
+
+
+def draw_maps(maps, path, count=8, tile=250):
+    """Draws maps in words, [(true, the model's)], the first camera at the cross, looking up."""
+    columns, top, maps = 4, 62, maps[:count]
+    rows = -(-len(maps) // columns)
+    canvas, pen, font = blank(columns * (tile + 6), top + rows * (tile + 6), 12)
+    pen.text((8, 14), 'circle: where it stands; square: where the VLM says it stands; number: '
+             'map_score; cross: the first camera, looking up; grid: one metre', 'black', font,
+             anchor='lm')
+    draw_swatches(pen, font, 8, 40, len(FURNITURE), FURNITURE, PAINT[3:])
+    for i, (truth, answer) in enumerate(maps):
+        left, y = i % columns * (tile + 6), top + i // columns * (tile + 6)
+        canvas.paste(draw_map(truth, answer, tile), (left, y))
+    canvas.save(path)
+
+
+# -----------------------------------------------------------------------------
+# what a benchmark's pictures must show
+
+MARKER_COLOURS = {'red': (255, 0, 0), 'green': (0, 255, 0), 'blue': (0, 0, 255),
+                  'yellow': (255, 255, 0)}
+
+
+def draw_markers(images, spar_info):
+    """The points and boxes that SPAR's questions name ("the red point"), on copies of the images.
+
+    spar_info: JSON: <colour>_point [[x, y], ...] and <colour>_bbox [[x0, y0, x1, y1], ...] in
+    thousandths of the image; point_img_idx / bbox_img_idx [[...]]: on which image each of them
+    lies, in the order of the keys.
+    """
+    info = json.loads(spar_info) if isinstance(spar_info, str) else spar_info
+    images = [image.copy() for image in images]
+    for kind in ('point', 'bbox'):
+        where = np.ravel(info.get(f'{kind}_img_idx', [])).astype(int).tolist()
+        marks = [(name.split('_')[0], mark) for name, marks in info.items()
+                 if name.endswith(f'_{kind}') for mark in marks]
+        for i, (colour, mark) in enumerate(marks):
+            on = where[i] if i < len(where) and where[i] < len(images) else 0
+            pen, size = ImageDraw.Draw(images[on]), images[on].size
+            x = [value * size[j % 2] / 1000 for j, value in enumerate(mark)]
+            paint, width = MARKER_COLOURS.get(colour, (255, 0, 0)), max(2, round(max(size) / 200))
+            if kind == 'point':
+                r = 2 * width
+                pen.ellipse([x[0] - r, x[1] - r, x[0] + r, x[1] + r], fill=paint)
+            else:
+                pen.rectangle(x, outline=paint, width=width)
+    return images

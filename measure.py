@@ -1,0 +1,504 @@
+"""
+What is a trained field worth, and what is a VLM worth that is given its latents? Numbers only.
+
+The field is asked about *target views of held-out scenes*: views that the encoder did not see, of
+places that training did not see. A number means something only beside its baselines:
+
+    mean      the training mean of all features
+    position  the training mean at each place in the image
+    nearest   the features of the context view whose camera is turned most alike
+    shuffled  our prediction from another (training) scene's latents
+    camera    our prediction from the average latents: what the camera alone tells
+
+cos is the cosine; centred_cos is the cosine after the training mean is taken off; r2 is the share
+of the (standardised) variance around that mean that is explained.
+
+A VLM is asked VSI-Bench's questions about held-out rooms (questions.py), and for a map of each.
+"""
+import collections
+import functools
+import itertools
+import re
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from adapter import answer_loss
+from benchmarks import aggregate, generate, relative_accuracy, score
+from common import step_generator
+from model import take_views
+from psfm import context_index, random_view_mask
+from questions import KINDS, as_prompt, to_turns
+from rooms import SCENE_UNIT, check_classes, scene_extrinsics
+
+
+# -----------------------------------------------------------------------------
+# the field
+
+class Seen(NamedTuple):
+    """What the backbone sees of a batch, as in training."""
+    context: torch.Tensor     # (B, Vc, N, 2C)
+    features: torch.Tensor    # (B, V, N, 2C)
+    extrinsics: torch.Tensor
+    intrinsics: torch.Tensor
+    grid: tuple
+
+
+def field_batches(psfm, source, config, num_scenes, first=0):
+    """The evaluation's samples: the same scenes, views and masks every time.
+
+    Yields (batch, view_mask, num_context) on the model's device. `first`: the source's batch to
+    begin with. (Of training rooms, only those of the present step are in memory.)
+    """
+    device = psfm.geo_mean.device
+    num_views = (config.min_views + config.max_views) // 2
+    at_once = min(num_scenes, 4)  # whatever the training batch: results must not depend on it
+    for step in range(max(1, num_scenes // at_once)):
+        batch = source.batch(first + step, at_once, num_views)
+        batch = {name: x.to(device) for name, x in batch.items()}
+        B, V = batch['images'].shape[:2]
+        mask, num_context = random_view_mask(B, V, psfm.mask_ratio, step_generator(1, step))
+        yield batch, mask.to(device), num_context
+
+
+def look(psfm, batch, view_mask, num_context, config):
+    """-> Seen"""
+    context, views, _ = psfm.observe(batch['images'], view_mask, num_context)
+    extrinsics, intrinsics = views.extrinsics, views.intrinsics
+    if config.cameras == 'given':
+        extrinsics, intrinsics = scene_extrinsics(batch['extrinsics']), batch['intrinsics']
+    return Seen(context, views.features, extrinsics, intrinsics, views.grid)
+
+
+def knows_rooms(psfm, config):
+    """Can the backbone's own heads read depth and categories off features, and are they known?"""
+    has_heads = 'cells' in psfm.backbone.config.heads and config.data == 'rooms'
+    if has_heads:
+        check_classes(psfm.backbone.config.classes, config.backbone)
+    return has_heads
+
+
+class Score:
+    """Running cosine, centred cosine and R2 of predicted features (..., 2C)."""
+
+    def __init__(self, psfm):
+        self.mean, self.std = psfm.geo_mean, psfm.geo_std
+        self.sums = torch.zeros(5, dtype=torch.float64)
+
+    def add(self, predicted, target):
+        predicted, target = predicted.float(), target.float()
+        p, t = (predicted - self.mean) / self.std, (target - self.mean) / self.std
+        cos = F.cosine_similarity(predicted, target, dim=-1)
+        centred = F.cosine_similarity(predicted - self.mean, target - self.mean, dim=-1)
+        count = torch.tensor(float(cos.numel()), device=cos.device)
+        error, variance = (p - t).square().sum(), t.square().sum()
+        sums = torch.stack([cos.sum(), centred.sum(), error, variance, count])
+        self.sums += sums.cpu().double()
+
+    def result(self):
+        cos, centred, error, variance, count = self.sums.tolist()
+        return dict(cos=cos / count, centred_cos=centred / count, r2=1 - error / variance)
+
+
+class ReadOut:
+    """Running quality of what the backbone's own frozen heads read off features.
+
+    R2 alone hides forgotten furniture, which covers few patches.
+    """
+
+    def __init__(self):
+        self.sums = torch.zeros(5, dtype=torch.float64)
+
+    def add(self, backbone, features, grid, batch, index):
+        depth, logits = backbone.read_out(features.float(), grid)
+        true_depth = take_views(batch['depth'], index) / SCENE_UNIT
+        classes = take_views(batch['classes'], index)
+        error = (depth - true_depth).abs() / true_depth
+        is_right = logits.argmax(-1) == classes
+        is_furniture = classes >= 3
+        count = torch.tensor(float(classes.numel()), device=classes.device)
+        sums = [error.sum(), is_right.sum(), count, (is_right & is_furniture).sum(),
+                is_furniture.sum()]
+        self.sums += torch.stack(sums).cpu().double()
+
+    def result(self):
+        error, right, count, found, furniture = self.sums.tolist()
+        return dict(depth_abs_rel=error / count, class_accuracy=right / count,
+                    object_recall=found / max(1, furniture))
+
+
+def training_averages(psfm, source, step, config):
+    """-> latents of training scenes (scenes, Q, D), mean features at each place (1, 2C, h, w)."""
+    latents, sums, counts = [], {}, collections.Counter()
+    for batch, mask, num_context in field_batches(psfm, source, config, config.val_scenes, step):
+        seen = look(psfm, batch, mask, num_context, config)
+        latents.append(psfm.encode(seen.context, seen.grid).float())
+        sums[seen.grid] = sums.get(seen.grid, 0) + seen.features.float().sum((0, 1))
+        counts[seen.grid] += mask.numel()
+    grid, count = counts.most_common(1)[0]  # of the commonest shape of images
+    position = (sums[grid] / count).T.unflatten(1, grid)[None]
+    return torch.cat(latents), position
+
+
+@torch.no_grad()
+def evaluate_field(psfm, train_source, held_out, step, config, autocast):
+    """-> dict name -> {cos, centred_cos, r2}, for 'psfm', the baselines, and 'context' (ours, on
+    views that it did see); on rooms also 'read_out' -> {true, psfm, camera, shuffled} ->
+    {depth_abs_rel, class_accuracy, object_recall}.
+    """
+    was_training = psfm.training
+    psfm.eval()
+    with autocast:
+        latents, position = training_averages(psfm, train_source, step, config)
+
+    names = ['psfm', 'mean', 'position', 'nearest', 'shuffled', 'camera', 'context']
+    scores = {name: Score(psfm) for name in names}
+    read_outs = {}
+    if knows_rooms(psfm, config):
+        read_outs = {name: ReadOut() for name in ('true', 'psfm', 'camera', 'shuffled')}
+    batches = field_batches(psfm, held_out, config, config.val_scenes)
+    for i, (batch, mask, num_context) in enumerate(batches):
+        size, V = batch['images'].shape[-2:], batch['images'].shape[1]
+        seen_index = context_index(mask, num_context)
+        unseen_index = context_index(~mask, V - num_context)
+        with autocast:
+            seen = look(psfm, batch, mask, num_context, config)
+            z = psfm.encode(seen.context, seen.grid)
+
+            def predict(z, index):
+                extrinsics = take_views(seen.extrinsics, index)
+                intrinsics = take_views(seen.intrinsics, index)
+                return psfm.decode(z, extrinsics, intrinsics, size, seen.grid)
+
+            other = (torch.arange(len(z)) + i * len(z)) % len(latents)
+            average = latents.mean(0).to(z.dtype).expand_as(z)
+            predicted = dict(psfm=predict(z, unseen_index),
+                             shuffled=predict(latents[other].to(z.dtype), unseen_index),
+                             camera=predict(average, unseen_index))
+            of_seen = predict(z, seen_index)
+
+        # the baselines that need no decoder
+        target = take_views(seen.features, unseen_index)
+        rotation = seen.extrinsics[..., :3]
+        alike = torch.einsum('bvij,bwij->bvw', take_views(rotation, unseen_index),
+                             take_views(rotation, seen_index)).argmax(-1)
+        per_place = F.interpolate(position, seen.grid, mode='bilinear').flatten(2).transpose(1, 2)
+        baselines = dict(mean=psfm.geo_mean.expand_as(target),
+                         position=per_place.expand_as(target),
+                         nearest=take_views(seen.context, alike))
+        for name, prediction in {**predicted, **baselines}.items():
+            scores[name].add(prediction, target)
+        scores['context'].add(of_seen, take_views(seen.features, seen_index))
+        for name, read_out in read_outs.items():
+            features = target if name == 'true' else predicted[name]
+            read_out.add(psfm.backbone, features, seen.grid, batch, unseen_index)
+    psfm.train(was_training)
+
+    metrics = {name: running.result() for name, running in scores.items()}
+    if read_outs:
+        metrics['read_out'] = {name: running.result() for name, running in read_outs.items()}
+    return metrics
+
+
+def field_line(metrics):
+    """One line for the log."""
+    baselines = [f'{name} {metrics[name]["r2"]:.3f}'
+                 for name in ('camera', 'shuffled', 'nearest', 'position', 'mean')]
+    line = f'unseen views: R2 {metrics["psfm"]["r2"]:.3f} | ' + ' '.join(baselines)
+    if 'read_out' in metrics:
+        ours, true = metrics['read_out']['psfm'], metrics['read_out']['true']
+        line += (f' | read-out: depth abs-rel {ours["depth_abs_rel"]:.3f} '
+                 f'(true features {true["depth_abs_rel"]:.3f}), objects found '
+                 f'{ours["object_recall"]:.2f} ({true["object_recall"]:.2f})')
+    return line
+
+
+NOTES = dict(mean='training mean', position='training mean at each place',
+             nearest='nearest context view', shuffled="from another sample's latents",
+             camera='from the average latents', psfm='our prediction',
+             context='ours, on views it saw', true="the backbone's own features")
+
+
+def field_table(metrics, held_out):
+    """The whole comparison, for a person. `held_out` says of what."""
+    rows = [f'unseen views, held out: {held_out}', f'{"":44s}{"cos":>9s}{"centred":>9s}{"R2":>9s}']
+
+    def row(name, values):
+        rows.append(f'  {name:9s} {NOTES[name]:32s}' + ''.join(f'{x:9.3f}' for x in values))
+
+    for name in ('mean', 'position', 'nearest', 'shuffled', 'camera', 'psfm', 'context'):
+        row(name, metrics[name].values())
+    if 'read_out' in metrics:
+        title = 'read off these features by the frozen heads'
+        rows.append(f'{title:44s}{"abs-rel":>9s}{"classes":>9s}{"objects":>9s}')
+        for name in ('true', 'psfm', 'camera', 'shuffled'):
+            row(name, metrics['read_out'][name].values())
+    if metrics['nearest']['r2'] > metrics['psfm']['r2']:
+        rows.append('The nearest context view beats the prediction: these views hardly differ from '
+                    'each other, or were trained on too little, and R2 says nothing of the field.')
+    return '\n'.join(rows)
+
+
+# -----------------------------------------------------------------------------
+# answers without looking
+
+def language_prior(records, commonest=False):
+    """What one can answer without looking. -> function record -> answer
+
+    Of the training answers to the very same question (or to its kind, if the question was asked
+    fewer than twenty times): the one that would have scored best, or the `commonest`. The two
+    differ for numbers, where an answer in the middle is often nearly right.
+    """
+    def key_of(record):
+        question = re.sub(r'\(.*?\)', '', record['question'])  # without the order of options
+        return record['question_type'], question
+
+    def text_of(record, letter):
+        return record['options']['ABCD'.index(letter)][3:] if record['options'] else letter
+
+    groups = collections.defaultdict(list)
+    for record in records:
+        text = text_of(record, record['ground_truth'])
+        groups[key_of(record)].append(text)
+        groups[record['question_type'], None].append(text)
+
+    @functools.lru_cache(maxsize=None)
+    def best_number(key):
+        golds = np.array([float(gold) for gold in groups[key]])
+        texts = sorted(set(groups[key]), key=float)
+        values = np.array([float(text) for text in texts])
+        scores = relative_accuracy(abs(values[:, None] - golds) / golds)
+        return texts[scores.sum(1).argmax()]
+
+    def guess(record):
+        key = key_of(record)
+        if len(groups.get(key, ())) < 20:
+            key = record['question_type'], None
+        if key not in groups:
+            return 'A'
+        if record['options']:
+            letters = 'ABCD'[:len(record['options'])]
+            return max(letters, key=lambda letter: groups[key].count(text_of(record, letter)))
+        if commonest:
+            return collections.Counter(groups[key]).most_common(1)[0][0]
+        return best_number(key)
+
+    return guess
+
+
+PIECE = re.compile(r'([a-z]+) at x ([+-]?\d+), y ([+-]?\d+)')
+
+
+def read_map(text):
+    """A map in words -> [(name, x, y)]"""
+    return [(name, int(x), int(y)) for name, x, y in PIECE.findall(text)]
+
+
+def map_score(truth, answer):
+    """How well a map in words (questions.ask_map) agrees with the true one, 0 .. 1.
+
+    Pieces of the same kind within a metre in x and in y are paired one to one, as many as can be;
+    their number over the number of pieces of the longer map. 1 for two empty maps.
+    """
+    pieces, named = read_map(truth), read_map(answer)
+    fits = []
+    for name, x, y in pieces:
+        fits.append([j for j, (other, u, v) in enumerate(named)
+                     if other == name and max(abs(u - x), abs(v - y)) <= 1])
+    partner = {}  # of a named piece
+
+    def pair(i, tried):  # augmenting paths
+        for j in fits[i]:
+            if j not in tried:
+                tried.add(j)
+                if j not in partner or pair(partner[j], tried):
+                    partner[j] = i
+                    return True
+        return False
+
+    found = sum(pair(i, set()) for i in range(len(pieces)))
+    longest = max(len(pieces), len(named))
+    return found / longest if longest else 1.0
+
+
+def map_prior(maps):
+    """-> function true map -> a map with the same pieces, where such pieces most often stand."""
+    places = collections.defaultdict(collections.Counter)
+    for text in maps:
+        for name, x, y in read_map(text):
+            for dx, dy in itertools.product((-1, 0, 1), repeat=2):  # all that would score
+                places[name][x + dx, y + dy] += 1
+    best = {name: counts.most_common(1)[0][0] for name, counts in places.items()}
+
+    def guess(truth):
+        names = [name for name, _, _ in read_map(truth) if name in best]
+        return '; '.join(f'{name} at x {best[name][0]:+d}, y {best[name][1]:+d}' for name in names)
+    return guess
+
+
+# -----------------------------------------------------------------------------
+# a VLM's answers about rooms
+
+def answer_rooms(model, chat, latents, held_out, train_data, autocast, shuffled=False,
+                 maps_only=False, batch=32):
+    """Asks every question about the held-out rooms, on its own, and for the map of each room.
+
+    -> {task: percent, 'overall', 'map': percent of map_score, 'scores': [[question_type, room,
+    score]], 'maps': [(true, the model's)], 'prior' and 'commonest': {task: percent} without
+    looking}. Maps are not of VSI-Bench and not in 'overall'. `shuffled`: with the pictures of the
+    room and the latents of another one. `maps_only` takes a tenth of the time.
+    """
+    was_training = model.training
+    model.eval()
+
+    def ask(questions, max_new_tokens):
+        """[(room, prompt)] -> answers"""
+        answers = []
+        for start in tqdm(range(0, len(questions), batch), 'asking', leave=False, disable=None):
+            items, scenes = [], []
+            for room, text in questions[start:start + batch]:
+                turns = to_turns('<image>' * held_out.VIEWS, [(text, '')])[:1]
+                items.append(dict(images=held_out.pictures(room), conversations=turns))
+                other = (room + 1) % len(held_out) if shuffled else room
+                scenes.append(held_out.pictures(other))
+            chosen = (lambda _: latents(scenes)) if latents else None
+            answers += generate(model, chat, chosen, items, autocast, max_new_tokens)
+        return answers
+
+    records = [] if maps_only else held_out.records
+    answers = ask([(record['room'], as_prompt(record)) for record in records], 16)
+    drawn = ask([(room, text) for room, (text, _) in enumerate(held_out.maps)], 160)
+    model.train(was_training)
+
+    # scores
+    def score_all(records, answers):
+        return [(record, score('vsibench', record, answer))
+                for record, answer in zip(records, answers)]
+
+    scored = score_all(records, answers)
+    maps = [(truth, answer) for (_, truth), answer in zip(held_out.maps, drawn)]
+    map_scores = [map_score(truth, answer) for truth, answer in maps]
+    by_question = [[record['question_type'], record['room'], value] for record, value in scored]
+    by_question += [['map', room, value] for room, value in enumerate(map_scores)]
+    metrics = aggregate('vsibench', scored) if scored else {}
+    metrics.update(map=100 * float(np.mean(map_scores)), maps=maps, scores=by_question)
+
+    # the same without looking
+    for name, commonest in (('prior', False), ('commonest', True)):
+        guess = language_prior(train_data.records, commonest)
+        guesses = [guess(record) for record in held_out.records]
+        metrics[name] = aggregate('vsibench', score_all(held_out.records, guesses))
+    usual = map_prior([text for _, text in train_data.maps])
+    guessed = [map_score(truth, usual(truth)) for _, truth in held_out.maps]
+    metrics['prior']['map'] = 100 * float(np.mean(guessed))
+    return metrics
+
+
+def overall_scores(runs, rival=None, draws=1000):
+    """Metrics of `answer_rooms` of several seeds -> {task: mean, 'overall' and 'map': (mean, low,
+    high)}, a 95 % bootstrap interval over rooms and seeds.
+
+    With `rival`, runs of another arm that answered the same questions: of the difference.
+    """
+    types = [kind for kind, _, _ in runs[0]['scores']]
+    rooms = [room for _, room, _ in runs[0]['scores']]
+    scores = np.array([[value for *_, value in run['scores']] for run in runs])
+    if rival:
+        scores = scores - np.array([[value for *_, value in run['scores']] for run in rival])
+    names = sorted(set(types))
+    kind = np.array([names.index(name) for name in types])  # (questions,)
+    room = np.unique(rooms, return_inverse=True)[1]  # (questions,)
+    num_rooms = room.max() + 1
+
+    def average(values, weight):
+        """(questions,), (questions,) -> as aggregate('vsibench'), and 'map'"""
+        sums = np.bincount(kind, weight * values, len(names))
+        counts = np.bincount(kind, weight, len(names))
+        means = {name: s / c for name, s, c in zip(names, sums, counts) if c}
+        of_maps = means.pop('map', None)
+        tasks = [(dict(question_type=name), mean) for name, mean in means.items()]
+        result = aggregate('vsibench', tasks) if tasks else {}
+        return result if of_maps is None else dict(result, map=100 * of_maps)
+
+    result = average(scores.mean(0), np.ones(len(kind)))
+    random, drawn = np.random.default_rng(0), []
+    for _ in range(draws):
+        values = scores[random.integers(len(scores), size=len(scores))].mean(0)
+        times = np.bincount(random.integers(num_rooms, size=num_rooms), minlength=num_rooms)
+        drawn.append(average(values, times[room].astype(float)))
+    for name in ('overall', 'map'):
+        if name in result:
+            low, high = np.quantile([one[name] for one in drawn], [0.025, 0.975]).tolist()
+            result[name] = result[name], low, high
+    return result
+
+
+def rooms_line(metrics):
+    prior = metrics['prior']
+    return (f'held-out rooms: {metrics["overall"]:.1f} (without looking: {prior["overall"]:.1f}), '
+            f'maps: {metrics["map"]:.1f} ({prior["map"]:.1f})')
+
+
+def rooms_table(arms):
+    """{arm: metrics of `answer_rooms` of several seeds} -> VSI-Bench's columns, with intervals."""
+    columns = {kind.split('direction')[0] + 'direction' * ('direction' in kind): title
+               for kind, (title, _) in KINDS.items()}
+    rows = [f'{"":28s}' + ''.join(f'{title:>10s}' for title in columns.values())
+            + f'{"overall":>22s}{"map":>22s}']
+
+    def cell(value, width):
+        if value is None:
+            return '-'.rjust(width)
+        if isinstance(value, tuple):
+            value = '{:.1f} ({:.1f}..{:.1f})'.format(*value)
+        return value.rjust(width) if isinstance(value, str) else f'{value:{width}.1f}'
+
+    def row(name, result):
+        cells = [cell(result.get(task), 10) for task in columns]
+        cells += [cell(result.get(task), 22) for task in ('overall', 'map')]
+        rows.append(f'{name:28s}' + ''.join(cells))
+
+    first = next(iter(arms.values()))[0]
+    row('commonest answer', first['commonest'])
+    row('best constant answer', first['prior'])
+    for arm, runs in arms.items():
+        row(f'{arm}, {len(runs)} seed{"s" * (len(runs) > 1)}', overall_scores(runs))
+    for arm, runs in arms.items():
+        if arm != 'psfm' and len(runs) == len(arms.get('psfm', ())):
+            row(f'psfm minus {arm}', overall_scores(arms['psfm'], runs))
+    return '\n'.join(rows)
+
+
+@torch.no_grad()
+def held_out_loss(model, chat, latents, data, autocast):
+    """Mean loss over held-out conversations, and the share of answers that are right to the last
+    token. -> {loss, accuracy, kinds: {kind of question: accuracy}}
+    """
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    total, hits = 0.0, collections.defaultdict(list)
+    for item in data:
+        batch = chat.batch([chat.encode(item)])
+        batch = {name: x.to(device) for name, x in batch.items()}
+        labels = batch.pop('labels')
+        z = latents([item['images']]) if latents else None
+        with autocast:
+            logits = model(latents=z, use_cache=False, **batch).logits
+        total += answer_loss(logits, labels).item()
+
+        # an answer is a run of tokens that have labels
+        is_right = (logits[0, :-1].argmax(-1) == labels[0, 1:]).tolist()
+        is_answer = (labels[0, 1:] != -100).tolist()
+        answers = [all(right for _, right in run) for answer, run in
+                   itertools.groupby(zip(is_answer, is_right), key=lambda pair: pair[0]) if answer]
+        kinds = item.get('kinds', ['all'] * len(answers))
+        for kind, answer in zip(kinds, answers, strict=True):
+            hits[kind].append(answer)
+    model.train(was_training)
+    kinds = {kind: float(np.mean(values)) for kind, values in sorted(hits.items())}
+    everything = [answer for values in hits.values() for answer in values]
+    return dict(loss=total / len(data), accuracy=float(np.mean(everything)), kinds=kinds)

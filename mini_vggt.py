@@ -1,0 +1,383 @@
+"""
+Makes weights/mini_vggt.safetensors: the VGGT class with small numbers, trained on procedural rooms,
+where cameras, depth and categories are known.
+
+    python mini_vggt.py                          # 72 minutes on one core; --help for the options
+    python mini_vggt.py --init weights/mini_vggt.safetensors --seed 1 --steps 3600 ...
+
+Cameras alone teach too little. Beside them: `match`, which makes patches of different views that
+see the same 3-D point look alike; dense targets; each camera's own stand in the room; and a
+curriculum from two close views to six of any motion. The category loss stands in for what the
+real VGGT inherits from DINOv2. Shapes as in model.py; a cell is 4 x 4 pixels, 2 x 2 a patch.
+"""
+import dataclasses
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from common import (autocast_on, check_finite, learning_rate, load_optimizers, load_strictly,
+                    make_optimizers, open_log, opt, parse_options, pick_device, pick_dtype,
+                    read_state, read_weights, run_script, set_rates, step_generator, take_step,
+                    write_checkpoint, write_json)
+from data import RoomPool
+from model import (MLP, camera_rays, full_precision, invert_pose, pose_encoding_to_cameras,
+                   relative_pose)
+from rooms import CLASSES, SCENE_UNIT, scene_extrinsics
+from vggt import VGGT, CellHead, VGGTConfig
+
+# patch 8, 64 x 64 pixels, 3.7 M parameters. No layer scale: it has to learn in minutes.
+MINI = VGGTConfig(patch_size=8, width=128, depth=4, num_heads=4, num_registers=2,
+                  patch_embed='conv', position_grid=8, layer_scale=0.0, camera_depth=2,
+                  camera_heads=4, camera_iterations=2, heads=('camera', 'cells'),
+                  classes=tuple(CLASSES))
+WEIGHTS = dict(translation=1.7, rotation=3.0, field_of_view=1.0, depth=1.0, points=2.0,
+               classes=0.3, gravity=0.5, match=0.1)
+
+
+@dataclass(frozen=True)
+class Config:
+    num_rooms: int = opt(1600, 'rooms that are kept in memory', low=1, group='data')
+    new_rooms: float = opt(2.0, 'how many of them are replaced at each step', low=0)
+    val_scenes: int = opt(100, 'held-out rooms to evaluate on', low=1)
+    init: str = opt('', 'a mini VGGT to begin with: the lessons with two views are left out',
+                    group='optimisation')
+    steps: int = opt(8000, 'optimiser steps', low=1)
+    lr: float = opt(1e-3, 'peak learning rate of AdamW', low=0)
+    muon_lr: float = opt(2e-3, "peak rate of Muon for the blocks' matrices", low=0)
+    min_lr: float = opt(0.02, 'where the cosine ends, as a share of the peak', low=0, high=1)
+    warmup: int = opt(100, 'steps of linear warm-up (a tenth of all at most)', low=0)
+    decay_from: float = opt(0.55, 'share of the training before the cosine', low=0, high=1)
+    weight_decay: float = opt(1e-2, 'on matrices only', low=0)
+    beta2: float = opt(0.98, "AdamW's second moment", low=0, high=0.99999)
+    clip: float = opt(2.0, 'largest gradient norm', low=1e-9)
+    eval_every: int = opt(1000, 'steps between evaluations and checkpoints', low=1,
+                          group='running')
+    log_every: int = opt(50, 'steps between log lines', low=1)
+    out: str = opt('out/mini-vggt', 'folder for everything that is written')
+    seed: int = opt(0, 'of weights and data', low=0)
+    device: str = opt('auto', 'auto | cpu | cuda | mps')
+    dtype: str = opt('auto', 'auto | float32 | bfloat16 (autocast)',
+                     choices=('auto', 'float32', 'bfloat16'))
+    resume: bool = opt(False, 'continue from <out>/checkpoint')
+
+
+# -----------------------------------------------------------------------------
+# losses
+
+class MiniVGGTTrainer(nn.Module):
+    """The mini VGGT with the heads that only its training needs, and its losses."""
+
+    def __init__(self, config=MINI):
+        super().__init__()
+        self.vggt = VGGT(config)
+        dim = 2 * config.width
+        self.point_cells = CellHead(dim, 3, config.cells)
+        self.match_head = CellHead(dim, 32, 1)
+        self.gravity_head = nn.Sequential(nn.LayerNorm(dim), MLP(dim, config.width, 6))
+        nn.init.normal_(self.vggt.aggregator.camera_token, std=0.3)
+        nn.init.normal_(self.vggt.aggregator.register_token, std=0.3)
+        # poses start at the identity: from a random start, the first view's quaternion can settle
+        # half a turn away for good
+        last = self.vggt.camera_head.pose_branch.fc2
+        nn.init.normal_(last.weight, std=0.002)
+        identity = torch.tensor([0, 0, 0, 0, 0, 0, 1.0, 1.4, 1.4])
+        with torch.no_grad():
+            last.bias.copy_(identity / config.camera_iterations)
+
+    def forward(self, images, depth, classes, extrinsics, intrinsics, match_shift):
+        """A batch of data.RoomPool; `match_shift` in 1 .. V - 1. -> losses, and 'loss', their sum
+        with WEIGHTS."""
+        vggt, size = self.vggt, images.shape[-2:]
+        truth = self.truth(depth, extrinsics, intrinsics, size)
+        patches, grid = vggt.embed(images)
+        tokens = vggt.attend(patches, grid)[-1]  # (B, V, P, 2C)
+        features, camera_tokens = vggt.features(tokens), tokens[:, :, 0]
+
+        # all heads
+        poses = vggt.camera_head(camera_tokens.float())
+        log_depth = vggt.depth_cells(features, grid)[..., 0]  # (B, V, 2h, 2w)
+        logits = vggt.class_cells(features, grid)
+        points = self.point_cells(features, grid)  # (B, V, 2h, 2w, 3)
+        descriptors = self.match_head(features, grid)  # (B, V, h, w, 32)
+        descriptors = F.normalize(descriptors, dim=-1).flatten(2, 3)  # (B, V, N, 32)
+        gravity = self.gravity_head(camera_tokens).float()  # (B, V, 6)
+
+        losses = self.pose_losses(poses, truth, size)
+        losses['depth'] = (log_depth - truth['depth'].log()).abs().mean()
+        losses['points'] = F.smooth_l1_loss(points, truth['points'], beta=0.1)
+        losses['classes'] = F.cross_entropy(logits.flatten(0, 3), classes.flatten())
+        losses['gravity'] = (gravity - truth['gravity']).abs().mean()
+        losses['match'] = self.match_loss(descriptors, truth['patch_points'], match_shift)
+        losses['loss'] = sum(weight * losses[name] for name, weight in WEIGHTS.items())
+        return losses
+
+    def pose_losses(self, poses, truth, size):
+        """Of every iteration of the camera head; the last one counts most."""
+        losses = dict(translation=0.0, rotation=0.0, field_of_view=0.0)
+        total = sum(0.6 ** i for i in range(len(poses)))
+        for i, pose in enumerate(reversed(poses)):
+            share = 0.6 ** i / total
+            predicted, _ = pose_encoding_to_cameras(pose, size)
+            error = (predicted - truth['extrinsics']).abs()  # (B, V, 3, 4)
+            # of matrices, because q and -q are one rotation; the length of q is kept near 1
+            of_matrix = error[..., :3].mean()
+            of_length = (pose[..., 3:7].norm(dim=-1) - 1).square().mean()
+            losses['rotation'] += share * (of_matrix + 0.1 * of_length)
+            losses['translation'] += share * error[..., 3].mean()
+            field = (pose[..., 7:] - truth['field_of_view']).abs().mean()
+            losses['field_of_view'] += share * field
+        return losses
+
+    @full_precision
+    def truth(self, depth, room_extrinsics, intrinsics, size):
+        """Targets in the first camera's frame, in SCENE_UNITs."""
+        extrinsics = scene_extrinsics(room_extrinsics)  # (B, V, 3, 4)
+        depth = depth / SCENE_UNIT  # (B, V, 2h, 2w)
+        cells = depth.shape[-2:]
+        rays = camera_rays(intrinsics, size, cells).unflatten(2, cells)  # (B, V, 2h, 2w, 3)
+        inverse = invert_pose(extrinsics)[:, :, None, None]  # camera -> world
+        points = inverse[..., :3] @ (depth[..., None] * rays)[..., None] + inverse[..., 3:]
+        points = points[..., 0]  # (B, V, 2h, 2w, 3)
+        k = self.vggt.config.cells
+        patch_points = points.unflatten(3, (-1, k)).unflatten(2, (-1, k))  # (B, V, h, k, w, k, 3)
+        patch_points = patch_points.mean((3, 5)).flatten(2, 3)  # (B, V, N, 3)
+        focal = intrinsics[..., [1, 0], [1, 0]]  # vertical, horizontal
+        field_of_view = 2 * torch.atan(focal.new_tensor(size) / 2 / focal)
+
+        # of each camera by itself: which way is up, how it stands to the walls (a room looks alike
+        # four ways), how high it is
+        up = room_extrinsics[..., 2]
+        yaw = 4 * torch.atan2(room_extrinsics[..., 2, 1], room_extrinsics[..., 2, 0])
+        height = invert_pose(room_extrinsics)[..., 2, 3]
+        stand = torch.stack([yaw.cos(), yaw.sin(), 4 * (height - 1.6)], -1)
+        return dict(extrinsics=extrinsics, depth=depth, points=points, patch_points=patch_points,
+                    field_of_view=field_of_view, gravity=torch.cat([up, stand], -1))
+
+    @staticmethod
+    def match_loss(descriptors, points, shift, radius=0.08, temperature=0.07):
+        """InfoNCE between each view and the one `shift` further.
+
+        descriptors (B, V, N, 32), points (B, V, N, 3). A patch's positive is the patch of the
+        other view that is nearest in space; those with none within `radius` are left out.
+        """
+        other, other_points = descriptors.roll(shift, 1), points.roll(shift, 1)
+        distance, match = torch.cdist(points, other_points).min(-1)  # (B, V, N)
+        logits = descriptors @ other.transpose(-1, -2) / temperature  # (B, V, N, N)
+        loss = F.cross_entropy(logits.flatten(0, 2), match.flatten(), reduction='none')
+        is_seen = (distance < radius).float()
+        return (loss.view_as(distance) * is_seen).sum() / is_seen.sum().clamp(min=1)
+
+
+def make_batch(pool, step, config):
+    """From two views with little motion between them to six of any; fewer views, more scenes."""
+    progress = step / config.steps
+    if config.init:
+        progress = 0.4 + 0.6 * progress
+    if progress < 0.2:
+        lessons = [(14, 2)]
+    elif progress < 0.4:
+        lessons = [(14, 2), (10, 3), (8, 4)]
+    else:
+        lessons = [(10, 3), (8, 4), (7, 5), (6, 6)]
+    B, V = lessons[step % len(lessons)]
+    neighbours = min(1.0, max(0.0, 1.2 - 2 * progress))
+    keep_closest = 1.0
+    if V == 2 and progress < 0.3:
+        keep_closest = 1 / (3 - 2 * progress / 0.3)
+    batch = pool.batch(step, B, V, neighbours, keep_closest)
+    shift = torch.randint(1, V, (1,), generator=step_generator(config.seed, step, 2))
+    return dict(batch, match_shift=int(shift))
+
+
+# -----------------------------------------------------------------------------
+# how good it is
+
+def pose_errors(extrinsics, truth):
+    """Over all pairs of views (VGGT, section 4.1): (B, V, 3, 4) twice -> errors of rotation and of
+    the direction of translation, (B, pairs) degrees."""
+    V = extrinsics.shape[1]
+    i, j = torch.triu_indices(V, V, offset=1, device=extrinsics.device)
+    ours = relative_pose(extrinsics[:, j], extrinsics[:, i])
+    theirs = relative_pose(truth[:, j], truth[:, i])
+    trace = (ours[..., :3] * theirs[..., :3]).sum((-1, -2))
+    rotation = ((trace - 1) / 2).clamp(-1, 1).acos()
+    cosine = F.cosine_similarity(ours[..., 3], theirs[..., 3], dim=-1)
+    return rotation.rad2deg(), cosine.clamp(-1, 1).acos().rad2deg()
+
+
+def area_under_curve(rotation, direction, limit):
+    """AUC@limit: mean over thresholds 1 .. limit of the share of pairs with less (worse) error."""
+    worst = torch.maximum(rotation, direction).flatten()
+    return torch.stack([(worst < k).float().mean() for k in range(1, limit + 1)]).mean().item()
+
+
+@torch.no_grad()
+def evaluate_backbone(vggt, pool, num_scenes, autocast):
+    """The mini VGGT on held-out rooms, 2, 4, 6 and 8 views, beside the trivial answers.
+
+    -> {'6 views': {rotation, direction: medians over all pairs, degrees; auc5, auc15, auc30;
+    depth_abs_rel; class_accuracy, furniture_recall; trivial: of no motion and one depth}, ..}
+    """
+    metrics = {}
+    for V in (2, 4, 6, 8):
+        at_once = 96 // V
+        angles, means = [], []
+        for step in range(max(1, num_scenes // at_once)):
+            batch = pool.batch(step, at_once, V)
+            with autocast:
+                views = vggt(batch['images'])
+                depth, logits = vggt.read_out(views.features, views.grid)
+            truth = scene_extrinsics(batch['extrinsics'])
+            still = torch.eye(3, 4, device=truth.device).expand_as(truth)
+            rotation, direction = pose_errors(views.extrinsics, truth)
+            angles.append((rotation, direction, pose_errors(still, truth)[0]))
+
+            true_depth = batch['depth'] / SCENE_UNIT
+            constant = true_depth.log().median().exp()
+            is_right = logits.argmax(-1) == batch['classes']
+            is_furniture = batch['classes'] >= 3
+            means.append(torch.stack([((depth - true_depth).abs() / true_depth).mean(),
+                                      ((constant - true_depth).abs() / true_depth).mean(),
+                                      is_right.float().mean(),
+                                      is_right[is_furniture].float().mean()]))
+        rotation, direction, still = [torch.cat(column) for column in zip(*angles)]
+        depth, constant, accuracy, recall = torch.stack(means).mean(0).tolist()
+        auc = {f'auc{limit}': area_under_curve(rotation, direction, limit)
+               for limit in (5, 15, 30)}
+        trivial = dict(rotation=still.median().item(), direction=90.0, depth_abs_rel=constant)
+        metrics[f'{V} views'] = dict(
+            rotation=rotation.median().item(), direction=direction.median().item(), **auc,
+            depth_abs_rel=depth, class_accuracy=accuracy, furniture_recall=recall, trivial=trivial)
+    return metrics
+
+
+def backbone_line(metrics):
+    m = metrics['6 views']
+    return (f'6 views: rotation {m["rotation"]:.1f} deg, direction {m["direction"]:.1f} deg, '
+            f'AUC@30 {m["auc30"]:.3f}, depth abs-rel {m["depth_abs_rel"]:.3f}, '
+            f'furniture {m["furniture_recall"]:.3f} | trivial: {m["trivial"]["rotation"]:.1f}, 90, '
+            f'0, {m["trivial"]["depth_abs_rel"]:.3f}, 0')
+
+
+def backbone_table(metrics):
+    rows = [f'{"held-out rooms":10s}{"rotation":>10s}{"(none)":>8s}{"direction":>11s}{"(none)":>8s}'
+            f'{"AUC@5":>8s}{"@15":>7s}{"@30":>7s}{"abs-rel":>9s}{"(const.)":>9s}{"classes":>9s}'
+            f'{"furniture":>11s}']
+    for name, m in metrics.items():
+        t = m['trivial']
+        rows.append(f'{name:14s}{m["rotation"]:6.1f}{t["rotation"]:8.1f}{m["direction"]:11.1f}'
+                    f'{t["direction"]:8.1f}{m["auc5"]:8.3f}{m["auc15"]:7.3f}{m["auc30"]:7.3f}'
+                    f'{m["depth_abs_rel"]:9.3f}{t["depth_abs_rel"]:9.3f}{m["class_accuracy"]:9.3f}'
+                    f'{m["furniture_recall"]:11.3f}')
+    return '\n'.join(rows)
+
+
+# -----------------------------------------------------------------------------
+# training
+
+def export(vggt, path, config, metrics, command):
+    """The backbone without the heads that only trained it, fp16, with how it was made."""
+    state = {name: x.detach().cpu().half().contiguous() for name, x in vggt.state_dict().items()}
+    settings = dict(config=dataclasses.asdict(vggt.config), training=dataclasses.asdict(config),
+                    metrics=metrics)
+    metadata = {name: json.dumps(value) for name, value in settings.items()}
+    save_file(state, path, dict(metadata, command=command))
+
+
+def save_checkpoint(model, optimizers, step, config, dtype, metrics):
+    def save_model(folder):
+        state = {name: x.detach().cpu().contiguous() for name, x in model.state_dict().items()}
+        save_file(state, os.path.join(folder, 'trainer.safetensors'))
+    folder = os.path.join(config.out, 'checkpoint')
+    write_checkpoint(folder, step, optimizers, config, dtype, metrics, save_model)
+
+
+def train(config, command):
+    began = time.time()
+    device = pick_device(config.device)
+    state = read_state(config)
+    dtype, reason = pick_dtype(state['dtype'], device)
+    autocast = autocast_on(device, dtype)
+    torch.manual_seed(config.seed)
+
+    # model and data
+    model = MiniVGGTTrainer()
+    if config.init:
+        load_strictly(model.vggt, VGGT.from_pretrained(config.init).state_dict(), config.init)
+    model.to(device)
+    optimizers = make_optimizers(model, config, device)
+    if config.resume:
+        path = os.path.join(state['folder'], 'trainer.safetensors')
+        load_strictly(model, read_weights(path)[0], path)
+        load_optimizers(optimizers, state['folder'])
+    size = 8 * MINI.patch_size, 8 * MINI.patch_size
+    pool = RoomPool('train', config.seed, config.num_rooms, config.new_rooms, size, device)
+    held_out = RoomPool('val', 0, config.val_scenes, 0, size, device)
+    os.makedirs(config.out, exist_ok=True)
+    write_json(os.path.join(config.out, 'config.json'), dataclasses.asdict(config))
+    count = sum(p.numel() for p in model.parameters()) / 1e6
+    tqdm.write(f'mini VGGT: {config.steps} steps, {count:.2f} M parameters | {device}, {dtype} '
+               f'({reason}) | writing to {config.out}/')
+    first = state['step']
+    pool.advance(first, lambda due: tqdm(due, 'rendering rooms', leave=False, disable=None))
+    model.train()
+
+    log = open_log(config.out, first, is_main=True)
+    metrics, busy, logged = state['metrics'], 0.0, first
+    parameters = list(model.parameters())
+    for step in tqdm(range(first, config.steps), 'mini VGGT', initial=first, total=config.steps,
+                     leave=False, disable=None):
+        # one step
+        start, share = time.time(), learning_rate(step, config)
+        set_rates(optimizers, share)
+        with autocast:
+            losses = model(**make_batch(pool, step, config))
+        losses['loss'].backward()
+        norm = take_step(optimizers, parameters, config.clip)
+        busy += time.time() - start
+
+        # log
+        done = step + 1
+        is_evaluated = done == config.steps or done % config.eval_every == 0
+        if step == first or done % config.log_every == 0 or is_evaluated:
+            values = check_finite(losses, norm, done, config)
+            record = dict(step=done, **values, lr=share * config.lr, grad_norm=norm.item(),
+                          step_ms=1e3 * busy / (done - logged), seconds=time.time() - began)
+            log.write(json.dumps(record) + '\n')
+            parts = ' '.join(f'{key} {x:.3f}' for key, x in values.items() if key != 'loss')
+            tqdm.write(f'step {done:05d}/{config.steps:05d} | loss {values["loss"]:.4f} {parts} | '
+                       f'gnorm {norm.item():.2f} | {record["step_ms"]:.0f} ms')
+            busy, logged = 0.0, done
+
+        # evaluate and save
+        if is_evaluated:
+            model.eval()
+            metrics = evaluate_backbone(model.vggt, held_out, config.val_scenes, autocast)
+            model.train()
+            tqdm.write(f'step {done:05d}/{config.steps:05d} | {backbone_line(metrics)}')
+            log.write(json.dumps(dict(step=done, metrics=metrics)) + '\n')
+            save_checkpoint(model, optimizers, done, config, dtype, metrics)
+
+    # what came of it
+    path = os.path.join(config.out, 'mini_vggt.safetensors')
+    export(model.vggt, path, config, metrics, command)
+    tqdm.write(f'\n{backbone_table(metrics)}\n{(time.time() - began) / 60:.1f} minutes\n'
+               f'wrote {path}\nnext: python train.py --config small --backbone {path}')
+    return metrics
+
+
+def main(argv=None):
+    _, config = parse_options(argv, __doc__, Config, {'mini': {}}, default='mini')
+    train(config, 'python mini_vggt.py ' + ' '.join(sys.argv[1:] if argv is None else argv))
+
+
+if __name__ == '__main__':
+    run_script(main)

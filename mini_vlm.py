@@ -1,0 +1,543 @@
+"""
+Makes weights/mini_vlm/: a real Qwen2.5-VL with small numbers, pre-trained on pictures of rooms.
+
+    python mini_vlm.py                    # for a GPU; --help for the options
+    python mini_vlm.py --vlm weights/mini_vlm --batch 4 --steps 1700 --warmup 30     # goes on
+
+It stands in for an open VLM: it sees pictures and reads questions, and it holds no scene. It is
+asked about single pictures and about unrelated pictures in a row. Two things make so small a model
+reason: half of the choices are answered in words, and places in metres are asked for on the way
+(`Sight`). `ground` is how finetune.py begins with such a VLM.
+
+h width of the VLM    T tokens of a conversation    C categories    NAMES names in a question
+"""
+import collections
+import dataclasses
+import itertools
+import json
+import math
+import os
+import re
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from adapter import Chat, SpatialVLM, answer_loss, load_vlm, to_device
+from common import (autocast_on, check_finite, find_file, learning_rate, load_optimizers,
+                    load_strictly, make_optimizers, open_log, opt, parse_options, pick_device,
+                    pick_dtype, read_state, read_weights, run_script, set_rates, step_generator,
+                    take_step, write_checkpoint, write_json)
+from measure import held_out_loss
+from questions import (ANSWER_WORDS, RoomQuestions, as_prompt, as_record, ask, ask_map, ask_order,
+                       draw, in_map_frame, in_words, shuffled, to_turns, view_rooms,
+                       where_categories_stand)
+from rooms import CATEGORIES, CLASSES, SEEN, K, check_classes
+
+
+@dataclass(frozen=True)
+class Config:
+    vlm: str = opt('', 'a mini VLM to begin with; empty: a new one', group='optimisation')
+    batch: int = opt(8, 'rooms a batch, of seven conversations each', low=1)
+    steps: int = opt(6000, 'optimiser steps', low=1)
+    lr: float = opt(2e-3, 'peak learning rate of AdamW', low=0)
+    muon_lr: float = opt(4e-3, "peak rate of Muon for the blocks' matrices", low=0)
+    min_lr: float = opt(0.02, 'where the cosine ends, as a share of the peak', low=0, high=1)
+    warmup: int = opt(100, 'steps of linear warm-up (a tenth of all at most)', low=0)
+    decay_from: float = opt(0.5, 'share of the training before the cosine', low=0, high=1)
+    weight_decay: float = opt(0.01, 'on matrices only', low=0)
+    beta2: float = opt(0.98, "AdamW's second moment", low=0, high=0.99999)
+    clip: float = opt(1.0, 'largest gradient norm', low=1e-9)
+    val_scenes: int = opt(48, 'held-out rooms', low=1, group='running')
+    eval_every: int = opt(2000, 'steps between evaluations and checkpoints', low=1)
+    log_every: int = opt(100, 'steps between log lines', low=1)
+    out: str = opt('out/mini-vlm', 'folder for everything that is written')
+    seed: int = opt(0, 'of weights and data', low=0)
+    device: str = opt('auto', 'auto | cpu | cuda')
+    dtype: str = opt('float32', 'auto | float32 | bfloat16 (autocast)',
+                     choices=('auto', 'float32', 'bfloat16'))
+    resume: bool = opt(False, 'continue from <out>/checkpoint')
+
+
+# -----------------------------------------------------------------------------
+# questions about single pictures, and about pictures in a row
+
+def ask_2d(rooms, room, surface, g):
+    """What is there, how many, where in the picture, how large in it; how to read a list of
+    options. surface (h, w): ids of cells. -> list of records as questions.ask gives them
+    """
+    # the pieces that are seen: middle of their columns, width and area, as shares of the picture
+    h, w = surface.shape
+    columns = torch.arange(w).expand_as(surface).float() / w
+    members, sizes = {}, {}
+    for k in range(K):
+        mask = surface == 6 + k
+        if mask.sum() >= SEEN:
+            name, x = CATEGORIES[rooms.category[room, k]], columns[mask]
+            members.setdefault(name, []).append(x.mean().item())
+            sizes[name] = (x.max() - x.min()).item() + 1 / w, mask.float().mean().item()
+    absent = [name for name in CATEGORIES if name not in members]
+    unique = {name: x[0] for name, x in members.items() if len(x) == 1}
+
+    there = bool(members) and (not absent or draw([True, False], g))
+    name = draw(list(members) if there else absent, g)
+    found = [('presence', f'Is there a {name} in the picture?', None, 'yes' if there else 'no')]
+    if members:
+        name = draw(list(members), g)
+        found.append(('count', f'How many {name}(s) are in the picture?', None,
+                      str(len(members[name]))))
+        found.append(('list', 'Which objects are in the picture?', None,
+                      ', '.join(name for name in CATEGORIES if name in members)))
+        if len(absent) >= 2:
+            options = shuffled([name, *shuffled(absent, g)[:3]], g)
+            found.append(('which', f'Which of these objects ({", ".join(options)}) is in the '
+                          'picture?', options, name))
+    if unique:
+        name = draw(list(unique), g)
+        thirds = ['left', 'middle', 'right']
+        found.append(('third', f'Is the {name} on the left, in the middle or on the right of the '
+                      'picture?', thirds, thirds[min(2, int(3 * unique[name]))]))
+        name = draw(list(unique), g)
+        width, area = sizes[name]
+        found.append(draw([
+            ('width', f'What is the width of the {name} in the picture, measured in pixels of '
+             '640?', None, str(round(640 * width))),
+            ('share', f'What share of the picture is covered by the {name} (in percent)?', None,
+             f'{100 * area:.1f}'),
+            ('from the left', f'How far from the left of the picture is the {name} (in percent)?',
+             None, str(round(100 * unique[name])))], g))
+    pairs = [(a, b) for a, b in itertools.permutations(unique, 2)
+             if abs(unique[a] - unique[b]) > 0.08]
+    if pairs:
+        a, b = draw(pairs, g)
+        found.append(('left or right', f'In the picture, is the {a} to the left or the right of '
+                      f'the {b}?', shuffled(['left', 'right'], g),
+                      'left' if unique[a] < unique[b] else 'right'))
+
+    # how to read a list of options: nothing is seen in the picture, other VLMs know how
+    options = shuffled(draw([CATEGORIES, CATEGORIES, ANSWER_WORDS], g), g)[:4]
+    word = draw(options, g)
+    found.append(('letter', f'Which of these is {word}?', options, word))
+    return [as_record(*question) for question in found]
+
+
+def ask_slides(shown, g, used):
+    """About unrelated pictures in a row: what comes first, and where.
+
+    shown: for every picture, the set of categories that it shows. -> list of records
+    """
+    first = {}
+    for name in CATEGORIES:
+        views = [i for i, names in enumerate(shown) if name in names]
+        if views:
+            first.setdefault(views[0], []).append(name)
+    found = []
+    if len(first) >= 3:
+        found.append(('obj_appearance_order', *ask_order(first, g, used)))
+    where = {name: i for i, names in first.items() for name in names}
+    for name in shuffled(list(where), g)[:3]:
+        found.append(('picture', f'Which picture is the first with a {name} (1 to {len(shown)})?',
+                      None, str(where[name] + 1)))
+    last = ', '.join(name for name in CATEGORIES if name in shown[-1])
+    found.append(('list', 'Which objects are in the last picture?', None, last or 'none'))
+    return [as_record(kind, question, options and shuffled(options, g), answer)
+            for kind, question, options, answer in found]
+
+
+class RoomPictures(torch.utils.data.Dataset):
+    """Questions that need no scene. Of each room come six items of one picture, with up to
+    QUESTIONS questions about what it alone shows (`ask_2d`, and VSI-Bench's as if it were the
+    whole video) and its map, and one item of six pictures from six rooms (`ask_slides`).
+
+    Items also hold `kinds`, the kind of every answer, and `seen` and `stand` as in RoomQuestions,
+    but from each picture's own camera.
+    """
+    VIEWS, QUESTIONS = 6, 18
+
+    def __init__(self, split, seed, num_rooms):
+        self.split, self.seed, self.used = split, seed, collections.Counter()
+        images, seen, asked, shown, stand = [], [], [], [], []
+        for block in view_rooms(split, seed, num_rooms, self.VIEWS):
+            images.append(block.images)
+            places = in_map_frame(block.places, block.extrinsics)
+            seen.append(torch.cat([block.shares, places], -1))
+            for room, view in itertools.product(range(len(block.images)), range(self.VIEWS)):
+                turns, only = self.ask_alone(block, room, view)
+                asked.append(turns)
+                there = only.present[room].nonzero()[:, 0].tolist()
+                shown.append({CATEGORIES[only.category[room, k]] for k in there})
+                camera = block.extrinsics[room, view]
+                stand.append(where_categories_stand(only, room, camera))
+        self.images = torch.cat(images).flatten(0, 1).numpy()  # (rooms V, H, W, 3)
+        self.seen, self.stand = torch.cat(seen).flatten(0, 1), torch.stack(stand)
+
+        # the pictures of an item, and its turns; rows of slides are from six rooms, if there are
+        self.items = [([picture], turns) for picture, turns in enumerate(asked)]
+        slides = torch.arange(len(asked)).view(-1, self.VIEWS)
+        for view in range(self.VIEWS):
+            slides[:, view] = slides[:, view].roll(view)
+        for number, row in enumerate(slides.tolist()):
+            g = step_generator(seed, number, 12, split != 'train')
+            records = ask_slides([shown[i] for i in row], g, self.used)
+            self.items.append((row, [self.as_turn(record) for record in records]))
+
+    @staticmethod
+    def as_turn(record):
+        return record['question_type'], as_prompt(record), record['ground_truth']
+
+    def ask_alone(self, block, room, view):
+        """-> [(kind, prompt, answer)] about one picture, the Rooms with only what it shows."""
+        g = step_generator(self.seed, block.start + room, 5, self.split != 'train', view)
+        cells = block.cells[room, view:view + 1]  # (1, K)
+        rooms = block.rooms
+        only = dataclasses.replace(rooms, present=rooms.present & (cells >= SEEN))
+        records = ask(only, room, cells, '', g, self.used, per_kind=4)
+        records = [record for record in records
+                   if record['question_type'] != 'room_size_estimation']
+        records = ask_2d(rooms, room, block.surface[room, view], g) + records
+        records = shuffled(records, g)[:self.QUESTIONS]
+        turns = []
+        for record in records:
+            if record['question_type'] != 'letter' and draw([True, False], g):
+                record = in_words(record)
+            turns.append(self.as_turn(record))
+        overview = ask_map(rooms, room, cells, block.extrinsics[room, view])
+        return turns + [('map', *overview)], only
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i):
+        pictures, turns = self.items[i]
+        stand = torch.full((len(CATEGORIES), 3), math.nan)
+        if len(pictures) == 1:
+            stand = self.stand[pictures[0]]
+        conversations = to_turns('<image>' * len(pictures), [turn[1:] for turn in turns])
+        return dict(images=[Image.fromarray(self.images[j]) for j in pictures],
+                    seen=self.seen[pictures], stand=stand, kinds=[kind for kind, _, _ in turns],
+                    conversations=conversations)
+
+
+# -----------------------------------------------------------------------------
+# the model
+
+SPECIAL = ['<|endoftext|>', '<|im_start|>', '<|im_end|>', '<|vision_start|>', '<|vision_end|>',
+           '<|image_pad|>', '<|video_pad|>', '<|unk|>']
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+
+def build_tokenizer(texts, content, frequent=20):
+    """A tokenizer of words, digits and signs, in which stock phrases are one token each. -> JSON
+
+    Questions are made from templates. Whatever stands between two words that carry the meaning
+    (those of `content`, and digits) `frequent` times in `texts` becomes one token, which makes
+    the questions several times shorter.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    meaning = re.compile(rf' ?\b(?:{"|".join(content)})\b|[0-9]|\n[A-D]\. ')
+    pieces = collections.Counter(piece for text in texts for piece in meaning.split(text))
+    phrases = [piece for piece, count in pieces.items() if count >= frequent and len(piece) > 1]
+    phrases = [re.escape(phrase) for phrase in sorted(phrases, key=len, reverse=True)]
+    pattern = Regex('|'.join([*phrases, meaning.pattern, r' ?[A-Za-z]+|\s|.']))
+    split = pre_tokenizers.Split(pattern, behavior='isolated')
+    texts = [*texts, '0123456789.', 'system\n', 'user\n', 'assistant\n', '\n', Chat.SYSTEM,
+             *content, *(f' {word}' for word in content), 'A', 'B', 'C', 'D']
+    words = sorted({word for text in texts for word, _ in split.pre_tokenize_str(text)})
+    vocabulary = {word: i for i, word in enumerate(SPECIAL + words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token='<|unk|>'))
+    tokenizer.pre_tokenizer, tokenizer.decoder = split, decoders.Fuse()
+    return tokenizer.to_str()
+
+
+def build_vlm(tokenizer_json, width=128, depth=6, heads=4):
+    """-> (an untrained Qwen2_5_VLForConditionalGeneration of 2 M parameters, Chat), 64 x 64."""
+    from tokenizers import Tokenizer
+    from transformers import (PreTrainedTokenizerFast, Qwen2_5_VLConfig,
+                              Qwen2_5_VLForConditionalGeneration)
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(tokenizer_json), pad_token='<|endoftext|>',
+        eos_token='<|im_end|>', unk_token='<|unk|>', additional_special_tokens=SPECIAL[1:7],
+        chat_template=CHAT_TEMPLATE)
+    image_processor = Qwen2VLImageProcessorPil(
+        patch_size=8, temporal_patch_size=1, merge_size=2, min_pixels=64 * 64, max_pixels=64 * 64)
+    ids = {f'{name}_token_id': tokenizer.convert_tokens_to_ids(f'<|{token}|>') for name, token in
+           (('vision_start', 'vision_start'), ('vision_end', 'vision_end'), ('image', 'image_pad'),
+            ('video', 'video_pad'))}
+    pad, eos, d = tokenizer.pad_token_id, tokenizer.eos_token_id, width // heads
+    rope = dict(rope_type='default', rope_theta=10000.0,
+                mrope_section=[d // 8, d * 3 // 16, d * 3 // 16])
+    text = dict(hidden_size=width, intermediate_size=3 * width, num_hidden_layers=depth,
+                num_attention_heads=heads, num_key_value_heads=heads, vocab_size=len(tokenizer),
+                max_position_embeddings=4096, tie_word_embeddings=True, pad_token_id=pad,
+                bos_token_id=pad, eos_token_id=eos, rope_parameters=rope)
+    vision = dict(depth=2, hidden_size=width, intermediate_size=2 * width, num_heads=heads,
+                  patch_size=8, temporal_patch_size=1, spatial_merge_size=2, window_size=64,
+                  fullatt_block_indexes=[0, 1], out_hidden_size=width, in_channels=3)
+    vlm = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(
+        text_config=text, vision_config=vision, tie_word_embeddings=True, **ids))
+    vlm.config.classes = CLASSES
+    vlm.generation_config.eos_token_id, vlm.generation_config.pad_token_id = eos, pad
+    return vlm, Chat(tokenizer, image_processor)
+
+
+class Sight(nn.Module):
+    """Asks the VLM for places in metres on the way to its answers. Only training needs it.
+
+    tokens   of each image token: what it shows, and where
+    words    of each word that names a piece, half-way up the language model: where it stands
+    answers  of the token before an answer, two thirds up: where all the pieces stand that the
+             question names, in their order; from there, which of two is left is one step more
+    """
+    NAMES = 5  # in a question, at most
+
+    def __init__(self, width):
+        super().__init__()
+        self.tokens = self.reader(width, len(CLASSES) + 3)
+        self.words = self.reader(width, 3)
+        self.answers = self.reader(width, 3 * self.NAMES)
+
+    @staticmethod
+    def reader(width, outputs):
+        return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, outputs))
+
+    def losses(self, image_tokens, states, truth):
+        """image_tokens (n, h); states: of the embeddings and of every block, (B, T, h); truth as
+        `truth_of` gives it."""
+        answers = self.answers(states[2 * len(states) // 3]).unflatten(-1, (self.NAMES, 3))
+        return dict(tokens=self.token_loss(image_tokens, truth['seen']),
+                    words=self.place_loss(self.words(states[len(states) // 2]), truth['words']),
+                    questions=self.place_loss(answers, truth['answers']))
+
+    def token_loss(self, tokens, seen):
+        """tokens (n, h), seen (..., classes + 3): shares of the classes, and the place."""
+        sizes = len(CLASSES), 3
+        said, place = self.tokens(tokens).float().split(sizes, -1)
+        shares, true_place = seen.flatten(0, -2).float().split(sizes, -1)
+        return F.cross_entropy(said, shares) + F.smooth_l1_loss(place, true_place)
+
+    @staticmethod
+    def place_loss(said, true):
+        """Smooth L1 between places (..., 3), where the true one is not NaN."""
+        known = ~true.isnan()
+        if not known.any():
+            return 0 * said.sum()
+        return F.smooth_l1_loss(said[known].float(), true[known])
+
+
+def load_sight(folder, width):
+    """The Sight in the folder of a mini VLM. InputError if it has none, or of other categories."""
+    path = os.path.join(find_file(folder), 'sight.safetensors')
+    state, metadata = read_weights(path)
+    check_classes(json.loads(metadata.get('classes', '[]')), path)
+    sight = Sight(width)
+    load_strictly(sight, {name: x.float() for name, x in state.items()}, path)
+    return sight
+
+
+def save_mini_vlm(vlm, chat, sight, folder, command='', dtype=torch.float16):
+    """A folder as transformers writes it, with the Sight beside."""
+    state = {name: x.detach().to(dtype) for name, x in vlm.state_dict().items()
+             if name != 'lm_head.weight'}  # tied to the embeddings
+    vlm.config.made_by = command
+    vlm.save_pretrained(folder, state_dict=state)
+    chat.save_pretrained(folder)
+    sight = {name: x.detach().cpu().to(dtype) for name, x in sight.state_dict().items()}
+    save_file(sight, os.path.join(folder, 'sight.safetensors'), {'classes': json.dumps(CLASSES)})
+
+
+# -----------------------------------------------------------------------------
+# truths about words and image tokens
+
+def token_categories(tokenizer):
+    """For every token, the index of the category that it names, or C. -> (vocabulary,)"""
+    category_of = torch.full((len(tokenizer),), len(CATEGORIES))
+    for i, name in enumerate(CATEGORIES):
+        category_of[tokenizer.convert_tokens_to_ids([name, f' {name}'])] = i
+    return category_of
+
+
+def truth_of(items, batch, category_of):
+    """What `Sight` is asked about a batch of items. NaN where there is nothing to say.
+
+    -> seen (images, 16, classes + 3); words (B, T, 3): the place of the piece that a token names;
+    answers (B, T, NAMES, 3): at the token before an answer, the places of the pieces that the
+    question names.
+    """
+    category = category_of[batch['input_ids']]  # (B, T)
+    stand = torch.stack([item['stand'] for item in items])  # (B, C, 3)
+    stand = F.pad(stand, (0, 0, 0, 1), value=math.nan)  # words that name none
+    words = stand.gather(1, category[..., None].expand(-1, -1, 3))  # (B, T, 3)
+    answers = words.new_full((*category.shape, Sight.NAMES, 3), math.nan)
+    is_name = (category < len(CATEGORIES)).tolist()
+    is_answer = (batch['labels'] != -100).tolist()
+    for i in range(len(items)):
+        names = []  # tokens that name a piece, since the last answer
+        for t in range(len(is_name[i]) - 1):
+            if is_answer[i][t]:
+                names = []
+            elif is_name[i][t]:
+                names.append(t)
+            if is_answer[i][t + 1] and not is_answer[i][t]:
+                named = names[:Sight.NAMES]
+                answers[i, t, :len(named)] = words[i, named]
+    return dict(seen=torch.cat([item['seen'] for item in items]), words=words, answers=answers)
+
+
+def losses_of(model, batch, latents, sight, truth):
+    """-> {answers, tokens, words, questions}"""
+    labels = batch.pop('labels')
+    outputs = model(latents=latents, use_cache=False, output_hidden_states=True, **batch)
+    losses = sight.losses(model.image_tokens, outputs.hidden_states, truth)
+    return dict(answers=answer_loss(outputs.logits, labels), **losses)
+
+
+def ground(model, chat, latents, batch_of, config, autocast, say):
+    """Before any fine-tuning: the adapter alone learns to add to every image token where what it
+    shows lies, seen from the first camera.
+
+    The mini VLM's own tokens say so of their own camera, in a form that its language model has
+    learned to read. VLM and Sight stay as they are. `batch_of(step)` -> (batch, items).
+    """
+    width = model.vlm.config.get_text_config().hidden_size
+    device = next(model.parameters()).device
+    sight = load_sight(config.vlm, width).to(device).requires_grad_(False)
+    category_of = token_categories(chat.tokenizer)
+    model.train().trainable('adapter')
+    # high rates: the tokens are long vectors, and the adapter begins at zero
+    plan = dataclasses.replace(config, steps=config.ground_steps, muon_lr=4e-2)
+    optimizers = make_optimizers(model, plan, device, rate_of=lambda name: 2e-2)
+    for step in range(plan.steps):
+        set_rates(optimizers, learning_rate(step, plan))
+        batch, items = batch_of(step)
+        truth = truth_of(items, batch, category_of)
+        truth = {name: x.to(device) for name, x in truth.items()}
+        z = latents([item['images'] for item in items])
+        with autocast:
+            losses = losses_of(model, to_device(batch, model.vlm, device), z, sight, truth)
+        sum(losses.values()).backward()
+        take_step(optimizers, model.adapter.parameters(), config.clip)
+        done = step + 1
+        if step == 0 or done % config.log_every == 0 or done == plan.steps:
+            parts = ' '.join(f'{name} {loss.item():.3f}' for name, loss in losses.items())
+            say(f'grounding the adapter: step {done:05d}/{plan.steps:05d} | {parts}')
+    model.trainable(config.train)
+
+
+# -----------------------------------------------------------------------------
+# training
+
+def start(config):
+    """-> (SpatialVLM, Chat, Sight), those of --vlm or new ones"""
+    if config.vlm:
+        vlm, chat = load_vlm(config.vlm)
+        return SpatialVLM(vlm), chat, load_sight(config.vlm, vlm.config.text_config.hidden_size)
+    # the vocabulary: the words of both kinds of questions
+    rooms = RoomQuestions('train', 0, 400)
+    texts = [turn['value'].replace('<image>', '')
+             for item in itertools.chain(RoomPictures('train', 0, 64), rooms)
+             for turn in item['conversations']]
+    texts += [text for pair in rooms.maps for text in pair]
+    texts += ['system\n', 'user\n', 'assistant\n'] * 400
+    vlm, chat = build_vlm(build_tokenizer(texts, CATEGORIES + ANSWER_WORDS))
+    return SpatialVLM(vlm), chat, Sight(vlm.config.text_config.hidden_size)
+
+
+def train(config, command):
+    began = time.time()
+    device = pick_device(config.device)
+    state = read_state(config)
+    dtype, reason = pick_dtype(state['dtype'], device)
+    autocast = autocast_on(device, dtype)
+    torch.manual_seed(config.seed)
+
+    # model and data
+    checkpoint = dataclasses.replace(config, vlm=state['folder'] or config.vlm)
+    model, chat, sight = start(checkpoint)
+    model.requires_grad_(True).to(device)
+    sight.to(device)
+    optimizers = make_optimizers(nn.ModuleList([model, sight]), config, device)
+    if config.resume:
+        load_optimizers(optimizers, state['folder'])
+    held_out = RoomPictures('val', 0, config.val_scenes)
+    category_of = token_categories(chat.tokenizer)
+    os.makedirs(config.out, exist_ok=True)
+    write_json(os.path.join(config.out, 'config.json'), dataclasses.asdict(config))
+    count = sum(p.numel() for p in model.parameters()) / 1e6
+    tqdm.write(f'mini VLM: {config.steps} steps, {count:.2f} M parameters | {device}, {dtype} '
+               f'({reason}) | writing to {config.out}/')
+    model.train()
+
+    first = state['step']
+    log = open_log(config.out, first, is_main=True)
+    busy, logged, metrics = 0.0, first, state['metrics']
+    for step in tqdm(range(first, config.steps), 'mini VLM', initial=first, total=config.steps,
+                     leave=False, disable=None):
+        # a batch of rooms that were never seen before
+        begin, share = time.time(), learning_rate(step, config)
+        set_rates(optimizers, share)
+        items = list(RoomPictures('train', config.seed * 10 ** 6 + step, config.batch))
+        batch = chat.batch([chat.encode(item) for item in items])
+        truth = truth_of(items, batch, category_of)
+        truth = {name: x.to(device) for name, x in truth.items()}
+
+        # one step
+        with autocast:
+            losses = losses_of(model, to_device(batch, model.vlm, device), None, sight, truth)
+            losses['loss'] = sum(losses.values())
+        losses['loss'].backward()
+        norm = take_step(optimizers, model.parameters(), config.clip)
+        busy += time.time() - begin
+
+        # log
+        done = step + 1
+        is_evaluated = done == config.steps or done % config.eval_every == 0
+        if step == first or done % config.log_every == 0 or is_evaluated:
+            values = check_finite(losses, norm, done, config)
+            record = dict(step=done, **values, lr=share * config.lr, grad_norm=norm.item(),
+                          step_ms=1e3 * busy / (done - logged), seconds=time.time() - began)
+            log.write(json.dumps(record) + '\n')
+            parts = ' '.join(f'{key} {x:.3f}' for key, x in values.items() if key != 'loss')
+            tqdm.write(f'step {done:05d}/{config.steps:05d} | loss {values["loss"]:.4f} {parts} | '
+                       f'gnorm {norm.item():.2f} | {record["step_ms"]:.0f} ms')
+            busy, logged = 0.0, done
+
+        # evaluate and save
+        if is_evaluated:
+            metrics = held_out_loss(model, chat, None, held_out, autocast)
+            tqdm.write(f'step {done:05d}/{config.steps:05d} | held-out loss {metrics["loss"]:.4f}, '
+                       f'answers right {metrics["accuracy"]:.3f}')
+            log.write(json.dumps(dict(step=done, metrics=metrics)) + '\n')
+            write_checkpoint(
+                os.path.join(config.out, 'checkpoint'), done, optimizers, config, dtype, metrics,
+                lambda folder: save_mini_vlm(model.vlm, chat, sight, folder, command,
+                                             torch.float32))
+
+    # what came of it
+    folder = os.path.join(config.out, 'mini_vlm')
+    save_mini_vlm(model.vlm, chat, sight, folder, command)
+    for kind, share in metrics['kinds'].items():
+        tqdm.write(f'{kind:30s} {100 * share:5.1f} % right')
+    tqdm.write(f'{(time.time() - began) / 60:.1f} minutes\nwrote {folder}/\n'
+               f'next: python finetune.py --config small --vlm {folder}')
+    return metrics
+
+
+def main(argv=None):
+    _, config = parse_options(argv, __doc__, Config, {'mini': {}}, default='mini')
+    train(config, 'python mini_vlm.py ' + ' '.join(sys.argv[1:] if argv is None else argv))
+
+
+if __name__ == '__main__':
+    run_script(main)

@@ -1,0 +1,234 @@
+"""
+What hustvl/Spa3R brings beside the method: its published files, and its second teacher.
+
+    open_psfm('spa3r.ckpt')  # or a folder of ours, or a Spa3-VLM folder of the release
+    open_spatial_vlm('Spa3-VLM/')  # or a folder of ours
+
+The release trained with RMSNorm on the queries and keys of VGGT's global blocks, where VGGT has
+LayerNorm, and its checkpoints hold that altered VGGT. Both load strictly; the names tell which.
+"""
+import glob
+import math
+import os
+import pickle
+from types import SimpleNamespace
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from adapter import Adapter, SpatialVLM, load_spatial_vlm, load_vlm
+from common import InputError, find_checkpoint, load_strictly, read_weights, without_prefix
+from model import IMAGE_STATISTICS, cast_matrices
+from psfm import PSFM, PSFMConfig, load_psfm
+from vggt import VGGT, VGGTConfig
+
+# their names -> ours: of Spa3R, and of the adapter in a Spa3-VLM
+PSFM_NAMES = {'projection.': 'encoder.projection.', 'query_embed.weight': 'encoder.queries',
+              'encoder.': 'encoder.transformer.', 'pose_tokenizer.': 'decoder.ray_embed.',
+              'decoder.': 'decoder.transformer.', 'depth_prob.': 'depth_probe.',
+              'aggregator.': 'backbone.aggregator.', 'camera_head.': 'backbone.camera_head.',
+              'depth_head.': 'backbone.depth_head.', 'point_head.': 'backbone.point_head.'}
+ADAPTER_NAMES = {'geometry_projector.0.': 'projector.fc1.',
+                 'geometry_projector.2.': 'projector.fc2.',
+                 'geom_cross_attention.': 'attention.', 'ln.': 'norm.',
+                 'geometry_adaptor.0.': 'mlp.fc1.', 'geometry_adaptor.2.': 'mlp.fc2.',
+                 'geometry_gate.0.': 'gate.'}
+
+
+def rename(state, names):
+    """A state with the beginnings of its names replaced; names that begin otherwise stay."""
+    renamed = {}
+    for name, tensor in state.items():
+        for theirs, ours in names.items():
+            if name.startswith(theirs):
+                name = ours + name.removeprefix(theirs)
+                break
+        renamed[name] = tensor
+    return renamed
+
+
+# -----------------------------------------------------------------------------
+# Spa3R
+
+def load_released(psfm, state, source, assign=False):
+    """The release's weights into a PSFM, strictly.
+
+    Only heads and teachers that this PSFM is built without may be left over.
+    """
+    skip = ['dino.', 'teacher.', 'geo_mean', 'geo_std', 'sem_mean', 'sem_std']
+    if psfm.depth_probe is None:
+        skip.append('depth_probe.')
+    if psfm.teacher is None:
+        skip.append('heads.sem.')
+    for head in ('depth', 'point'):
+        if head not in psfm.backbone.config.heads:
+            skip.append(f'backbone.{head}_head.')
+    load_strictly(psfm, rename(state, PSFM_NAMES), source, skip, assign)
+
+
+def read_folder(folder):
+    """The weights of all .safetensors files of a folder."""
+    state = {}
+    for path in sorted(glob.glob(os.path.join(folder, '*.safetensors'))):
+        state.update(read_weights(path)[0])
+    return state
+
+
+def read_released(path):
+    """State of spa3r.ckpt, or of the encoder in a Spa3-VLM folder, under Spa3R's own names."""
+    if os.path.isdir(path):
+        prefix = 'geometry_encoder.spa3r.'
+        state = read_folder(path)
+        return {name.split(prefix)[1]: x for name, x in state.items() if prefix in name}
+    try:
+        state = torch.load(path, map_location='cpu', weights_only=True)
+        state = state.get('state_dict', state)
+        return {name.removeprefix('model.'): x for name, x in state.items() if torch.is_tensor(x)}
+    except (OSError, RuntimeError, EOFError, AttributeError, pickle.UnpicklingError) as error:
+        raise InputError(f'{path} cannot be read as a checkpoint of weights '
+                         f'({str(error).splitlines()[0]})') from error
+
+
+def count_blocks(state, prefix):
+    """The number of blocks below `prefix`."""
+    return len({name.split('.')[0] for name in without_prefix(state, prefix)})
+
+
+def released_vggt_config(state):
+    """The sizes of the VGGT in a released state, from the shapes."""
+    C = state['aggregator.camera_token'].shape[-1]
+    embed = 'aggregator.patch_embed.'
+    is_layer = any(name.startswith('aggregator.global_blocks.') and name.endswith('q_norm.bias')
+                   for name in state)
+    return VGGTConfig(
+        patch_size=state[embed + 'patch_embed.proj.weight'].shape[-1],
+        width=C, depth=count_blocks(state, 'aggregator.frame_blocks.'), num_heads=C // 64,
+        num_registers=state['aggregator.register_token'].shape[2],
+        embed_depth=count_blocks(state, embed + 'blocks.'), embed_heads=C // 64,
+        position_grid=math.isqrt(state[embed + 'pos_embed'].shape[1] - 1),
+        global_qk_norm='layer' if is_layer else 'rms',
+        camera_depth=count_blocks(state, 'camera_head.trunk.'), camera_heads=C // 64,
+        heads=('camera',))
+
+
+def open_psfm(path, device='cpu'):
+    """A trained PSFM in eval mode, ours or the release's, and its options.
+
+    `path`: what psfm.load_psfm takes, or spa3r.ckpt, or a Spa3-VLM folder of the release. Of the
+    release, heads that only trained it are left out; features are not standardised there.
+    """
+    path = os.fspath(path)
+    is_folder = os.path.isdir(path) and not find_checkpoint(path) and read_folder(path)
+    if not is_folder and not path.endswith(('.ckpt', '.pt')):
+        return load_psfm(path, device)
+    state = read_released(path)
+    if 'query_embed.weight' not in state:
+        raise InputError(f'{path} holds no released Spa3R (no query_embed.weight)')
+    keep = ('projection.', 'query_embed.', 'encoder.', 'decoder.', 'pose_tokenizer.', 'heads.geo.',
+            'aggregator.', 'camera_head.')
+    state = {name: tensor for name, tensor in state.items() if name.startswith(keep)}
+
+    num_latents, width = state['query_embed.weight'].shape
+    vggt = released_vggt_config(state)
+    sizes = PSFMConfig(width, count_blocks(state, 'encoder.blocks.'),
+                       count_blocks(state, 'decoder.blocks.'), width // 64, num_latents,
+                       standardised=False)
+    with torch.device('meta'):
+        psfm = PSFM(VGGT(vggt), sizes)
+    load_released(psfm, state, path, assign=True)
+    psfm.geo_mean = torch.zeros(psfm.backbone.feature_dim)
+    psfm.geo_std = torch.ones(psfm.backbone.feature_dim)
+    psfm.backbone.freeze()
+    config = SimpleNamespace(**vars(sizes), backbone=path, data='', cameras='predicted',
+                             image_width=37 * vggt.patch_size)
+    return psfm.to(device).eval(), config
+
+
+# -----------------------------------------------------------------------------
+# Spa3-VLM
+
+def released_adapter(state):
+    """The adapter's weights in a state of the release (any prefix before them), under our names."""
+    renamed = {}
+    for name, tensor in state.items():
+        for theirs, ours in ADAPTER_NAMES.items():
+            before, found, after = f'.{name}'.partition(f'.{theirs}')
+            if found and not any(part in before for part in ('visual', 'layers', 'geometry_')):
+                renamed[ours + after] = tensor
+    return renamed
+
+
+def open_spatial_vlm(folder, max_pixels=None):
+    """-> (SpatialVLM, Chat, settings) from a folder of ours, or a Spa3-VLM folder of the release.
+
+    The release's folder is a Qwen2.5-VL, with the adapter and Spa3R under names of their own.
+    """
+    state = {}
+    if not os.path.isfile(os.path.join(folder, 'spatial_vlm.json')):
+        state = read_folder(folder)
+    if not state:
+        return load_spatial_vlm(folder, max_pixels=max_pixels)
+    ours = released_adapter(state)
+    if 'attention.q_norm.weight' not in ours:
+        raise InputError(f'{folder} has no adapter of a Spa3-VLM (geom_cross_attention.*) and no '
+                         'spatial_vlm.json')
+    vlm, chat = load_vlm(folder, max_pixels=max_pixels, leave=('geometry_', 'geom_', 'ln.'))
+    hidden, latent_width = ours['projector.fc1.weight'].shape
+    adapter = Adapter(latent_width, hidden, hidden // len(ours['attention.q_norm.weight']))
+    load_strictly(adapter, {name: x.float() for name, x in ours.items()}, folder)
+    settings = dict(vlm=folder, latents='psfm', encoder=folder, latent_width=latent_width,
+                    num_frames=8)
+    return SpatialVLM(vlm, adapter), chat, settings
+
+
+# -----------------------------------------------------------------------------
+# the second teacher
+
+class SemanticTeacher(nn.Module):
+    """A frozen image encoder of transformers (DINOv2, DINOv3), the teacher of the 'sem' head.
+
+    differs from the release: images are resized with antialiasing and keep their aspect.
+    """
+
+    def __init__(self, model, width=224, dtype=torch.float32):
+        super().__init__()
+        self.model, self.width = model.requires_grad_(False).eval(), width
+        cast_matrices(self.model, dtype)
+        for name, value in IMAGE_STATISTICS.items():
+            self.register_buffer(name, torch.tensor(value).view(3, 1, 1), persistent=False)
+
+    @property
+    def feature_dim(self):
+        return self.model.config.hidden_size
+
+    def train(self, mode=True):
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images, grid):
+        """Images (B, V, 3, H, W) in [0, 1] -> features (B, V, N, S) on the backbone's grid."""
+        p, (B, V) = self.model.config.patch_size, images.shape[:2]
+        w = self.width // p
+        h = max(1, round(w * images.shape[-2] / images.shape[-1]))
+        x = F.interpolate(images.flatten(0, 1), (h * p, w * p), mode='bilinear', antialias=True)
+        tokens = self.model((x - self.mean) / self.std).last_hidden_state
+        patches = tokens[:, -h * w:].float()  # the class token and registers come first
+        x = patches.transpose(1, 2).unflatten(2, (h, w))  # (B V, S, h, w)
+        x = F.interpolate(x, grid, mode='bilinear', antialias=True)
+        return x.flatten(2).transpose(1, 2).unflatten(0, (B, V))  # (B, V, N, S)
+
+
+def load_teacher(source, dtype=torch.float32):
+    """A hub id or a folder of transformers -> SemanticTeacher, or None for an empty name."""
+    if not source:
+        return None
+    from transformers import AutoModel
+    try:
+        return SemanticTeacher(AutoModel.from_pretrained(source), dtype=dtype)
+    except OSError as error:
+        raise InputError(
+            f'--teacher {source} could not be loaded ({str(error).splitlines()[0]}): if it is '
+            'gated, ask for access on its page of the hub and run `hf auth login`; or take an '
+            'open one (--teacher facebook/dinov2-with-registers-large), or none (--teacher "")'
+        ) from error
