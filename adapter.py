@@ -9,9 +9,9 @@ cross-attention, and what comes back is added through a gate:
     a = LayerNorm(attention(q=x, k=g, v=g))     x: the image tokens of one sample
     x + MLP(a) * sigmoid(Linear(a))             the last layer starts at zero: step 0 is the VLM
 
-No model file is copied. Every image-text model of transformers 5 computes its image tokens in one
-method, `get_image_features`, and `SpatialVLM` stands behind that method. `Chat` lays conversations
-out as the VLM reads them; `SceneLatents` computes the latents of a scene once.
+No model file is copied: every image-text model of transformers 5 computes its image tokens in one
+method, `get_image_features`, and `SpatialVLM` stands behind it. `Chat` lays conversations out as
+the VLM reads them; `SceneLatents` computes the latents of a scene once.
 
     n image tokens of a sample    h width of the VLM    L latents of a scene, D their width
     T tokens of a sample          nh heads of the adapter
@@ -19,7 +19,7 @@ out as the VLM reads them; `SceneLatents` computes the latents of a scene once.
 import functools
 import hashlib
 import os
-import tempfile
+import re
 
 import torch
 import torch.nn as nn
@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from common import (InputError, find_file, load_strictly, read_json, read_weights, some,
                     without_prefix, write_json)
 from model import MLP
-from psfm import PSFM, fit_pictures
+from psfm import fit_pictures, untrained_like
 
 
 class CrossAttention(nn.Module):
@@ -39,12 +39,9 @@ class CrossAttention(nn.Module):
     def __init__(self, dim, num_heads):
         super().__init__()
         self.num_heads = num_heads
-        self.q_proj = nn.Linear(dim, dim)
-        self.k_proj = nn.Linear(dim, dim)
-        self.v_proj = nn.Linear(dim, dim)
-        self.proj = nn.Linear(dim, dim)
-        self.q_norm = nn.LayerNorm(dim // num_heads)
-        self.k_norm = nn.LayerNorm(dim // num_heads)
+        self.q_proj, self.k_proj, self.v_proj, self.proj = [
+            nn.Linear(dim, dim) for _ in range(4)]
+        self.q_norm, self.k_norm = [nn.LayerNorm(dim // num_heads) for _ in range(2)]
 
     def split_heads(self, x):
         """(tokens, h) -> (nh, tokens, d)."""
@@ -122,10 +119,7 @@ class SpatialVLM(nn.Module):
         return get_image_features
 
     def fuse(self, rows):
-        """All image tokens of the batch, (all, h): those of a sample meet its own latents only.
-
-        The VLM calls this once, before the first token is generated.
-        """
+        """All image tokens of the batch, (all, h): those of a sample meet its own latents only."""
         if len(rows) != sum(self.counts):
             raise InputError(f'{len(rows)} image tokens for {sum(self.counts)} placeholders: with '
                              'latents, give one sequence a sample and all its images')
@@ -202,11 +196,9 @@ def answer_loss(logits, labels):
 
 
 def to_device(batch, vlm, device):
-    """A batch for training on `device`, with two changes that only save time:
-
-    positions are computed here, because transformers would do it sample by sample on the GPU;
-    the mask of the padding is dropped, because the padding comes last, where causal attention
-    does not look, and attention without a mask has faster kernels.
+    """A batch for training, on `device`. Two things save time: positions are computed here, where
+    transformers would do it sample by sample on the GPU; and the mask goes, because padding comes
+    last, where causal attention does not look, and there are faster kernels without a mask.
     """
     if 'image_grid_thw' in batch:
         names = ('input_ids', 'mm_token_type_ids', 'image_grid_thw', 'attention_mask')
@@ -224,7 +216,7 @@ class Chat:
     'human' | 'gpt', 'value': text}, in which every <image> stands for the next of the images.
     The tokenizer's own chat template lays out the text. Every <image> becomes as many placeholder
     tokens as its picture has merged patches. `max_pixels`: larger pictures are scaled down.
-    (transformers' own processors need torchvision, so this takes tokenizer and image processor.)
+    (transformers' own processors need torchvision; tokenizer and image processor do not.)
     """
     SYSTEM = 'You are a helpful assistant.'
 
@@ -242,10 +234,10 @@ class Chat:
         messages = [dict(role='system', content=[dict(type='text', text=self.SYSTEM)])]
         for role, text in turns:
             content = []
-            for i, part in enumerate(text.split('<image>')):
-                if i > 0:
+            for part in re.split('(<image>)', text):
+                if part == '<image>':
                     content.append(dict(type='image'))
-                if part:
+                elif part:
                     content.append(dict(type='text', text=part))
             messages.append(dict(role=role, content=content))
         return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
@@ -290,7 +282,6 @@ class Chat:
             labels += new[:end] + [-100] * (len(new) - end)
         if not item['images']:
             return dict(input_ids=ids, labels=labels)
-
         # the pictures: every placeholder is repeated, once a merged patch
         pixels = self.image_processor(images=item['images'], return_tensors='pt', **self.sizes)
         merged = self.image_processor.merge_size ** 2
@@ -326,8 +317,8 @@ class Chat:
         return batch
 
     def save_pretrained(self, folder):
-        self.tokenizer.save_pretrained(folder)
-        self.image_processor.save_pretrained(folder)
+        for part in (self.tokenizer, self.image_processor):
+            part.save_pretrained(folder)
 
 
 # -----------------------------------------------------------------------------
@@ -362,12 +353,6 @@ def load_vlm(source, dtype=torch.float32, max_pixels=None, leave=()):
     return vlm, Chat(tokenizer, image_processor, max_pixels)
 
 
-def save_part(state, prefix, path):
-    """Writes the tensors below `prefix` of a state, under the rest of their names."""
-    part = without_prefix(state, prefix)
-    save_file({name: x.detach().cpu().contiguous() for name, x in part.items()}, path)
-
-
 def save_spatial_vlm(model, chat, folder, settings, with_vlm, state=None):
     """-> folder/{spatial_vlm.json, adapter.safetensors, lora.safetensors, vlm/}.
 
@@ -376,18 +361,19 @@ def save_spatial_vlm(model, chat, folder, settings, with_vlm, state=None):
     """
     os.makedirs(folder, exist_ok=True)
     state = model.state_dict() if state is None else state
-    settings = dict(settings)
+    state = {name: x.detach().cpu().contiguous() for name, x in state.items()}
+    of_vlm, settings = without_prefix(state, 'vlm.'), dict(settings)
     if model.adapter is not None:
-        save_part(state, 'adapter.', os.path.join(folder, 'adapter.safetensors'))
+        path = os.path.join(folder, 'adapter.safetensors')
+        save_file(without_prefix(state, 'adapter.'), path)
         settings['latent_width'] = model.adapter.projector.fc1.in_features
     if settings.get('lora_rank'):
-        lora = {name: x for name, x in state.items() if '.lora_' in name}
-        save_part(lora, 'vlm.', os.path.join(folder, 'lora.safetensors'))
+        lora = {name: x for name, x in of_vlm.items() if '.lora_' in name}
+        save_file(lora, os.path.join(folder, 'lora.safetensors'))
     if with_vlm:
         settings['vlm'] = 'vlm'
-        path = os.path.join(folder, 'vlm')
-        model.vlm.save_pretrained(path, state_dict=without_prefix(state, 'vlm.'))
-        chat.save_pretrained(path)
+        model.vlm.save_pretrained(os.path.join(folder, 'vlm'), state_dict=of_vlm)
+        chat.save_pretrained(os.path.join(folder, 'vlm'))
     write_json(os.path.join(folder, 'spatial_vlm.json'), settings)
 
 
@@ -425,8 +411,8 @@ class SceneLatents:
           random    z of an encoder of the same sizes that was never trained
           backbone  no encoder: the backbone's features, standardised, mean over 2 x 2 patches
 
-    A file's name is a hash of all weights, the kind, the pictures' size and their pixels, so that
-    no stale file is ever used. `folder` None: nothing is kept.
+    A file's name is a hash of all weights, the kind, the pictures' size and their pixels: no stale
+    file is ever used. `folder` None: nothing is kept.
     """
 
     def __init__(self, kind, psfm, config, folder=None, say=print):
@@ -435,17 +421,12 @@ class SceneLatents:
         self.width = psfm.backbone.feature_dim if kind == 'backbone' else config.width
         self.found = self.computed = 0
         if kind == 'random':
-            with torch.random.fork_rng(devices=[]):  # the run's own random numbers go on
-                torch.manual_seed(0)
-                untrained = PSFM(psfm.backbone, config)
-            untrained.geo_mean, untrained.geo_std = psfm.geo_mean, psfm.geo_std
-            psfm = untrained
+            psfm = untrained_like(psfm, config)
         self.psfm = psfm.eval().requires_grad_(False)
 
         weights = hashlib.sha256()
-        state = {**psfm.backbone.state_dict(), **psfm.encoder.state_dict(prefix='encoder.')}
-        state.update(mean=psfm.geo_mean, std=psfm.geo_std)
-        for name, tensor in state.items():
+        state = dict(psfm.backbone.state_dict(), mean=psfm.geo_mean, std=psfm.geo_std)
+        for name, tensor in {**state, **psfm.encoder.state_dict(prefix='encoder.')}.items():
             weights.update(name.encode() + tensor.detach().cpu().float().numpy().tobytes())
         self.key = f'{kind} {weights.hexdigest()} {self.image_width}'
 
@@ -470,8 +451,7 @@ class SceneLatents:
 
         None stands for a scene without images.
         """
-        latents = [None] * len(scenes)
-        due = {}  # scenes of one shape are computed together
+        latents, due = [None] * len(scenes), {}  # scenes of one shape are computed together
         for i, pictures in enumerate(scenes):
             if not pictures:
                 continue
@@ -510,10 +490,8 @@ class SceneLatents:
         if not path or not self.folder:
             return
         try:
-            folder = os.path.dirname(path)
-            os.makedirs(folder, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=folder)
-            os.close(handle)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            temporary = f'{path}.{os.getpid()}'  # of several processes, each its own
             save_file({'z': z.contiguous()}, temporary)
             os.replace(temporary, path)
         except (OSError, SafetensorError) as error:

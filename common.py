@@ -4,6 +4,7 @@ loops share (processes, learning rate, optimizers, checkpoints, logs). Nothing h
 who reads the method needs no more than InputError, read_weights and load_strictly.
 """
 import argparse
+import contextlib
 import dataclasses
 import datetime
 import difflib
@@ -105,8 +106,8 @@ class Parser(argparse.ArgumentParser):
     """Keeps the line breaks of the script's docstring; says what an unknown option may mean."""
 
     def __init__(self, **settings):
-        settings.setdefault('formatter_class', argparse.RawDescriptionHelpFormatter)
-        super().__init__(allow_abbrev=False, **settings)
+        layout = argparse.RawDescriptionHelpFormatter
+        super().__init__(allow_abbrev=False, formatter_class=layout, **settings)
 
     def error(self, message):
         if message.startswith('unrecognized arguments: '):
@@ -136,7 +137,6 @@ def parse_options(argv, doc, Config, presets, default='small'):
         group.add_argument('--' + f.name.replace('_', '-'), dest=f.name, help=text,
                            default=argparse.SUPPRESS, **kind)
     given = vars(parser.parse_args(argv))
-
     # the preset
     name = given.pop('config')
     if name not in presets:
@@ -144,7 +144,6 @@ def parse_options(argv, doc, Config, presets, default='small'):
         hint = f', did you mean {near[0]}?' if near else ''
         raise InputError(f'no preset {name!r}{hint}; there are {", ".join(presets)}')
     config = Config(**{**presets[name], **given})
-
     # the ranges
     for f in dataclasses.fields(Config):
         allowed = {key: f.metadata[key] for key in ('low', 'high', 'choices')}
@@ -177,7 +176,6 @@ def pick_dtype(name, device):
         return torch.bfloat16, 'the GPU has it'
     if device.type != 'cpu':
         return torch.float32, 'this GPU has no bf16'
-
     # median time of a matrix product of the size that `small` spends its time in
     median = {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -258,12 +256,10 @@ def load_strictly(module, state, source, skip=(), assign=False):
     Raises InputError with the names that are missing or unexpected, or whose shapes differ.
     `source` is what the message calls the weights.
     """
-    own = module.state_dict()
-    own = {name: tensor for name, tensor in own.items() if not name.startswith(tuple(skip))}
-    state = {name: tensor for name, tensor in state.items() if not name.startswith(tuple(skip))}
+    own, state = [{name: x for name, x in names.items() if not name.startswith(tuple(skip))}
+                  for names in (module.state_dict(), state)]
     misfit = f'{source} does not fit this {type(module).__name__}'
-    missing = own.keys() - state.keys()
-    unexpected = state.keys() - own.keys()
+    missing, unexpected = own.keys() - state.keys(), state.keys() - own.keys()
     if missing or unexpected:
         raise InputError(f'{misfit}: missing {some(missing)}; unexpected {some(unexpected)}')
     shapes = [name for name in own if state[name].shape != own[name].shape]
@@ -299,10 +295,9 @@ def orthogonalise(matrices):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum with an orthogonalised direction (arXiv 2502.16982), scaled to AdamW's update size.
+    """Momentum with an orthogonalised direction (arXiv 2502.16982), scaled to AdamW's updates.
 
-    torch.optim.Muon takes one matrix after the other, in bf16 on every machine. Here all matrices
-    of one shape go together, in bf16 on a GPU and in fp32 elsewhere.
+    Unlike torch.optim.Muon's, all matrices of one shape go together; in fp32 on a CPU.
     """
 
     def __init__(self, params, lr, weight_decay, momentum=0.95):
@@ -336,8 +331,7 @@ class Muon(torch.optim.Optimizer):
             p.sub_(update, alpha=scale)
 
 
-# where the matrices are that Muon takes: transformer blocks, and the adapter
-MUON_PLACES = ('blocks.', 'layers.', 'adapter.')
+MUON_PLACES = ('blocks.', 'layers.', 'adapter.')  # whose matrices Muon takes
 
 
 def make_optimizers(model, config, device, rate_of=None, fused=True):
@@ -356,12 +350,11 @@ def make_optimizers(model, config, device, rate_of=None, fused=True):
         lr = rate_of(name) if rate_of else config.lr
         decay = config.weight_decay if p.ndim >= 2 else 0.0
         adam_groups.setdefault((lr, decay), []).append(p)
-
+    groups = [dict(params=params, lr=lr, weight_decay=decay)
+              for (lr, decay), params in adam_groups.items()]
+    fused = fused and device.type in ('cuda', 'cpu')
     optimizers = []
-    if adam_groups:
-        groups = [dict(params=params, lr=lr, weight_decay=decay)
-                  for (lr, decay), params in adam_groups.items()]
-        fused = fused and device.type in ('cuda', 'cpu')
+    if groups:
         optimizers.append(torch.optim.AdamW(groups, betas=(0.9, config.beta2), fused=fused))
     if matrices:
         optimizers.append(Muon(matrices, config.muon_lr, config.weight_decay))
@@ -398,11 +391,12 @@ def flush_to_disk(folder):
                 os.fsync(file.fileno())
 
 
-def write_checkpoint(folder, step, optimizers, config, dtype, metrics, save_model):
-    """Writes a new folder beside the old one, then swaps them: one whole checkpoint always exists.
+def write_checkpoint(run, step, optimizers, config, dtype, metrics, save_model):
+    """Writes `run`/checkpoint beside the one before, then swaps them: a whole one always exists.
 
     `save_model(folder)` writes the weights. `optimizers` None: not kept (a sharded run).
     """
+    folder = os.path.join(run, 'checkpoint')
     new, old = folder + '.new', folder + '.old'
     state = dict(step=step, dtype=str(dtype).removeprefix('torch.'),
                  config=dataclasses.asdict(config), metrics=metrics)
@@ -452,11 +446,10 @@ def read_state(config):
     if folder is None:
         raise InputError(f'--resume: no checkpoint in {config.out}; leave --resume out to begin')
     state = read_json(os.path.join(folder, 'state.json'))
-    differs = []
-    for key, ours in dataclasses.asdict(config).items():
-        theirs = state['config'].get(key)
-        if key not in FREE and theirs != ours:
-            differs.append(f'{key} {theirs} there, {ours} here')
+    theirs = state['config']
+    differs = [f'{key} {theirs.get(key)} there, {ours} here'
+               for key, ours in dataclasses.asdict(config).items()
+               if key not in FREE and theirs.get(key) != ours]
     if differs:
         raise InputError(f'--resume: {folder} was trained with another configuration '
                          f'({"; ".join(differs[:4])}); give the same options, or another --out')
@@ -470,8 +463,8 @@ def load_optimizers(optimizers, folder):
         states = torch.load(path, map_location='cpu', weights_only=True)
         for optimizer, state in zip(optimizers, states, strict=True):
             optimizer.load_state_dict(state)
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError,
-            pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, LookupError, ValueError, TypeError, EOFError,
+            AttributeError, pickle.UnpicklingError) as error:
         raise InputError(f'{path} does not hold the optimizers of this run ({error})') from error
 
 
@@ -482,25 +475,18 @@ def quiet(text):
     """What all processes but the first say things with. (The first: tqdm.write.)"""
 
 
-def log_step(line):
-    """The step of one line of log.jsonl, or infinity if the line cannot be read."""
-    try:
-        return json.loads(line)['step']
-    except (ValueError, KeyError, TypeError):
-        return math.inf
-
-
 def open_log(run, first, is_main):
-    """log.jsonl of a run, for writing, with only the records up to step `first`."""
+    """log.jsonl of a run, for writing, with only the readable records up to step `first`."""
     if not is_main:
         return open(os.devnull, 'w')
-    path = os.path.join(run, 'log.jsonl')
-    lines = []
+    path, kept = os.path.join(run, 'log.jsonl'), []
     if first and os.path.isfile(path):
         with open(path) as file:
-            lines = [line for line in file if log_step(line) <= first]
+            for line in file:
+                with contextlib.suppress(ValueError, KeyError, TypeError):
+                    kept += [line] if json.loads(line)['step'] <= first else []
     log = open(path, 'w', buffering=1)
-    log.writelines(lines)
+    log.writelines(kept)
     return log
 
 
@@ -508,8 +494,7 @@ def check_finite(losses, norm, step, config):
     """-> the losses as numbers. Stops before broken weights can replace good ones."""
     values = {key: value.item() for key, value in losses.items()}
     if not math.isfinite(values['loss'] + norm.item()):
-        raise InputError(
-            f'the loss is {values["loss"]} and the gradient norm {norm.item()} at step {step}: '
-            'try a lower --lr, or --dtype float32; '
-            f'what was saved before is in {config.out}/checkpoint')
+        raise InputError(f'the loss is {values["loss"]} and the gradient norm {norm.item()} at '
+                         f'step {step}: try a lower --lr, or --dtype float32; what was saved '
+                         f'before is in {config.out}/checkpoint')
     return values

@@ -4,9 +4,8 @@ Sources of multi-view samples: the procedural rooms, photographs, ScanNet, ScanN
     python data.py check FOLDER        # what is in a data set, and what is missing or broken
 
 A source answers one question: what is batch number `step`? The answer depends on nothing but the
-source's settings and that number. So a resumed run sees what the uninterrupted one would have
-seen, and every process of a DDP run draws its own share. All samples of a batch have the same
-number of views; the number of scenes follows from a budget of images.
+source's settings and that number, so that a resumed run sees what the uninterrupted one would
+have seen, and every process of a DDP run draws its own share.
 
 A batch is a dict of tensors: images (B, V, 3, H, W) in [0, 1]. Rooms also know extrinsics
 (B, V, 3, 4), intrinsics (B, V, 3, 3) and, for cells of 4 x 4 pixels, depth (B, V, h, w) in metres
@@ -70,7 +69,6 @@ class RoomPool:
         intrinsics = make_intrinsics(self.size, self.BLOCK, num_views).to(self.device)
         rooms = rooms.to(self.device)
         views = render(rooms, extrinsics, intrinsics, self.size)
-
         # a cell's depth is that of the ray through its center: rendered at the cells' resolution
         (H, W), (h, w) = self.size, [side // CELL for side in self.size]
         shrink = intrinsics.new_tensor([[w / W], [h / H], [1]])
@@ -91,7 +89,7 @@ class RoomPool:
                 n = self.num_blocks * self.BLOCK
                 self.pool = {name: x.new_empty(n, *x.shape[1:]) for name, x in block.items()}
             for name, x in block.items():
-                self.pool[name][slot * self.BLOCK:(slot + 1) * self.BLOCK] = x
+                self.pool[name][slot * self.BLOCK:][:self.BLOCK] = x
             self.blocks[slot] = index
 
     def batch(self, step, num_scenes, num_views, neighbours=0.0, keep_closest=1.0):
@@ -110,7 +108,6 @@ class RoomPool:
         room = torch.randint(num_rooms, (n,), generator=g)
         if self.split != 'train':
             room = (step * n + torch.arange(n)) % num_rooms
-
         # which views: V of all in random order, or V neighbours in random order
         anywhere = torch.rand(n, self.VIEWS, generator=g).argsort(1)[:, :V]
         start = torch.randint(self.VIEWS - V + 1, (n, 1), generator=g)
@@ -123,7 +120,6 @@ class RoomPool:
             likeness = (rotation[:, 0] * rotation[:, 1]).sum((1, 2))  # (n,)
             closest = likeness.argsort(descending=True)[:num_scenes]
             room, view = room[closest], view[closest]
-
         batch = {name: x[room[:, None], view] for name, x in self.pool.items()}
         batch['images'] = batch['images'].float() / 255
         batch['classes'] = batch['classes'].long()
@@ -139,19 +135,21 @@ def natural_order(name):
     return [int(part) if part.isdecimal() else part.lower() for part in parts]
 
 
+def list_visible(folder):
+    """What is directly in `folder` and not hidden, in natural order. -> entries of os.scandir"""
+    entries = [entry for entry in os.scandir(folder) if not entry.name.startswith('.')]
+    return sorted(entries, key=lambda entry: natural_order(entry.name))
+
+
 def list_files(folder, endings):
-    """Paths of the files directly in `folder`, in natural order. Hidden ones are passed over."""
-    names = [entry.name for entry in os.scandir(folder)
-             if entry.name.lower().endswith(endings) and not entry.name.startswith('.')
-             and entry.is_file()]
-    return [os.path.join(folder, name) for name in sorted(names, key=natural_order)]
+    """Paths of the files directly in `folder` whose names end so, in natural order."""
+    return [entry.path for entry in list_visible(folder)
+            if entry.name.lower().endswith(endings) and entry.is_file()]
 
 
 def list_folders(folder):
-    """Names of the folders directly in `folder`, in natural order, without hidden ones."""
-    names = [entry.name for entry in os.scandir(folder)
-             if entry.is_dir() and not entry.name.startswith('.')]
-    return sorted(names, key=natural_order)
+    """Names of the folders directly in `folder`, in natural order."""
+    return [entry.name for entry in list_visible(folder) if entry.is_dir()]
 
 
 def open_picture(path, width=None):
@@ -172,18 +170,17 @@ def open_picture(path, width=None):
                 values = (values - low) * (255 / max(high - low, 1e-9))
                 picture = Image.fromarray(values.astype(np.uint8))
             elif picture.mode in ('LA', 'PA', 'RGBA') or 'transparency' in picture.info:
-                picture = picture.convert('RGBA')
                 white = Image.new('RGBA', picture.size, 'white')
-                picture = Image.alpha_composite(white, picture)
+                picture = Image.alpha_composite(white, picture.convert('RGBA'))
             return picture.convert('RGB')
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        is_other = isinstance(error, Image.UnidentifiedImageError)
-        reason = 'not a picture' if is_other else str(error)
+        is_none = isinstance(error, Image.UnidentifiedImageError)
+        reason = 'not a picture' if is_none else error
         raise InputError(f'{path} cannot be read: {reason}') from error
 
 
 def read_picture(path, width, multiple):
-    """A picture file -> uint8 array (H, W, 3), as the backbone wants it (psfm.fit_picture)."""
+    """A picture file -> uint8 array (H, W, 3), as the backbone wants it."""
     return fit_picture(open_picture(path, width), width, multiple)
 
 
@@ -209,11 +206,8 @@ def read_video(path, num_frames, every=None):
     least 4 and at most num_frames. Files need PyAV (pip install av). InputError with the path.
     """
     def choose(count, seconds):
-        n = num_frames
-        if every:
-            n = min(num_frames, max(4, round(seconds / every)))
+        n = min(num_frames, max(4, round(seconds / every))) if every else num_frames
         return even_frames(count, n)
-
     if not os.path.isdir(path):
         return decode_video(path, choose)
     pictures = list_files(path, PICTURES)
@@ -235,7 +229,7 @@ def decode_video(path, choose):
     def upright(frame):  # phones store how they were held
         return frame.to_image().rotate(getattr(frame, 'rotation', 0), expand=True)
 
-    frames, last, i = {}, None, -1
+    frames, i = {}, -1
     try:
         with av.open(path) as container:  # headers are often wrong: count first
             stream = container.streams.video[0]
@@ -252,10 +246,8 @@ def decode_video(path, choose):
     except (av.error.FFmpegError, IndexError, ValueError) as error:
         raise InputError(f'{path} cannot be read as a video, or not to its end: {error}') from error
 
-    # there may be a few more packets than frames: the last frame stands in for those
-    if i >= 0.9 * wanted[-1]:
-        for j in wanted:
-            frames.setdefault(j, upright(last))
+    if i >= 0.9 * wanted[-1]:  # there may be a few more packets than frames: the last stands in
+        frames = {j: frames[j] if j in frames else upright(last) for j in wanted}
     if len(frames) < len(wanted):
         raise InputError(f'{path} ends early: {len(frames)} of {len(wanted)} frames were read')
     return [frames[j] for j in wanted]
@@ -272,8 +264,7 @@ def extract_frames(path, per_second=2, height=518):
     os.makedirs(unfinished, exist_ok=True)
     try:
         for i, frame in enumerate(read_video(path, 10 ** 6, every=1 / per_second)):
-            width = max(1, frame.width * height // frame.height)
-            frame = frame.resize((width, height))
+            frame = frame.resize((max(1, frame.width * height // frame.height), height))
             frame.save(os.path.join(unfinished, f'{i:06d}.jpg'), quality=92)
         os.replace(unfinished, folder)
     finally:
@@ -285,17 +276,15 @@ def extract_frames(path, per_second=2, height=518):
 # data sets of photographs
 
 # layout: (the folder of scenes, the pictures of a scene, {split: its list of scenes})
-LAYOUTS = {
-    'ScanNet++': ('data', os.path.join('dslr', 'undistorted_images'),
-                  {'train': 'splits/nvs_sem_train.txt', 'val': 'splits/nvs_sem_val.txt'}),
-    'ScanNet': ('scans', 'color', {'train': 'scannetv2_train.txt', 'val': 'scannetv2_val.txt'}),
-    'ScanNet without scans/': ('.', 'color',
-                               {'train': 'scannetv2_train.txt', 'val': 'scannetv2_val.txt'}),
-}
+SCANNET = {'train': 'scannetv2_train.txt', 'val': 'scannetv2_val.txt'}
+SCANNETPP = {'train': 'splits/nvs_sem_train.txt', 'val': 'splits/nvs_sem_val.txt'}
+LAYOUTS = {'ScanNet++': ('data', 'dslr/undistorted_images', SCANNETPP),
+           'ScanNet': ('scans', 'color', SCANNET),
+           'ScanNet without scans/': ('.', 'color', SCANNET)}
 
 
 def find_scenes(root):
-    """-> layout, {scene: its pictures in order}, {split: names of its scenes, if lists are there}.
+    """-> layout, {scene: its pictures in order}, {split: names of its scenes, if lists are there}
 
     Layouts: those of LAYOUTS; else sub-folders with pictures, pictures in `root` itself, videos.
     """
@@ -304,9 +293,9 @@ def find_scenes(root):
         if not os.path.isdir(base):
             continue
         folders = {name: os.path.join(base, name, inside) for name in list_folders(base)}
-        folders = {name: path for name, path in folders.items() if os.path.isdir(path)}
-        if folders:
-            scenes = {name: list_files(path, PICTURES) for name, path in folders.items()}
+        scenes = {name: list_files(path, PICTURES) for name, path in folders.items()
+                  if os.path.isdir(path)}
+        if scenes:
             break
     else:
         layout, lists = 'folders', {}
@@ -316,7 +305,6 @@ def find_scenes(root):
         for path in list_files(root, VIDEOS):
             layout = 'videos'
             scenes[os.path.basename(path)] = list_files(extract_frames(path), PICTURES)
-
     splits = {}
     for split, name in lists.items():
         for folder in (root, base):
@@ -355,35 +343,32 @@ class PhotoFolder:
                                  f'see python data.py check {root}')
         scenes = self.leave_out(root, scenes, min_views, say)
         if splits:
-            chosen = self.split_by_lists(root, scenes, splits, layout)
+            self.scenes = self.split_by_lists(root, scenes, splits, layout)
         elif len(scenes) > 1:
-            chosen = self.split_by_scenes(scenes)
+            self.scenes = self.split_by_scenes(scenes)
         else:
-            chosen = self.split_pictures(next(iter(scenes.values())), min_views)
-        self.scenes = chosen
+            self.scenes = self.split_pictures(next(iter(scenes.values())), min_views)
         self.most_views = max(map(len, self.scenes))
 
     def leave_out(self, root, scenes, min_views, say):
         """Without unreadable pictures and scenes that are too short. -> scenes"""
-        if sum(map(len, scenes.values())) <= self.CHECKED:
-            readable = {}
-            for name, pictures in scenes.items():
+        are_checked = sum(map(len, scenes.values())) <= self.CHECKED
+        usable = {}
+        for name, pictures in scenes.items():
+            if are_checked:
                 faults = [reading_fault(path, os.stat(path).st_mtime_ns) for path in pictures]
+                pictures = [path for path, fault in zip(pictures, faults) if not fault]
                 for fault in filter(None, faults):
                     say(f'{fault}; left out')
-                readable[name] = [path for path, fault in zip(pictures, faults) if not fault]
-            scenes = readable
-        for name, pictures in scenes.items():
-            if len(pictures) < min_views:
-                count = f'{len(pictures)} picture' + 's' * (len(pictures) != 1)
-                say(f'scene {name} of {root} is left out: {count}, --min-views asks for '
-                    f'{min_views}')
-        scenes = {name: pictures for name, pictures in scenes.items()
-                  if len(pictures) >= min_views}
-        if not scenes:
+            if len(pictures) >= min_views:
+                usable[name] = pictures
+                continue
+            count = f'{len(pictures)} picture' + 's' * (len(pictures) != 1)
+            say(f'scene {name} of {root} is left out: {count}, --min-views asks for {min_views}')
+        if not usable:
             raise InputError(f'no scene of {root} has the {min_views} pictures that --min-views '
                              'asks for')
-        return scenes
+        return usable
 
     def split_by_lists(self, root, scenes, splits, layout):
         names = sorted(scenes, key=natural_order)
@@ -391,8 +376,8 @@ class PhotoFolder:
         if not mine:
             raise InputError(f'{root}: no scene of the {self.split} list of {layout} is there with '
                              'enough pictures')
-        held_out = [name for name in names if name in splits.get('val', ())]
-        self.held_out = f'{len(held_out)} scenes of the val list of {layout}'
+        num_held_out = sum(name in splits.get('val', ()) for name in names)
+        self.held_out = f'{num_held_out} scenes of the val list of {layout}'
         return [scenes[name] for name in mine]
 
     def split_by_scenes(self, scenes):
@@ -420,13 +405,11 @@ class PhotoFolder:
         g = step_generator(self.seed, step, self.rank, self.split != 'train')
         num_views = min(num_views, self.most_views)
         samples = [self.sample(num_views, g) for _ in range(num_scenes)]
-        height = min(len(picture) for sample in samples for picture in sample)
-        cropped = []
-        for sample in samples:
-            tops = [(len(picture) - height) // 2 for picture in sample]
-            cropped.append(np.stack([picture[top:top + height]
-                                     for picture, top in zip(sample, tops)]))
-        images = torch.from_numpy(np.stack(cropped))  # (B, V, H, W, 3)
+        pictures = [picture for sample in samples for picture in sample]
+        height = min(map(len, pictures))
+        pictures = [picture[(len(picture) - height) // 2:][:height] for picture in pictures]
+        images = torch.from_numpy(np.stack(pictures))  # (B V, H, W, 3)
+        images = images.unflatten(0, (num_scenes, num_views))
         return dict(images=images.permute(0, 1, 4, 2, 3).float() / 255)
 
     def sample(self, num_views, g):
@@ -436,8 +419,7 @@ class PhotoFolder:
 
         usable = [scene for scene in self.scenes if len(scene) >= num_views]
         scene = usable[random(0, len(usable) - 1)]
-        # the widest gap that this scene allows; differs from the release, where one short scene
-        # narrows the gap of all that follow
+        # differs from the release, where one short scene narrows the gap of all that follow
         most = max(1, min(self.gap[1], (len(scene) - 1) // max(1, num_views - 1)))
         gaps = [random(min(self.gap[0], most), most) for _ in range(num_views - 1)]
         frame = random(0, len(scene) - 1 - sum(gaps))
@@ -460,24 +442,21 @@ def make_source(config, split, multiple, device='cpu', rank=0, world_size=1, say
                         device, rank, world_size)
     if config.data == 'rooms':
         return RoomPool(split, 0, config.val_scenes, 0, (width, width), device)
-    gap = config.min_gap, config.max_gap
-    return PhotoFolder(config.data, split, config.seed, width, multiple, config.min_views, gap,
-                       rank if split == 'train' else 0, say)
+    return PhotoFolder(config.data, split, config.seed, width, multiple, config.min_views,
+                       (config.min_gap, config.max_gap), rank if split == 'train' else 0, say)
 
 
 def check_pictures(scenes, sample=3):
-    """Looks at a few pictures of each scene. -> Counter of their sizes, faults, how many."""
-    sizes, faults, looked_at = collections.Counter(), [], 0
+    """Looks at a few pictures of each scene. -> Counter of their sizes, faults"""
+    sizes, faults = collections.Counter(), []
     for pictures in list(scenes.values())[:500]:
         for i in even_frames(len(pictures), sample):
-            looked_at += 1
             fault = reading_fault(pictures[i], os.stat(pictures[i]).st_mtime_ns)
             if fault:
                 faults.append(fault)
-                continue
-            with Image.open(pictures[i]) as picture:
-                sizes[picture.size] += 1
-    return sizes, faults, looked_at
+            else:
+                sizes[Image.open(pictures[i]).size] += 1
+    return sizes, faults
 
 
 def check(root):
@@ -489,14 +468,12 @@ def check(root):
         raise InputError(f'no pictures in {root}: it takes <scene>/color/ (ScanNet), data/<scene>/'
                          'dslr/undistorted_images/ (ScanNet++), sub-folders, or videos')
     counts = sorted(map(len, scenes.values()))
-    sizes, faults, looked_at = check_pictures(scenes)
+    sizes, faults = check_pictures(scenes)
     common = [f'{w} x {h} ({n} of those looked at)' for (w, h), n in sizes.most_common(3)]
     lines = [f'{root}: layout {layout}, {len(scenes)} scenes, {sum(counts)} pictures ({counts[0]} '
              f'to {counts[-1]} a scene, median {counts[len(counts) // 2]})',
              f'sizes: {", ".join(common)}',
-             f'unreadable: {len(faults)} of {looked_at} looked at', *faults[:5]]
-
-    # the lists of scenes
+             f'unreadable: {len(faults)} of {len(faults) + sizes.total()} looked at', *faults[:5]]
     for split, names in splits.items():
         lost = [name for name in names if name not in scenes]
         missing = f'; missing: {", ".join(lost[:3])}' + ' ...' * (len(lost) > 3) if lost else ''

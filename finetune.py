@@ -3,9 +3,9 @@ Fine-tunes an open VLM that is given the latents of a scene: Spa3-VLM (Spa3R, ar
 
     python finetune.py --config small                          # any laptop: the mini VLM, rooms
     python finetune.py --config small --encoder out/small      # with your own encoder
-    torchrun --nproc_per_node 8 finetune.py --config base --data a.json,b.json --media media/ --shard
+    torchrun --nproc_per_node 8 finetune.py --config base --data a.jsonl --media media/ --shard
 
-The last is the paper: Qwen2.5-VL-3B. The loss is on the answers' tokens alone. On rooms the adapter
+The last is the paper, Qwen2.5-VL-3B. The loss is on the answers' tokens alone. On rooms the adapter
 is first grounded without words (mini_vlm.ground). A scene's latents are computed once and kept in
 --cache. Everything goes to out/vlm-<config>/: map.png (of rooms), config.json, log.jsonl,
 metrics.json, checkpoint/ (`--resume` continues from it).
@@ -112,8 +112,8 @@ def parse_config(argv=None):
     name, config = parse_options(argv, __doc__, Config, PRESETS)
     if not config.out:
         config = dataclasses.replace(config, out=os.path.join('out', f'vlm-{name}'))
-    if config.data != 'rooms':
-        config = dataclasses.replace(config, ground_steps=0, map_steps=0)  # only rooms have maps
+    if config.data != 'rooms':  # only rooms have maps
+        config = dataclasses.replace(config, ground_steps=0, map_steps=0)
     if not config.data:
         raise InputError(f'{name} trains on your own files: --data a.json,b.jsonl --media FOLDER')
     if 0 < config.steps <= config.map_steps:
@@ -259,15 +259,13 @@ def make_data(config, progress=iter, say=print):
     if config.data == 'rooms':
         return (RoomQuestions('train', 0, config.num_rooms, progress),
                 RoomQuestions('val', 0, config.val_scenes))
-    data = Conversations(config.data.split(','), config.media, config.num_frames, config.skip_bad,
-                         say)
-    n = config.val_scenes
+    files, n = config.data.split(','), config.val_scenes
+    data = Conversations(files, config.media, config.num_frames, config.skip_bad, say)
     if len(data) <= n:
         raise InputError(f'{config.data}: {len(data)} records, of which --val-scenes {n} are to be '
                          'held out: none would be left')
     lot = torch.randperm(len(data), generator=step_generator(10)).tolist()
-    subset = torch.utils.data.Subset
-    return subset(data, lot[n:]), subset(data, lot[:n])
+    return torch.utils.data.Subset(data, lot[n:]), torch.utils.data.Subset(data, lot[:n])
 
 
 @functools.lru_cache(maxsize=4)
@@ -277,7 +275,6 @@ def epoch_order(n, epoch, seed):
 
 class Encoded(torch.utils.data.Dataset):
     """Item `number` is batch `number`: (tensors for the VLM, items), whatever came before it.
-
     The batches of the first `map_steps` steps hold the map alone, of twice as many rooms: where
     things are comes before what follows from it.
     """
@@ -290,11 +287,9 @@ class Encoded(torch.utils.data.Dataset):
     def samples(self, number):
         """Indices of batch `number`: one random order an epoch, dealt out to the processes."""
         B, n, seed = self.config.batch, len(self.data), self.config.seed
-        dealt = 0
+        dealt = self.num_maps * self.world_size * B  # the second half of the rooms of the maps
         if number < self.num_maps:
-            B = 2 * B
-        else:                                       # after the rooms of the maps
-            dealt = self.num_maps * self.world_size * B
+            B, dealt = 2 * B, 0
         first = dealt + (number * self.world_size + self.rank) * B
         return [epoch_order(n, i // n, seed)[i % n] for i in range(first, first + B)]
 
@@ -344,8 +339,8 @@ def save(model, chat, optimizers, step, config, dtype, metrics, is_main, sharded
         state = get_model_state_dict(model, options=options)
     if not is_main:
         return
-    settings = dict(vlm=absolute(config.vlm), latents=config.latents,
-                    encoder=absolute(config.encoder), num_frames=config.num_frames,
+    settings = dict(vlm=absolute(config.vlm), encoder=absolute(config.encoder),
+                    latents=config.latents, num_frames=config.num_frames,
                     max_pixels=config.max_pixels,
                     lora_rank=config.lora_rank if config.train == 'lora' else 0)
 
@@ -353,8 +348,7 @@ def save(model, chat, optimizers, step, config, dtype, metrics, is_main, sharded
         with_vlm = config.train == 'adapter+llm'
         save_spatial_vlm(model, chat, folder, settings, with_vlm, state)
 
-    folder = os.path.join(config.out, 'checkpoint')
-    write_checkpoint(folder, step, None if sharded else optimizers, config, dtype, metrics,
+    write_checkpoint(config.out, step, None if sharded else optimizers, config, dtype, metrics,
                      save_model)
 
 
@@ -377,8 +371,8 @@ def train(name, config, data=None, held_out=None):
 
     # data and model
     if data is None:
-        data, held_out = make_data(config, lambda blocks: tqdm(
-            blocks, 'rendering rooms', leave=False, disable=None), say)
+        data, held_out = make_data(config, functools.partial(
+            tqdm, desc='rendering rooms', leave=False, disable=None), say)
     model, chat, latents = build_model(config)
     if config.resume:
         model, chat, _ = load_spatial_vlm(state['folder'])
@@ -393,8 +387,8 @@ def train(name, config, data=None, held_out=None):
     if config.checkpointing:
         model.vlm.gradient_checkpointing_enable(dict(use_reentrant=False))
         model.vlm.enable_input_require_grads()
-    batches = math.ceil(len(data) / (config.batch * config.accumulate * world_size))
-    config = dataclasses.replace(config, steps=config.steps or config.map_steps + batches)
+    epoch = math.ceil(len(data) / (config.batch * config.accumulate * world_size))
+    config = dataclasses.replace(config, steps=config.steps or config.map_steps + epoch)
     trained, frozen = [sum(p.numel() for p in model.parameters() if p.requires_grad == is_trained)
                        for is_trained in (True, False)]
     say(f'{name}: {config.steps} steps of {config.batch * config.accumulate} conversations of '

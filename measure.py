@@ -34,7 +34,6 @@ from psfm import context_index, random_view_mask
 from questions import KINDS, as_prompt, to_turns
 from rooms import SCENE_UNIT, check_classes, scene_extrinsics
 
-
 # -----------------------------------------------------------------------------
 # the field
 
@@ -42,8 +41,8 @@ class Seen(NamedTuple):
     """What the backbone sees of a batch, as in training."""
     context: torch.Tensor     # (B, Vc, N, 2C)
     features: torch.Tensor    # (B, V, N, 2C)
-    extrinsics: torch.Tensor
-    intrinsics: torch.Tensor
+    extrinsics: torch.Tensor  # (B, V, 3, 4)
+    intrinsics: torch.Tensor  # (B, V, 3, 3)
     grid: tuple
 
 
@@ -65,7 +64,6 @@ def field_batches(psfm, source, config, num_scenes, first=0):
 
 
 def look(psfm, batch, view_mask, num_context, config):
-    """-> Seen"""
     context, views, _ = psfm.observe(batch['images'], view_mask, num_context)
     extrinsics, intrinsics = views.extrinsics, views.intrinsics
     if config.cameras == 'given':
@@ -373,11 +371,9 @@ def answer_rooms(model, chat, latents, held_out, train_data, autocast, shuffled=
     drawn = ask([(room, text) for room, (text, _) in enumerate(held_out.maps)], 160)
     model.train(was_training)
 
-    # scores
     def score_all(records, answers):
         return [(record, score('vsibench', record, answer))
                 for record, answer in zip(records, answers)]
-
     scored = score_all(records, answers)
     maps = [(truth, answer) for (_, truth), answer in zip(held_out.maps, drawn)]
     map_scores = [map_score(truth, answer) for truth, answer in maps]
@@ -500,5 +496,5 @@ def held_out_loss(model, chat, latents, data, autocast):
             hits[kind].append(answer)
     model.train(was_training)
     kinds = {kind: float(np.mean(values)) for kind, values in sorted(hits.items())}
-    everything = [answer for values in hits.values() for answer in values]
-    return dict(loss=total / len(data), accuracy=float(np.mean(everything)), kinds=kinds)
+    accuracy = float(np.mean(sum(hits.values(), [])))
+    return dict(loss=total / len(data), accuracy=accuracy, kinds=kinds)

@@ -43,13 +43,9 @@ WEIGHTS = dict(translation=1.7, rotation=3.0, field_of_view=1.0, depth=1.0, poin
 
 
 @dataclass(frozen=True)
-class Config:
-    num_rooms: int = opt(1600, 'rooms that are kept in memory', low=1, group='data')
-    new_rooms: float = opt(2.0, 'how many of them are replaced at each step', low=0)
-    val_scenes: int = opt(100, 'held-out rooms to evaluate on', low=1)
-    init: str = opt('', 'a mini VGGT to begin with: the lessons with two views are left out',
-                    group='optimisation')
-    steps: int = opt(8000, 'optimiser steps', low=1)
+class LoopConfig:
+    """What both minis can be told about their training (see `fit`)."""
+    steps: int = opt(8000, 'optimiser steps', low=1, group='training')
     lr: float = opt(1e-3, 'peak learning rate of AdamW', low=0)
     muon_lr: float = opt(2e-3, "peak rate of Muon for the blocks' matrices", low=0)
     min_lr: float = opt(0.02, 'where the cosine ends, as a share of the peak', low=0, high=1)
@@ -58,8 +54,8 @@ class Config:
     weight_decay: float = opt(1e-2, 'on matrices only', low=0)
     beta2: float = opt(0.98, "AdamW's second moment", low=0, high=0.99999)
     clip: float = opt(2.0, 'largest gradient norm', low=1e-9)
-    eval_every: int = opt(1000, 'steps between evaluations and checkpoints', low=1,
-                          group='running')
+    val_scenes: int = opt(100, 'held-out rooms to evaluate on', low=1)
+    eval_every: int = opt(1000, 'steps between evaluations and checkpoints', low=1)
     log_every: int = opt(50, 'steps between log lines', low=1)
     out: str = opt('out/mini-vggt', 'folder for everything that is written')
     seed: int = opt(0, 'of weights and data', low=0)
@@ -67,6 +63,13 @@ class Config:
     dtype: str = opt('auto', 'auto | float32 | bfloat16 (autocast)',
                      choices=('auto', 'float32', 'bfloat16'))
     resume: bool = opt(False, 'continue from <out>/checkpoint')
+
+
+@dataclass(frozen=True)
+class Config(LoopConfig):
+    num_rooms: int = opt(1600, 'rooms that are kept in memory', low=1, group='mini VGGT')
+    new_rooms: float = opt(2.0, 'how many of them are replaced at each step', low=0)
+    init: str = opt('', 'a mini VGGT to begin with: the lessons with two views are left out')
 
 
 # -----------------------------------------------------------------------------
@@ -292,16 +295,49 @@ def export(vggt, path, config, metrics, command):
     save_file(state, path, dict(metadata, command=command))
 
 
-def save_checkpoint(model, optimizers, step, config, dtype, metrics):
-    def save_model(folder):
-        state = {name: x.detach().cpu().contiguous() for name, x in model.state_dict().items()}
-        save_file(state, os.path.join(folder, 'trainer.safetensors'))
-    folder = os.path.join(config.out, 'checkpoint')
-    write_checkpoint(folder, step, optimizers, config, dtype, metrics, save_model)
+def fit(name, config, first, optimizers, parameters, losses_of, evaluate, save):
+    """The loop that both minis share. -> metrics of the last evaluation
+
+    `losses_of(step)` -> losses, with 'loss'; `evaluate()` -> metrics, a line about them;
+    `save(steps done, metrics)` writes a checkpoint.
+    """
+    began, busy, logged, metrics = time.time(), 0.0, first, {}
+    log = open_log(config.out, first, is_main=True)
+    for step in tqdm(range(first, config.steps), name, initial=first, total=config.steps,
+                     leave=False, disable=None):
+        # one step
+        start, share = time.time(), learning_rate(step, config)
+        set_rates(optimizers, share)
+        losses = losses_of(step)
+        losses['loss'].backward()
+        norm = take_step(optimizers, parameters, config.clip)
+        busy += time.time() - start
+
+        # log
+        done = step + 1
+        progress = f'step {done:05d}/{config.steps:05d}'
+        is_evaluated = done == config.steps or done % config.eval_every == 0
+        if step == first or done % config.log_every == 0 or is_evaluated:
+            values = check_finite(losses, norm, done, config)
+            record = dict(step=done, **values, lr=share * config.lr, grad_norm=norm.item(),
+                          step_ms=1e3 * busy / (done - logged), seconds=time.time() - began)
+            log.write(json.dumps(record) + '\n')
+            parts = ' '.join(f'{key} {x:.3f}' for key, x in values.items() if key != 'loss')
+            tqdm.write(f'{progress} | loss {values["loss"]:.4f} {parts} | gnorm '
+                       f'{norm.item():.2f} | {record["step_ms"]:.0f} ms')
+            busy, logged = 0.0, done
+
+        # evaluate and save
+        if is_evaluated:
+            metrics, line = evaluate()
+            tqdm.write(f'{progress} | {line}')
+            log.write(json.dumps(dict(step=done, metrics=metrics)) + '\n')
+            save(done, metrics)
+    tqdm.write(f'\n{name} took {(time.time() - began) / 60:.1f} minutes')
+    return metrics
 
 
 def train(config, command):
-    began = time.time()
     device = pick_device(config.device)
     state = read_state(config)
     dtype, reason = pick_dtype(state['dtype'], device)
@@ -312,7 +348,7 @@ def train(config, command):
     model = MiniVGGTTrainer()
     if config.init:
         load_strictly(model.vggt, VGGT.from_pretrained(config.init).state_dict(), config.init)
-    model.to(device)
+    model.to(device).train()
     optimizers = make_optimizers(model, config, device)
     if config.resume:
         path = os.path.join(state['folder'], 'trainer.safetensors')
@@ -326,51 +362,30 @@ def train(config, command):
     count = sum(p.numel() for p in model.parameters()) / 1e6
     tqdm.write(f'mini VGGT: {config.steps} steps, {count:.2f} M parameters | {device}, {dtype} '
                f'({reason}) | writing to {config.out}/')
-    first = state['step']
-    pool.advance(first, lambda due: tqdm(due, 'rendering rooms', leave=False, disable=None))
-    model.train()
+    pool.advance(state['step'], lambda due: tqdm(due, 'rendering rooms', leave=False, disable=None))
 
-    log = open_log(config.out, first, is_main=True)
-    metrics, busy, logged = state['metrics'], 0.0, first
-    parameters = list(model.parameters())
-    for step in tqdm(range(first, config.steps), 'mini VGGT', initial=first, total=config.steps,
-                     leave=False, disable=None):
-        # one step
-        start, share = time.time(), learning_rate(step, config)
-        set_rates(optimizers, share)
+    def losses_of(step):
         with autocast:
-            losses = model(**make_batch(pool, step, config))
-        losses['loss'].backward()
-        norm = take_step(optimizers, parameters, config.clip)
-        busy += time.time() - start
+            return model(**make_batch(pool, step, config))
 
-        # log
-        done = step + 1
-        is_evaluated = done == config.steps or done % config.eval_every == 0
-        if step == first or done % config.log_every == 0 or is_evaluated:
-            values = check_finite(losses, norm, done, config)
-            record = dict(step=done, **values, lr=share * config.lr, grad_norm=norm.item(),
-                          step_ms=1e3 * busy / (done - logged), seconds=time.time() - began)
-            log.write(json.dumps(record) + '\n')
-            parts = ' '.join(f'{key} {x:.3f}' for key, x in values.items() if key != 'loss')
-            tqdm.write(f'step {done:05d}/{config.steps:05d} | loss {values["loss"]:.4f} {parts} | '
-                       f'gnorm {norm.item():.2f} | {record["step_ms"]:.0f} ms')
-            busy, logged = 0.0, done
+    def evaluate():
+        model.eval()
+        metrics = evaluate_backbone(model.vggt, held_out, config.val_scenes, autocast)
+        model.train()
+        return metrics, backbone_line(metrics)
 
-        # evaluate and save
-        if is_evaluated:
-            model.eval()
-            metrics = evaluate_backbone(model.vggt, held_out, config.val_scenes, autocast)
-            model.train()
-            tqdm.write(f'step {done:05d}/{config.steps:05d} | {backbone_line(metrics)}')
-            log.write(json.dumps(dict(step=done, metrics=metrics)) + '\n')
-            save_checkpoint(model, optimizers, done, config, dtype, metrics)
+    def save(done, metrics):
+        def save_model(folder):
+            state = {name: x.cpu().contiguous() for name, x in model.state_dict().items()}
+            save_file(state, os.path.join(folder, 'trainer.safetensors'))
+        write_checkpoint(config.out, done, optimizers, config, dtype, metrics, save_model)
 
-    # what came of it
+    metrics = fit('mini VGGT', config, state['step'], optimizers, list(model.parameters()),
+                  losses_of, evaluate, save)
     path = os.path.join(config.out, 'mini_vggt.safetensors')
     export(model.vggt, path, config, metrics, command)
-    tqdm.write(f'\n{backbone_table(metrics)}\n{(time.time() - began) / 60:.1f} minutes\n'
-               f'wrote {path}\nnext: python train.py --config small --backbone {path}')
+    tqdm.write(f'{backbone_table(metrics)}\nwrote {path}\n'
+               f'next: python train.py --config small --backbone {path}')
     return metrics
 
 

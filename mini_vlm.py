@@ -4,10 +4,10 @@ Makes weights/mini_vlm/: a real Qwen2.5-VL with small numbers, pre-trained on pi
     python mini_vlm.py                    # for a GPU; --help for the options
     python mini_vlm.py --vlm weights/mini_vlm --batch 4 --steps 1700 --warmup 30     # goes on
 
-It stands in for an open VLM: it sees pictures and reads questions, and it holds no scene. It is
-asked about single pictures and about unrelated pictures in a row. Two things make so small a model
-reason: half of the choices are answered in words, and places in metres are asked for on the way
-(`Sight`). `ground` is how finetune.py begins with such a VLM.
+It stands in for an open VLM: it sees pictures and holds no scene. It is asked about single pictures
+and unrelated pictures in a row. Two things make so small a model reason: half of the choices are
+answered in words, and places in metres are asked for on the way (`Sight`). `ground` is how
+finetune.py begins with such a VLM.
 
 h width of the VLM    T tokens of a conversation    C categories    NAMES names in a question
 """
@@ -19,7 +19,6 @@ import math
 import os
 import re
 import sys
-import time
 from dataclasses import dataclass
 
 import torch
@@ -30,11 +29,12 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from adapter import Chat, SpatialVLM, answer_loss, load_vlm, to_device
-from common import (autocast_on, check_finite, find_file, learning_rate, load_optimizers,
-                    load_strictly, make_optimizers, open_log, opt, parse_options, pick_device,
-                    pick_dtype, read_state, read_weights, run_script, set_rates, step_generator,
-                    take_step, write_checkpoint, write_json)
+from common import (autocast_on, find_file, learning_rate, load_optimizers, load_strictly,
+                    make_optimizers, opt, parse_options, pick_device, pick_dtype, read_state,
+                    read_weights, run_script, set_rates, step_generator, take_step,
+                    write_checkpoint, write_json)
 from measure import held_out_loss
+from mini_vggt import LoopConfig, fit
 from questions import (ANSWER_WORDS, RoomQuestions, as_prompt, as_record, ask, ask_map, ask_order,
                        draw, in_map_frame, in_words, shuffled, to_turns, view_rooms,
                        where_categories_stand)
@@ -42,38 +42,35 @@ from rooms import CATEGORIES, CLASSES, SEEN, K, check_classes
 
 
 @dataclass(frozen=True)
-class Config:
-    vlm: str = opt('', 'a mini VLM to begin with; empty: a new one', group='optimisation')
+class Config(LoopConfig):
+    vlm: str = opt('', 'a mini VLM to begin with; empty: a new one', group='mini VLM')
     batch: int = opt(8, 'rooms a batch, of seven conversations each', low=1)
-    steps: int = opt(6000, 'optimiser steps', low=1)
-    lr: float = opt(2e-3, 'peak learning rate of AdamW', low=0)
-    muon_lr: float = opt(4e-3, "peak rate of Muon for the blocks' matrices", low=0)
-    min_lr: float = opt(0.02, 'where the cosine ends, as a share of the peak', low=0, high=1)
-    warmup: int = opt(100, 'steps of linear warm-up (a tenth of all at most)', low=0)
-    decay_from: float = opt(0.5, 'share of the training before the cosine', low=0, high=1)
-    weight_decay: float = opt(0.01, 'on matrices only', low=0)
-    beta2: float = opt(0.98, "AdamW's second moment", low=0, high=0.99999)
-    clip: float = opt(1.0, 'largest gradient norm', low=1e-9)
-    val_scenes: int = opt(48, 'held-out rooms', low=1, group='running')
-    eval_every: int = opt(2000, 'steps between evaluations and checkpoints', low=1)
-    log_every: int = opt(100, 'steps between log lines', low=1)
-    out: str = opt('out/mini-vlm', 'folder for everything that is written')
-    seed: int = opt(0, 'of weights and data', low=0)
-    device: str = opt('auto', 'auto | cpu | cuda')
-    dtype: str = opt('float32', 'auto | float32 | bfloat16 (autocast)',
-                     choices=('auto', 'float32', 'bfloat16'))
-    resume: bool = opt(False, 'continue from <out>/checkpoint')
+
+
+PRESETS = {'mini': dict(steps=6000, lr=2e-3, muon_lr=4e-3, decay_from=0.5, clip=1.0, val_scenes=48,
+                        eval_every=2000, log_every=100, out='out/mini-vlm', dtype='float32')}
 
 
 # -----------------------------------------------------------------------------
 # questions about single pictures, and about pictures in a row
+
+def list_numbers(name, middles, sizes):
+    """Three questions for a number about the piece `name` in a picture."""
+    width, area = sizes[name]
+    return [('width', f'What is the width of the {name} in the picture, measured in pixels of 640?',
+             None, str(round(640 * width))),
+            ('share', f'What share of the picture is covered by the {name} (in percent)?',
+             None, f'{100 * area:.1f}'),
+            ('from the left', f'How far from the left of the picture is the {name} (in percent)?',
+             None, str(round(100 * middles[name])))]
+
 
 def ask_2d(rooms, room, surface, g):
     """What is there, how many, where in the picture, how large in it; how to read a list of
     options. surface (h, w): ids of cells. -> list of records as questions.ask gives them
     """
     # the pieces that are seen: middle of their columns, width and area, as shares of the picture
-    h, w = surface.shape
+    w = surface.shape[1]
     columns = torch.arange(w).expand_as(surface).float() / w
     members, sizes = {}, {}
     for k in range(K):
@@ -90,34 +87,24 @@ def ask_2d(rooms, room, surface, g):
     found = [('presence', f'Is there a {name} in the picture?', None, 'yes' if there else 'no')]
     if members:
         name = draw(list(members), g)
-        found.append(('count', f'How many {name}(s) are in the picture?', None,
-                      str(len(members[name]))))
-        found.append(('list', 'Which objects are in the picture?', None,
-                      ', '.join(name for name in CATEGORIES if name in members)))
+        count, every = len(members[name]), [name for name in CATEGORIES if name in members]
+        found += [('count', f'How many {name}(s) are in the picture?', None, str(count)),
+                  ('list', 'Which objects are in the picture?', None, ', '.join(every))]
         if len(absent) >= 2:
             options = shuffled([name, *shuffled(absent, g)[:3]], g)
-            found.append(('which', f'Which of these objects ({", ".join(options)}) is in the '
-                          'picture?', options, name))
+            question = f'Which of these objects ({", ".join(options)}) is in the picture?'
+            found.append(('which', question, options, name))
     if unique:
-        name = draw(list(unique), g)
-        thirds = ['left', 'middle', 'right']
-        found.append(('third', f'Is the {name} on the left, in the middle or on the right of the '
-                      'picture?', thirds, thirds[min(2, int(3 * unique[name]))]))
-        name = draw(list(unique), g)
-        width, area = sizes[name]
-        found.append(draw([
-            ('width', f'What is the width of the {name} in the picture, measured in pixels of '
-             '640?', None, str(round(640 * width))),
-            ('share', f'What share of the picture is covered by the {name} (in percent)?', None,
-             f'{100 * area:.1f}'),
-            ('from the left', f'How far from the left of the picture is the {name} (in percent)?',
-             None, str(round(100 * unique[name])))], g))
+        name, thirds = draw(list(unique), g), ['left', 'middle', 'right']
+        question = f'Is the {name} on the left, in the middle or on the right of the picture?'
+        found.append(('third', question, thirds, thirds[min(2, int(3 * unique[name]))]))
+        found.append(draw(list_numbers(draw(list(unique), g), unique, sizes), g))
     pairs = [(a, b) for a, b in itertools.permutations(unique, 2)
              if abs(unique[a] - unique[b]) > 0.08]
     if pairs:
         a, b = draw(pairs, g)
-        found.append(('left or right', f'In the picture, is the {a} to the left or the right of '
-                      f'the {b}?', shuffled(['left', 'right'], g),
+        question = f'In the picture, is the {a} to the left or the right of the {b}?'
+        found.append(('left or right', question, shuffled(['left', 'right'], g),
                       'left' if unique[a] < unique[b] else 'right'))
 
     # how to read a list of options: nothing is seen in the picture, other VLMs know how
@@ -132,18 +119,17 @@ def ask_slides(shown, g, used):
 
     shown: for every picture, the set of categories that it shows. -> list of records
     """
-    first = {}
+    first, found = {}, []
     for name in CATEGORIES:
         views = [i for i, names in enumerate(shown) if name in names]
         if views:
             first.setdefault(views[0], []).append(name)
-    found = []
     if len(first) >= 3:
         found.append(('obj_appearance_order', *ask_order(first, g, used)))
     where = {name: i for i, names in first.items() for name in names}
     for name in shuffled(list(where), g)[:3]:
-        found.append(('picture', f'Which picture is the first with a {name} (1 to {len(shown)})?',
-                      None, str(where[name] + 1)))
+        question = f'Which picture is the first with a {name} (1 to {len(shown)})?'
+        found.append(('picture', question, None, str(where[name] + 1)))
     last = ', '.join(name for name in CATEGORIES if name in shown[-1])
     found.append(('list', 'Which objects are in the last picture?', None, last or 'none'))
     return [as_record(kind, question, options and shuffled(options, g), answer)
@@ -272,9 +258,9 @@ def build_vlm(tokenizer_json, width=128, depth=6, heads=4):
         chat_template=CHAT_TEMPLATE)
     image_processor = Qwen2VLImageProcessorPil(
         patch_size=8, temporal_patch_size=1, merge_size=2, min_pixels=64 * 64, max_pixels=64 * 64)
-    ids = {f'{name}_token_id': tokenizer.convert_tokens_to_ids(f'<|{token}|>') for name, token in
-           (('vision_start', 'vision_start'), ('vision_end', 'vision_end'), ('image', 'image_pad'),
-            ('video', 'video_pad'))}
+    names = 'vision_start', 'vision_end', 'image', 'video'
+    ids = {f'{name}_token_id': tokenizer.convert_tokens_to_ids(token)
+           for name, token in zip(names, SPECIAL[3:7])}
     pad, eos, d = tokenizer.pad_token_id, tokenizer.eos_token_id, width // heads
     rope = dict(rope_type='default', rope_theta=10000.0,
                 mrope_section=[d // 8, d * 3 // 16, d * 3 // 16])
@@ -304,8 +290,7 @@ class Sight(nn.Module):
 
     def __init__(self, width):
         super().__init__()
-        self.tokens = self.reader(width, len(CLASSES) + 3)
-        self.words = self.reader(width, 3)
+        self.tokens, self.words = self.reader(width, len(CLASSES) + 3), self.reader(width, 3)
         self.answers = self.reader(width, 3 * self.NAMES)
 
     @staticmethod
@@ -348,8 +333,7 @@ def load_sight(folder, width):
 
 def save_mini_vlm(vlm, chat, sight, folder, command='', dtype=torch.float16):
     """A folder as transformers writes it, with the Sight beside."""
-    state = {name: x.detach().to(dtype) for name, x in vlm.state_dict().items()
-             if name != 'lm_head.weight'}  # tied to the embeddings
+    state = {name: x.to(dtype) for name, x in vlm.state_dict().items() if name != 'lm_head.weight'}
     vlm.config.made_by = command
     vlm.save_pretrained(folder, state_dict=state)
     chat.save_pretrained(folder)
@@ -395,7 +379,7 @@ def truth_of(items, batch, category_of):
     return dict(seen=torch.cat([item['seen'] for item in items]), words=words, answers=answers)
 
 
-def losses_of(model, batch, latents, sight, truth):
+def losses_on(model, batch, latents, sight, truth):
     """-> {answers, tokens, words, questions}"""
     labels = batch.pop('labels')
     outputs = model(latents=latents, use_cache=False, output_hidden_states=True, **batch)
@@ -425,7 +409,7 @@ def ground(model, chat, latents, batch_of, config, autocast, say):
         truth = {name: x.to(device) for name, x in truth.items()}
         z = latents([item['images'] for item in items])
         with autocast:
-            losses = losses_of(model, to_device(batch, model.vlm, device), z, sight, truth)
+            losses = losses_on(model, to_device(batch, model.vlm, device), z, sight, truth)
         sum(losses.values()).backward()
         take_step(optimizers, model.adapter.parameters(), config.clip)
         done = step + 1
@@ -455,7 +439,6 @@ def start(config):
 
 
 def train(config, command):
-    began = time.time()
     device = pick_device(config.device)
     state = read_state(config)
     dtype, reason = pick_dtype(state['dtype'], device)
@@ -463,9 +446,9 @@ def train(config, command):
     torch.manual_seed(config.seed)
 
     # model and data
-    checkpoint = dataclasses.replace(config, vlm=state['folder'] or config.vlm)
-    model, chat, sight = start(checkpoint)
-    model.requires_grad_(True).to(device)
+    begin_with = dataclasses.replace(config, vlm=state['folder'] or config.vlm)
+    model, chat, sight = start(begin_with)
+    model.requires_grad_(True).to(device).train()
     sight.to(device)
     optimizers = make_optimizers(nn.ModuleList([model, sight]), config, device)
     if config.resume:
@@ -477,65 +460,39 @@ def train(config, command):
     count = sum(p.numel() for p in model.parameters()) / 1e6
     tqdm.write(f'mini VLM: {config.steps} steps, {count:.2f} M parameters | {device}, {dtype} '
                f'({reason}) | writing to {config.out}/')
-    model.train()
 
-    first = state['step']
-    log = open_log(config.out, first, is_main=True)
-    busy, logged, metrics = 0.0, first, state['metrics']
-    for step in tqdm(range(first, config.steps), 'mini VLM', initial=first, total=config.steps,
-                     leave=False, disable=None):
-        # a batch of rooms that were never seen before
-        begin, share = time.time(), learning_rate(step, config)
-        set_rates(optimizers, share)
+    def losses_of(step):
+        # rooms that were never seen before
         items = list(RoomPictures('train', config.seed * 10 ** 6 + step, config.batch))
         batch = chat.batch([chat.encode(item) for item in items])
         truth = truth_of(items, batch, category_of)
         truth = {name: x.to(device) for name, x in truth.items()}
-
-        # one step
         with autocast:
-            losses = losses_of(model, to_device(batch, model.vlm, device), None, sight, truth)
-            losses['loss'] = sum(losses.values())
-        losses['loss'].backward()
-        norm = take_step(optimizers, model.parameters(), config.clip)
-        busy += time.time() - begin
+            losses = losses_on(model, to_device(batch, model.vlm, device), None, sight, truth)
+            return dict(losses, loss=sum(losses.values()))
 
-        # log
-        done = step + 1
-        is_evaluated = done == config.steps or done % config.eval_every == 0
-        if step == first or done % config.log_every == 0 or is_evaluated:
-            values = check_finite(losses, norm, done, config)
-            record = dict(step=done, **values, lr=share * config.lr, grad_norm=norm.item(),
-                          step_ms=1e3 * busy / (done - logged), seconds=time.time() - began)
-            log.write(json.dumps(record) + '\n')
-            parts = ' '.join(f'{key} {x:.3f}' for key, x in values.items() if key != 'loss')
-            tqdm.write(f'step {done:05d}/{config.steps:05d} | loss {values["loss"]:.4f} {parts} | '
-                       f'gnorm {norm.item():.2f} | {record["step_ms"]:.0f} ms')
-            busy, logged = 0.0, done
+    def evaluate():
+        metrics = held_out_loss(model, chat, None, held_out, autocast)
+        return metrics, (f'held-out loss {metrics["loss"]:.4f}, answers right '
+                         f'{metrics["accuracy"]:.3f}')
 
-        # evaluate and save
-        if is_evaluated:
-            metrics = held_out_loss(model, chat, None, held_out, autocast)
-            tqdm.write(f'step {done:05d}/{config.steps:05d} | held-out loss {metrics["loss"]:.4f}, '
-                       f'answers right {metrics["accuracy"]:.3f}')
-            log.write(json.dumps(dict(step=done, metrics=metrics)) + '\n')
-            write_checkpoint(
-                os.path.join(config.out, 'checkpoint'), done, optimizers, config, dtype, metrics,
-                lambda folder: save_mini_vlm(model.vlm, chat, sight, folder, command,
-                                             torch.float32))
+    def save(done, metrics):
+        def save_model(folder):
+            save_mini_vlm(model.vlm, chat, sight, folder, command, torch.float32)
+        write_checkpoint(config.out, done, optimizers, config, dtype, metrics, save_model)
 
-    # what came of it
+    metrics = fit('mini VLM', config, state['step'], optimizers, list(model.parameters()),
+                  losses_of, evaluate, save)
     folder = os.path.join(config.out, 'mini_vlm')
     save_mini_vlm(model.vlm, chat, sight, folder, command)
     for kind, share in metrics['kinds'].items():
         tqdm.write(f'{kind:30s} {100 * share:5.1f} % right')
-    tqdm.write(f'{(time.time() - began) / 60:.1f} minutes\nwrote {folder}/\n'
-               f'next: python finetune.py --config small --vlm {folder}')
+    tqdm.write(f'wrote {folder}/\nnext: python finetune.py --config small --vlm {folder}')
     return metrics
 
 
 def main(argv=None):
-    _, config = parse_options(argv, __doc__, Config, {'mini': {}}, default='mini')
+    _, config = parse_options(argv, __doc__, Config, PRESETS, default='mini')
     train(config, 'python mini_vlm.py ' + ' '.join(sys.argv[1:] if argv is None else argv))
 
 

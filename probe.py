@@ -18,7 +18,7 @@ from tqdm import tqdm
 from common import step_generator
 from data import RoomPool
 from model import MLP
-from psfm import PSFM
+from psfm import untrained_like
 from rooms import CATEGORIES, SEEN, K
 
 PROBED = {'pooled': 'backbone features, one mean a room',
@@ -237,9 +237,7 @@ def fact_scores(answers, truth, fitted, resamples=1000):
 
 def probe_latents(psfm, config, num_rooms, num_held_out, num_views, autocast):
     """-> {'mean': fact_scores, 'pooled ridge': .., 'pooled attentive': .., ...}, see PROBED."""
-    torch.manual_seed(0)
-    untrained = PSFM(psfm.backbone, config).to(psfm.geo_mean.device).eval()
-    untrained.geo_mean, untrained.geo_std = psfm.geo_mean, psfm.geo_std
+    untrained = untrained_like(psfm, config)
     # a seed that no encoder is trained with, and the held-out rooms
     fit_tokens, fit_facts = rooms_to_probe(psfm, untrained, config, 'train', 1_000_000, num_rooms,
                                            num_views, autocast)

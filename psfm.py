@@ -375,6 +375,15 @@ def build_psfm(config, dtype=torch.float32, teacher=None):
     return PSFM(backbone, config, teacher)
 
 
+def untrained_like(psfm, config, seed=0):
+    """A PSFM of the same sizes with the same backbone and statistics that was never trained."""
+    with torch.random.fork_rng(devices=[]):  # the caller's own random numbers go on
+        torch.manual_seed(seed)
+        twin = PSFM(psfm.backbone, config)
+    twin.geo_mean, twin.geo_std = psfm.geo_mean, psfm.geo_std
+    return twin.to(psfm.geo_mean.device).eval()
+
+
 def fingerprint(backbone):
     """Eight hex digits that tell one set of backbone weights from another."""
     token = backbone.aggregator.camera_token.detach().cpu().float()

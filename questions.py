@@ -12,7 +12,6 @@ R rooms    V views    K furniture slots    C categories    g a torch.Generator
 cells (V, K) of one room: how many cells (data.CELL pixels a side) each piece fills in each view
 """
 import collections
-import dataclasses
 import itertools
 import math
 from typing import NamedTuple
@@ -26,7 +25,6 @@ from common import step_generator
 from data import RoomPool
 from model import camera_rays
 from rooms import CATEGORIES, CLASSES, SEEN, K, surface_classes
-
 
 # -----------------------------------------------------------------------------
 # geometry on the floor plan
@@ -99,8 +97,7 @@ class Scene:
         self.unique = {name: pieces[0] for name, pieces in self.members.items()
                        if len(pieces) == 1}
 
-        # {view: categories that it is the first to show}, seen whole or not
-        self.first = {}
+        self.first = {}  # view -> categories that it is the first to show, seen whole or not
         for name in CATEGORIES:
             views = (cells[:, pieces_of[name]].sum(1) >= SEEN).nonzero()[:, 0].tolist()
             if views:
@@ -402,7 +399,7 @@ def ask_map(rooms, room, cells, camera):
 
 
 def as_prompt(record):
-    """The text that follows the pictures: VSI-Bench's own."""
+    """The text that follows the pictures."""
     return prompt('vsibench', record)
 
 
@@ -419,8 +416,7 @@ def to_turns(before, turns):
 # -----------------------------------------------------------------------------
 # data sets
 
-@dataclasses.dataclass
-class Block:
+class Block(NamedTuple):
     """A few rooms as questions need them."""
     start: int                # the number of the first room
     rooms: object             # Rooms

@@ -242,8 +242,7 @@ def save_checkpoint(psfm, optimizers, step, config, dtype, metrics):
                  if not name.startswith(FROZEN)}
         save_file(state, os.path.join(folder, 'model.safetensors'), metadata)
 
-    folder = os.path.join(config.out, 'checkpoint')
-    write_checkpoint(folder, step, optimizers, config, dtype, metrics, save_model)
+    write_checkpoint(config.out, step, optimizers, config, dtype, metrics, save_model)
 
 
 def banner(name, config, psfm, source, held_out, device, dtype, reason):

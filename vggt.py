@@ -53,7 +53,7 @@ class VGGTConfig:
     classes: tuple = ()              # ... and these are the names of its categories
 
 
-NORMS = {'layer': nn.LayerNorm, 'rms': nn.RMSNorm}
+NORMS = {'layer': nn.LayerNorm, 'rms': nn.RMSNorm}    # of queries and keys in global blocks
 
 
 class Views(NamedTuple):
@@ -77,22 +77,14 @@ def resize_positions(positions, grid):
     return positions.flatten(2).transpose(1, 2)  # (1, N, C)
 
 
-class PatchProjection(nn.Module):
-    def __init__(self, patch_size, width):
-        super().__init__()
-        self.proj = nn.Conv2d(3, width, patch_size, patch_size)
-
-    def forward(self, images):
-        return self.proj(images).flatten(2).transpose(1, 2)
-
-
 class DINOv2(nn.Module):
     """ViT with registers (arXiv 2304.07193, 2309.16588). Only its patch tokens leave."""
 
     def __init__(self, config):
         super().__init__()
         C = config.width
-        self.patch_embed = PatchProjection(config.patch_size, C)
+        projection = nn.Conv2d(3, C, config.patch_size, config.patch_size)
+        self.patch_embed = nn.ModuleDict({'proj': projection})
         self.cls_token = nn.Parameter(torch.zeros(1, 1, C))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + config.position_grid ** 2, C))
         self.register_tokens = nn.Parameter(torch.zeros(1, 4, C))
@@ -103,7 +95,8 @@ class DINOv2(nn.Module):
 
     def forward(self, images, grid):
         n = len(images)
-        patches = self.patch_embed(images) + resize_positions(self.pos_embed[:, 1:], grid)
+        patches = self.patch_embed['proj'](images).flatten(2).transpose(1, 2)  # (n, N, C)
+        patches = patches + resize_positions(self.pos_embed[:, 1:], grid)
         cls = self.cls_token + self.pos_embed[:, :1]
         special = torch.cat([cls, self.register_tokens], dim=1).expand(n, -1, -1)
         x = torch.cat([special, patches], dim=1)  # (n, 1 + 4 + N, C)
@@ -157,7 +150,7 @@ class Aggregator(nn.Module):
             nn.ModuleList(Block(C, config.num_heads, NORMS[norm], config.layer_scale, eps=1e-5)
                           for _ in range(config.depth))
             for norm in ('layer', config.global_qk_norm)]
-        for name, value in IMAGE_STATISTICS.items():
+        for name, value in IMAGE_STATISTICS.items():      # on the CPU, even of a model on 'meta'
             value = torch.tensor(value, device='cpu').view(3, 1, 1)
             self.register_buffer(name, value, persistent=False)
 
@@ -188,13 +181,11 @@ class Aggregator(nn.Module):
         special = torch.cat([self.camera_token, self.register_token], 2)  # (1, 2, special, C)
         first, other = special[:, :1], special[:, 1:].expand(-1, V - 1, -1, -1)
         special = torch.cat([first, other], 1).expand(B, -1, -1, -1)  # (B, V, special, C)
-        x = torch.cat([special.to(patches.dtype), patches], 2)  # (B, V, P, C)
-        x = x.flatten(0, 1)  # (B V, P, C)
+        x = torch.cat([special.to(patches.dtype), patches], 2).flatten(0, 1)  # (B V, P, C)
 
         # frame attention sees P tokens of a view, global attention V P tokens of a scene
-        device = x.device
-        in_frame = RoPE2D(grid, self.head_dim, 1, self.num_special, device=device)
-        across = RoPE2D(grid, self.head_dim, V, self.num_special, device=device)
+        in_frame = RoPE2D(grid, self.head_dim, 1, self.num_special, device=x.device)
+        across = RoPE2D(grid, self.head_dim, V, self.num_special, device=x.device)
         context_tokens = None if num_context in (None, V) else num_context * P
 
         depth = len(self.frame_blocks)
@@ -427,10 +418,8 @@ class VGGT(nn.Module):
         return output[:, :, 0].exp(), 1 + output[:, :, 1].exp()
 
     def read_out(self, features, grid):
-        """The mini's frozen heads on features (B, V, N, 2C), true or predicted. -> depth
-
-        (B, V, 2h, 2w) in units of rooms.SCENE_UNIT, class logits (B, V, 2h, 2w, classes).
-        """
+        """The mini's frozen heads on features (B, V, N, 2C), true or predicted.
+        -> depth (B, V, 2h, 2w) in rooms.SCENE_UNITs, class logits (B, V, 2h, 2w, classes)"""
         return self.depth_cells(features, grid)[..., 0].exp(), self.class_cells(features, grid)
 
     @property

@@ -1,17 +1,27 @@
+"""Rooms, photographs, videos, and miniatures of real data sets in exactly their layouts."""
+import os
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import data
-from data import Batches, PhotoFolder, RoomPool, list_pictures, make_source, natural_order, read_picture, step_generator, views_per_scene
-from model import InputError
+from common import InputError, step_generator
+from data import (PICTURES, PhotoFolder, RoomPool, check, extract_frames, find_scenes, list_files,
+                  make_source, natural_order, read_picture, read_video)
 from train import parse_config
 
 
+@pytest.fixture(autouse=True)
+def own_frames(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, 'FRAMES', str(tmp_path / 'frames'))
+
+
 def picture(path, size=(80, 60), mode='RGB', value=None, **options):
-    noise = np.random.RandomState(len(str(path))).randint(0, 255, (size[1], size[0], 3), dtype=np.uint8)
-    image = Image.fromarray(noise if value is None else np.full_like(noise, value))
+    noise = np.random.RandomState(len(str(path)))
+    pixels = noise.randint(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    image = Image.fromarray(pixels if value is None else np.full_like(pixels, value))
     if mode == 'I;16':
         image = Image.fromarray(np.asarray(image.convert('L')).astype(np.uint16) * 200)
     elif mode != 'RGB':
@@ -28,8 +38,10 @@ def make_folder(root, scenes=3, frames=6):
 
 
 def source(root, split='train', **settings):
+    """-> PhotoFolder, the list of what it says"""
     said = []
-    return PhotoFolder(str(root), split, 0, 32, 8, **{'min_views': 3, 'say': said.append, **settings}), said
+    settings = {'min_views': 3, 'say': said.append, **settings}
+    return PhotoFolder(str(root), split, 0, 32, 8, **settings), said
 
 
 # -----------------------------------------------------------------------------
@@ -39,7 +51,7 @@ def test_a_batch_is_a_function_of_its_number():
     a, b = [RoomPool('train', 0, 8, new_rooms=1.5) for _ in range(2)]
     for step in range(7):
         late = a.batch(step, 2, 3)
-    early = b.batch(6, 2, 3)                                      # the window jumps straight to step 6
+    early = b.batch(6, 2, 3)  # the window jumps straight to step 6
     assert all(torch.equal(late[name], early[name]) for name in late)
     assert not torch.equal(a.batch(7, 2, 3)['images'], late['images'])
 
@@ -48,20 +60,28 @@ def test_the_window_moves():
     pool = RoomPool('train', 0, 8, new_rooms=2)
     pool.advance(0)
     first = dict(pool.blocks)
-    pool.advance(4)                                               # eight rooms on: all of them are others
+    pool.advance(4)  # eight rooms on: all of them are others
     assert all(pool.blocks[slot] != first[slot] for slot in first)
 
 
 def test_splits_and_ranks_see_different_rooms():
-    pools = [RoomPool('train', 0, 4), RoomPool('val', 0, 4), RoomPool('train', 0, 4, rank=1, world_size=2), RoomPool('train', 1, 4)]
+    pools = [RoomPool('train', 0, 4), RoomPool('val', 0, 4),
+             RoomPool('train', 0, 4, rank=1, world_size=2), RoomPool('train', 1, 4)]
     images = [pool.render_block(0)[1]['images'] for pool in pools]
-    assert all(not torch.equal(a, b) for i, a in enumerate(images) for b in images[:i])
+    for i in range(len(images)):
+        for j in range(i):
+            assert not torch.equal(images[i], images[j])
 
 
 def test_closest_pairs_are_closer():
     pool = RoomPool('train', 0, 16)
-    turn = lambda batch: torch.einsum('bij,bij->b', batch['extrinsics'][:, 0, :, :3], batch['extrinsics'][:, 1, :, :3]).mean()
-    assert turn(pool.batch(0, 8, 2, neighbours=1, keep_closest=1 / 3)) > turn(pool.batch(0, 8, 2)) + 0.5
+
+    def likeness(batch):
+        first, second = batch['extrinsics'][:, 0, :, :3], batch['extrinsics'][:, 1, :, :3]
+        return (first * second).sum((1, 2)).mean()
+
+    closest = pool.batch(0, 8, 2, neighbours=1, keep_closest=1 / 3)
+    assert likeness(closest) > likeness(pool.batch(0, 8, 2)) + 0.5
 
 
 # -----------------------------------------------------------------------------
@@ -71,13 +91,16 @@ def test_natural_order(tmp_path):
     names = ['10.jpg', '2.jpg', '1.jpg', 'b2.png', 'b10.png', 'a.webp', 'notes.txt', '.hidden.jpg']
     for name in names:
         (tmp_path / name).touch()
-    assert [path.split('/')[-1] for path in list_pictures(tmp_path)] == ['1.jpg', '2.jpg', '10.jpg', 'a.webp', 'b2.png', 'b10.png']
+    (tmp_path / 'folder.jpg').mkdir()
+    assert names_of(list_files(tmp_path, PICTURES)) \
+        == ['1.jpg', '2.jpg', '10.jpg', 'a.webp', 'b2.png', 'b10.png']
     assert sorted(['frame-000010', 'frame-000002'], key=natural_order)[0] == 'frame-000002'
-    assert sorted(['a1', '1a'], key=natural_order)                # numbers and words can be compared
+    assert sorted(['a1', '1a'], key=natural_order)  # numbers and words can be compared
 
 
-@pytest.mark.parametrize('name,mode', [('a.jpg', 'RGB'), ('a.jpg', 'L'), ('a.jpg', 'CMYK'), ('a.png', 'RGBA'), ('a.png', 'P'),
-                                       ('a.png', 'LA'), ('a.png', 'I;16'), ('a.png', '1'), ('a.webp', 'RGB')])
+@pytest.mark.parametrize('name,mode', [
+    ('a.jpg', 'RGB'), ('a.jpg', 'L'), ('a.jpg', 'CMYK'), ('a.png', 'RGBA'), ('a.png', 'P'),
+    ('a.png', 'LA'), ('a.png', 'I;16'), ('a.png', '1'), ('a.webp', 'RGB')])
 def test_every_kind_of_picture(tmp_path, name, mode):
     picture(tmp_path / name, mode=mode)
     array = read_picture(str(tmp_path / name), 32, 8)
@@ -93,9 +116,9 @@ def test_sixteen_bits_keep_their_contrast(tmp_path):
 
 def test_exif_rotation_and_portrait_crop(tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6                                              # the camera was turned: stored lying, shown upright
+    exif[0x0112] = 6  # the camera was turned: stored lying, shown upright
     wide = np.zeros((400, 800, 3), dtype=np.uint8)
-    wide[:, :400] = 255                                           # bright on the left as stored, on top as shown
+    wide[:, :400] = 255  # bright on the left as stored, on top as shown
     Image.fromarray(wide).save(tmp_path / 'a.jpg', exif=exif)
     array = read_picture(str(tmp_path / 'a.jpg'), 32, 8)
     assert array.shape == (32, 32, 3) and array[2].mean() > 240 and array[-3].mean() < 15
@@ -115,9 +138,15 @@ def test_gaps_are_drawn_without_touching_the_settings(tmp_path, monkeypatch):
     for step in range(20):
         photos.batch(step, 2, 4)
     assert photos.gap == (5, 9)
+
     frames = []
+
+    def note(path, *_):
+        frames.append(int(os.path.basename(path)[:-4]))
+        return np.zeros((8, 8, 3), np.uint8)
+
+    monkeypatch.setattr(data, 'read_picture', note)
     photos.scenes = [scene for scene in photos.scenes if len(scene) == 60]
-    monkeypatch.setattr(data, 'read_picture', lambda path, *_: frames.append(int(path.split('/')[-1][:-4])) or np.zeros((8, 8, 3), np.uint8))
     for step in range(40):
         photos.sample(4, step_generator(step))
     gaps = np.diff(np.array(frames).reshape(40, 4))
@@ -126,28 +155,33 @@ def test_gaps_are_drawn_without_touching_the_settings(tmp_path, monkeypatch):
 
 def test_batches_of_photographs(tmp_path):
     photos, said = source(make_folder(tmp_path))
-    batch = photos.batch(3, 2, 4)
-    assert batch['images'].shape == (2, 4, 3, 24, 32) and 0 <= batch['images'].min() and batch['images'].max() <= 1
-    assert torch.equal(batch['images'], source(tmp_path)[0].batch(3, 2, 4)['images'])
-    assert said == [] and photos.batch(0, 1, 99)['images'].shape[1] == 6          # no more views than a scene has
+    images = photos.batch(3, 2, 4)['images']
+    assert images.shape == (2, 4, 3, 24, 32) and 0 <= images.min() and images.max() <= 1
+    assert torch.equal(images, source(tmp_path)[0].batch(3, 2, 4)['images'])
+    assert said == []
+    assert photos.batch(0, 1, 99)['images'].shape[1] == 6  # no more views than a scene has
+
     held_out = source(tmp_path, 'val')[0]
-    assert not {p for s in photos.scenes for p in s} & {p for s in held_out.scenes for p in s}
-    picture(tmp_path / 'scene0' / '3.jpg', size=(80, 40))                         # mixed shapes: cropped to the lowest
-    assert source(tmp_path, gap=(1, 1))[0].batch(0, 8, 5)['images'].shape[-2:] == (16, 32)
+    assert not set(sum(photos.scenes, [])) & set(sum(held_out.scenes, []))
+    picture(tmp_path / 'scene0' / '3.jpg', size=(80, 40))  # mixed shapes: cropped to the lowest
+    mixed = source(tmp_path, gap=(1, 1))[0]
+    assert mixed.batch(0, 8, 5)['images'].shape[-2:] == (16, 32)
 
 
 def test_one_flat_folder_is_one_scene(tmp_path):
     for frame in range(16):
         picture(tmp_path / f'{frame}.jpg')
     train, val = source(tmp_path)[0], source(tmp_path, 'val')[0]
-    assert (len(train.scenes[0]), len(val.scenes[0])) == (12, 4) and 'last 4 pictures' in val.held_out
+    assert (len(train.scenes[0]), len(val.scenes[0])) == (12, 4)
+    assert 'last 4 pictures' in val.held_out
     assert not set(train.scenes[0]) & set(val.scenes[0])
 
 
 def test_few_pictures_cannot_be_held_out_and_it_says_so(tmp_path):
     for frame in range(5):
         picture(tmp_path / f'{frame}.jpg')
-    assert source(tmp_path, 'val')[0].held_out.startswith('nothing, for the one scene has fewer than 12 pictures')
+    held_out = source(tmp_path, 'val')[0].held_out
+    assert held_out.startswith('nothing, for the one scene has fewer than 12 pictures')
 
 
 def test_unchecked_pictures_stop_the_run_by_name(tmp_path, monkeypatch):
@@ -165,30 +199,46 @@ def test_unchecked_pictures_stop_the_run_by_name(tmp_path, monkeypatch):
 def test_short_scenes_are_left_out_by_name(tmp_path):
     make_folder(tmp_path)
     picture(tmp_path / 'lonely' / '0.jpg')
-    photos, said = source(tmp_path)
+    said = source(tmp_path)[1]
     assert said == [f'scene lonely of {tmp_path} is left out: 1 picture, --min-views asks for 3']
 
 
 def test_bad_pictures_are_named_and_left_out(tmp_path):
     make_folder(tmp_path, scenes=1)
     (tmp_path / 'scene0' / '1.jpg').write_text('this is no picture')
-    whole = (tmp_path / 'scene0' / '2.jpg')
+    whole = tmp_path / 'scene0' / '2.jpg'
     picture(whole, size=(400, 300))
     whole.write_bytes(whole.read_bytes()[:3000])
     photos, said = source(tmp_path, min_views=2)
-    assert [path[-5] for path in photos.scenes[0]] == ['0', '3', '4', '5']
+    assert names_of(photos.scenes[0]) == ['0.jpg', '3.jpg', '4.jpg', '5.jpg']
     for step in range(10):
         images = photos.batch(step, 2, 3)['images']
         assert images.shape[:2] == (2, 3)
-        assert all(not torch.equal(images[b, i], images[b, j]) for b in range(2) for i in range(3) for j in range(i))   # no view twice
-    assert len(said) == 2 and '1.jpg cannot be read: not a picture; left out' in sorted(said)[0]
-    assert '2.jpg cannot be read' in sorted(said)[1] and 'truncated' in sorted(said)[1]
+        for b in range(2):  # no view twice
+            for i, j in ((0, 1), (0, 2), (1, 2)):
+                assert not torch.equal(images[b, i], images[b, j])
+    first, second = sorted(said)
+    assert '1.jpg cannot be read: not a picture; left out' in first
+    assert '2.jpg cannot be read' in second and 'truncated' in second
+
+
+def no_picture(root):
+    pass
+
+
+def one_picture(root):
+    picture(root / 'a.jpg')
+
+
+def four_texts(root):
+    for i in range(4):
+        (root / f'{i}.jpg').write_text('text')
 
 
 @pytest.mark.parametrize('make,message', [
-    (lambda root: None, 'no pictures in'),
-    (lambda root: picture(root / 'a.jpg'), 'no scene of .* has the 3 pictures'),
-    (lambda root: [(root / f'{i}.jpg').write_text('text') for i in range(4)], 'no scene of .* has the 3 pictures'),
+    (no_picture, 'no pictures in'),
+    (one_picture, 'no scene of .* has the 3 pictures'),
+    (four_texts, 'no scene of .* has the 3 pictures'),
 ])
 def test_hopeless_folders(tmp_path, make, message):
     make(tmp_path)
@@ -199,14 +249,147 @@ def test_hopeless_folders(tmp_path, make, message):
 def test_missing_folder_and_odd_width():
     with pytest.raises(InputError, match='no folder nowhere'):
         source('nowhere')
+    with pytest.raises(InputError, match='no folder nowhere'):
+        check('nowhere')
     _, config = parse_config(['--config', 'small', '--image-width', '60'])
-    with pytest.raises(InputError, match='--image-width 60 is not a multiple of the patch size 8: take 56 or 64'):
+    message = '--image-width 60 is not a multiple of the patch size 8: take 56 or 64'
+    with pytest.raises(InputError, match=message):
         make_source(config, 'train', 8)
 
 
-def test_one_number_of_views_a_batch():
-    _, config = parse_config(['--config', 'small', '--images-per-batch', '24'])
-    batches = Batches(RoomPool('train', 0, 8), config)
-    shapes = [batches[step]['images'].shape[:2] for step in range(4)]
-    assert all(B == 24 // V for B, V in shapes)
-    assert {views_per_scene(step, 0, 4, 8) for step in range(60)} == {4, 5, 6, 7, 8}
+# -----------------------------------------------------------------------------
+# data sets in their own layouts
+
+def make_scannet(root, lists=True, inside='scans'):
+    """As SensReader exports it, three scenes of twelve frames: unpadded names."""
+    for scene in ('scene0000_00', 'scene0001_00', 'scene0002_00'):
+        for kind in ('color', 'depth', 'pose', 'intrinsic'):
+            (root / inside / scene / kind).mkdir(parents=True)
+        for i in range(12):
+            picture(root / inside / scene / 'color' / f'{i}.jpg', size=(64, 48))
+            (root / inside / scene / 'pose' / f'{i}.txt').write_text('1 0 0 0\n')
+    if lists:
+        (root / 'scannetv2_train.txt').write_text('scene0000_00\nscene0002_00\nscene0009_00\n')
+        (root / 'scannetv2_val.txt').write_text('scene0001_00\n')
+    return root
+
+
+def make_video(path, frames=20, size=(64, 48), rate=10):
+    """Ten frames a second, from black to red."""
+    av = pytest.importorskip('av')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), 'w') as container:
+        stream = container.add_stream('mpeg4', rate=rate)
+        stream.width, stream.height, stream.pix_fmt = *size, 'yuv420p'
+        for i in range(frames):
+            image = Image.new('RGB', size, (12 * i, 0, 0))
+            container.mux(stream.encode(av.VideoFrame.from_image(image)))
+        container.mux(stream.encode(None))
+    return path
+
+
+def names_of(paths):
+    return [os.path.basename(path) for path in paths]
+
+
+@pytest.mark.parametrize('layout,inside', [('ScanNet', 'scans'), ('ScanNet without scans/', '.')])
+def test_scannet(tmp_path, layout, inside):
+    root = make_scannet(tmp_path / 'data', inside=inside)
+    found, scenes, _ = find_scenes(str(root))
+    assert found == layout
+    assert names_of(scenes['scene0000_00']) == [f'{i}.jpg' for i in range(12)]  # 2 before 10
+    train, val = [PhotoFolder(str(root), split, 0, 28, 14, 4) for split in ('train', 'val')]
+    assert len(train.scenes) == 2 and len(val.scenes) == 1
+    assert all('scene0001_00' in path for path in val.scenes[0])
+    assert not any('scene0001_00' in path for path in sum(train.scenes, []))  # never a val scene
+    report = check(str(root))
+    assert '3 scenes, 36 pictures' in report
+    assert 'train list: 3 scenes, 2 of them here; missing: scene0009_00' in report
+
+
+def test_scannet_without_lists(tmp_path):
+    report = check(str(make_scannet(tmp_path / 'data', lists=False)))
+    assert 'no list of the training scenes' in report
+
+
+def test_scannetpp(tmp_path):
+    root = tmp_path / 'pp'
+    for scene in ('0a7cc12c0e', '1ada7a0617', 'ffffffffff'):
+        dslr = root / 'data' / scene / 'dslr'
+        for i in range(5):
+            picture(dslr / 'undistorted_images' / f'DSC{i + 1:05d}.JPG', size=(64, 48))
+        (dslr / 'resized_images').mkdir()
+    (root / 'splits').mkdir()
+    (root / 'splits' / 'nvs_sem_train.txt').write_text('0a7cc12c0e\n')
+    (root / 'splits' / 'nvs_sem_val.txt').write_text('1ada7a0617\n')
+    assert find_scenes(str(root))[0] == 'ScanNet++'
+    train, val = [PhotoFolder(str(root), split, 0, 28, 14, 4) for split in ('train', 'val')]
+    assert len(train.scenes) == len(val.scenes) == 1
+    assert '0a7cc12c0e' in train.scenes[0][0] and '1ada7a0617' in val.scenes[0][0]
+    assert 'on no list, not used: 1 scenes (ffffffffff)' in check(str(root))
+
+
+def test_nothing_of_ours_is_written_into_their_folder(tmp_path):
+    root = make_scannet(tmp_path / 'data', lists=False)
+    videos = tmp_path / 'videos'
+    make_video(videos / 'walk.mp4')
+    make_video(videos / 'other.mp4')
+    before = sorted(path for folder in (root, videos) for path in folder.rglob('*'))
+    for folder in (root, videos):
+        check(str(folder))
+        PhotoFolder(str(folder), 'train', 0, 28, 14, 4).batch(0, 1, 4)
+    assert sorted(path for folder in (root, videos) for path in folder.rglob('*')) == before
+    assert len(list((tmp_path / 'frames').iterdir())) == 2  # of two videos, once each
+
+
+def test_new_pictures_are_found(tmp_path):
+    root = make_scannet(tmp_path / 'data', lists=False)
+    assert len(find_scenes(str(root))[1]['scene0000_00']) == 12
+    picture(root / 'scans' / 'scene0000_00' / 'color' / '12.jpg')
+    assert len(find_scenes(str(root))[1]['scene0000_00']) == 13
+
+
+def test_broken_pictures_are_reported(tmp_path):
+    root = make_scannet(tmp_path / 'data', lists=False)
+    (root / 'scans' / 'scene0000_00' / 'color' / '0.jpg').write_bytes(b'no picture')
+    assert 'unreadable: 1 of' in check(str(root))
+
+
+def test_check_prints_the_report(tmp_path, capsys):
+    data.main(['check', str(make_folder(tmp_path / 'photos'))])
+    said = capsys.readouterr().out
+    assert 'layout folders, 3 scenes, 18 pictures (6 to 6 a scene, median 6)' in said
+    assert 'sizes: 80 x 60 (9 of those looked at)' in said and 'unreadable: 0 of 9' in said
+
+
+# -----------------------------------------------------------------------------
+# videos
+
+def test_videos(tmp_path):
+    path = str(make_video(tmp_path / 'v' / 'walk.mp4'))
+    frames = read_video(path, 5)
+    first, last = frames[0].getpixel((30, 20))[0], frames[-1].getpixel((30, 20))[0]
+    assert len(frames) == 5 and first < 20 < 200 < last
+    make_video(tmp_path / 'v' / 'other.mp4')
+    layout, scenes, _ = find_scenes(str(tmp_path / 'v'))
+    assert layout == 'videos'
+    assert [len(pictures) for pictures in scenes.values()] == [4, 4]  # two seconds, two a second
+    photos = PhotoFolder(str(tmp_path / 'v'), 'train', 0, 28, 14, 4)
+    assert photos.batch(0, 1, 4)['images'].shape == (1, 4, 3, 14, 28)
+
+
+def test_another_video_under_the_same_name_has_other_frames(tmp_path):
+    path = make_video(tmp_path / 'walk.mp4')
+    folder = extract_frames(str(path))
+    assert extract_frames(str(path)) == folder
+    make_video(path, frames=30)
+    other = extract_frames(str(path))
+    assert other != folder
+    assert [len(list_files(x, PICTURES)) for x in (folder, other)] == [4, 6]
+
+
+def test_truncated_video(tmp_path):
+    path = make_video(tmp_path / 'walk.mp4')
+    path.write_bytes(path.read_bytes()[:len(path.read_bytes()) // 2])
+    with pytest.raises(InputError, match='walk.mp4'):
+        read_video(str(path), 5)

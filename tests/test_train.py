@@ -1,32 +1,38 @@
-"""The scripts as a user runs them: in a process of their own for bad input, in this one for numbers."""
+"""train.py as a user runs it, and that what he gives wrong is one clear sentence."""
+import contextlib
 import dataclasses
+import importlib
+import io
 import json
 import os
-import re
 import resource
-import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageColor
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import bench
 import finetune
+import mini_vggt
+import mini_vlm
 import train
-from model import InputError, read_weights
+from common import InputError, autocast_on, parse_options, read_weights, run_script
+from data import RoomPool, make_source
+from draw import draw_field, field_rows
 from psfm import load_psfm
 from test_data import make_folder, picture
 from test_psfm import MASK, make_psfm
 from train import PRESETS, Config, learning_rate, main, make_optimizers, parse_config
 
 ROOT = Path(__file__).parent.parent
-TINY = ['--width', '32', '--num-heads', '2', '--encoder-depth', '1', '--decoder-depth', '1', '--num-latents', '4', '--num-rooms', '8',
-        '--val-scenes', '4', '--images-per-batch', '8', '--steps', '4', '--eval-every', '2', '--log-every', '1', '--device', 'cpu', '--dtype', 'float32']
+TINY = ('--width 32 --num-heads 2 --encoder-depth 1 --decoder-depth 1 --num-latents 4 '
+        '--num-rooms 8 --val-scenes 4 --images-per-batch 8 --steps 4 --eval-every 2 '
+        '--log-every 1 --device cpu --dtype float32').split()
 
 
 @pytest.fixture(autouse=True)
@@ -35,12 +41,36 @@ def at_home(monkeypatch):
 
 
 def losses(out):
-    return [(record['step'], record['loss'], record['grad_norm']) for record in map(json.loads, (Path(out) / 'log.jsonl').read_text().splitlines()) if 'loss' in record]
+    """-> [(step, loss, gradient norm)] of a run's log"""
+    records = map(json.loads, (Path(out) / 'log.jsonl').read_text().splitlines())
+    return [(record['step'], record['loss'], record['grad_norm'])
+            for record in records if 'loss' in record]
+
+
+def evaluations(out):
+    """-> steps at which a run was evaluated"""
+    records = map(json.loads, (Path(out) / 'log.jsonl').read_text().splitlines())
+    return [record['step'] for record in records if 'metrics' in record]
+
+
+def stop_at_the_first_checkpoint(*arguments):
+    """A run that ends as if the machine had gone down right after its first checkpoint."""
+    save = train.save_checkpoint
+
+    def save_and_stop(*args):
+        save(*args)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, 'save_checkpoint', save_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            main(list(arguments))
 
 
 def run(*arguments, **options):
     """A script in its own process. -> (exit code, everything printed)"""
-    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300, **options)
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True,
+                          timeout=300, **options)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -56,62 +86,105 @@ def test_learning_rate_is_a_function_of_the_step():
 
 def test_same_seed_same_losses_and_resume_continues_them(tmp_path):
     whole, again, parts = [str(tmp_path / name) for name in ('whole', 'again', 'parts')]
-    main(['--config', 'small', *TINY, '--out', whole])
-    main(['--config', 'small', *TINY, '--out', again])
-    assert losses(whole) == losses(again) and len(losses(whole)) == 4
-    # stopped after two of four steps: the cosine is that of four, as it would be if the machine had gone down
-    with pytest.MonkeyPatch.context() as patch:
-        save = train.save_checkpoint
+    main([*TINY, '--out', whole])
+    main([*TINY, '--out', again])
+    assert losses(whole) == losses(again)
+    assert [step for step, *_ in losses(whole)] == [1, 2, 3, 4]
 
-        def stop(*args):
-            save(*args)
-            raise KeyboardInterrupt
-        patch.setattr(train, 'save_checkpoint', stop)
-        with pytest.raises(KeyboardInterrupt):
-            main(['--config', 'small', *TINY, '--out', parts])
-    main(['--config', 'small', *TINY, '--out', parts, '--resume'])
+    # the cosine is that of four steps, of which two are taken
+    stop_at_the_first_checkpoint(*TINY, '--out', parts)
+    main([*TINY, '--out', parts, '--resume'])
     assert losses(parts) == losses(whole)
-    evaluations = [line for line in (Path(parts) / 'log.jsonl').read_text().splitlines() if 'metrics' in line]
-    assert [json.loads(line)['step'] for line in evaluations] == [2, 4]
-    main(['--config', 'small', *TINY, '--out', again, '--seed', '1'])
+    assert evaluations(parts) == [2, 4]
+    main([*TINY, '--out', again, '--seed', '1'])
     assert losses(again)[0] != losses(whole)[0]
 
 
+def test_resume_in_bf16_with_a_pool_that_moves_on(tmp_path):
+    """Rooms are rendered in the training, in the evaluation and after --resume: always alike."""
+    options = [*TINY, '--num-rooms', '16', '--steps', '8', '--eval-every', '4',
+               '--dtype', 'bfloat16']
+    whole, parts = str(tmp_path / 'whole'), str(tmp_path / 'parts')
+    main([*options, '--out', whole])
+    stop_at_the_first_checkpoint(*options, '--out', parts)
+    assert [step for step, *_ in losses(parts)] == [1, 2, 3, 4]
+    main([*options, '--out', parts, '--resume'])
+    assert losses(parts) == losses(whole) and evaluations(parts) == [4, 8]
+
+
 def test_a_run_leaves_what_it_promises(tmp_path):
-    main(['--config', 'small', *TINY, '--out', str(tmp_path), '--steps', '2'])
+    main([*TINY, '--out', str(tmp_path), '--steps', '2'])
+    assert {path.name for path in tmp_path.iterdir()} \
+        == {'config.json', 'log.jsonl', 'metrics.json', 'field.png', 'curve.png', 'checkpoint'}
     metrics = json.loads((tmp_path / 'metrics.json').read_text())
     for name in ('psfm', 'mean', 'position', 'nearest', 'shuffled', 'camera', 'context'):
         assert metrics[name].keys() == {'cos', 'centred_cos', 'r2'}
     assert metrics['position']['r2'] > 0.05 > abs(metrics['mean']['r2'])
+    read_out = metrics['read_out']
+    assert read_out.keys() == {'true', 'psfm', 'camera', 'shuffled'}
+    assert read_out['true']['class_accuracy'] > read_out['psfm']['class_accuracy']
     assert json.loads((tmp_path / 'config.json').read_text())['width'] == 32
-    assert metrics['read_out'].keys() == {'true', 'psfm', 'camera', 'shuffled'}
-    assert metrics['read_out']['true']['class_accuracy'] > metrics['read_out']['psfm']['class_accuracy']
-    picture = Image.open(tmp_path / 'field.png')
-    assert picture.width > 500 and len(picture.getcolors(1 << 24)) > 1000
-    assert not any(name.startswith('backbone.') for name in load_file(tmp_path / 'checkpoint' / 'model.safetensors'))
+    weights = load_file(tmp_path / 'checkpoint' / 'model.safetensors')
+    assert not any(name.startswith('backbone.') for name in weights)
+
+    # what to look at
+    field = Image.open(tmp_path / 'field.png')
+    assert field.width > 500 and len(field.getcolors(1 << 24)) > 1000
+    colors = {color for _, color in Image.open(tmp_path / 'curve.png').getcolors(1 << 24)}
+    for curve in ('black', 'firebrick', 'grey', 'steelblue'):
+        assert ImageColor.getrgb(curve) in colors, curve
+
+    # the same, measured anew
     code, said = run('eval.py', 'field', '--run', str(tmp_path), '--device', 'cpu')
-    assert code == 0 and 'from the average latents' in said and 'rooms that training never shows' in said
+    assert code == 0 and 'from the average latents' in said
+    assert 'rooms that training never shows' in said
     again = json.loads((tmp_path / 'metrics.json').read_text())
     assert again['psfm']['r2'] == pytest.approx(metrics['psfm']['r2'], abs=1e-3)
     assert 'seconds' in again
 
 
 def test_given_cameras_separate_context_and_a_probe_train_too(tmp_path):
-    main(['--config', 'small', *TINY, '--out', str(tmp_path), '--cameras', 'given', '--context', 'separate', '--depth-probe',
-          '--no-standardised', '--steps', '1', '--accumulate', '2'])
+    main([*TINY, '--out', str(tmp_path), '--cameras', 'given', '--context', 'separate',
+          '--depth-probe', '--no-standardised', '--steps', '1', '--accumulate', '2'])
     assert (tmp_path / 'field.png').is_file()
 
 
 def test_photographs_of_mixed_kinds_train(tmp_path, capsys):
     root = make_folder(tmp_path / 'photos', scenes=3, frames=6)
-    for name, mode in [('6.png', 'RGBA'), ('7.png', 'I;16'), ('8.jpg', 'CMYK'), ('9.webp', 'RGB')]:
+    kinds = [('6.png', 'RGBA'), ('7.png', 'I;16'), ('8.jpg', 'CMYK'), ('9.webp', 'RGB')]
+    for name, mode in kinds:
         picture(root / 'scene0' / name, size=(90, 50), mode=mode)
     (root / 'scene1' / '1.jpg').write_text('no picture')
-    main(['--config', 'small', *TINY, '--out', str(tmp_path / 'out'), '--data', str(root), '--workers', '0', '--steps', '2'])
+    main([*TINY, '--out', str(tmp_path / 'out'), '--data', str(root), '--workers', '0',
+          '--steps', '2'])
     said = capsys.readouterr().out
     assert '2 scenes to train on' in said and 'held out: scene scene2' in said
     assert (tmp_path / 'out' / 'field.png').is_file()
     assert 'read_out' not in json.loads((tmp_path / 'out' / 'metrics.json').read_text())
+
+
+def test_of_photographs_the_depth_probe_is_drawn(tmp_path):
+    root = make_folder(tmp_path / 'photos')
+    main([*TINY, '--out', str(tmp_path), '--data', str(root), '--workers', '0', '--steps', '1',
+          '--depth-probe'])
+    psfm, config = load_psfm(tmp_path)
+    held_out = make_source(config, 'val', 8)
+    autocast = autocast_on(torch.device('cpu'), torch.float32)
+    rows = field_rows(psfm, held_out, config, autocast, 1)[0]
+    depth = [tiles for title, tiles in rows if title.startswith('depth')]
+    assert len(depth) == 2 and all(tiles.std() > 0 for tiles in depth)
+    psfm.depth_probe = None
+    draw_field(psfm, held_out, config, autocast, tmp_path / 'without.png')
+    assert Image.open(tmp_path / 'field.png').height > Image.open(tmp_path / 'without.png').height
+
+
+def test_one_number_of_views_a_batch():
+    _, config = train.parse_config(['--images-per-batch', '24'])
+    batches = train.Batches(RoomPool('train', 0, 8), config)
+    for step in range(4):
+        B, V = batches[step]['images'].shape[:2]
+        assert B == 24 // V
+    assert {train.views_per_scene(step, 0, 4, 8) for step in range(60)} == {4, 5, 6, 7, 8}
 
 
 def test_mini_vggt_trains_and_exports(tmp_path, monkeypatch):
@@ -156,16 +229,23 @@ def test_muon_is_torchs_muon_but_for_its_precision():
 
 def test_init_begins_with_the_weights_of_another_run(tmp_path):
     first, second = tmp_path / 'first', tmp_path / 'second'
-    main(['--config', 'small', *TINY, '--out', str(first)])
+    main([*TINY, '--out', str(first)])
     weights = first / 'checkpoint' / 'model.safetensors'
-    main(['--config', 'small', *TINY, '--out', str(second), '--init', str(weights), '--seed', '3', '--steps', '1', '--lr', '0', '--muon-lr', '0'])
-    before, after = load_file(weights), load_file(second / 'checkpoint' / 'model.safetensors')
-    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-    psfm, config = load_psfm(weights)                                 # a file of weights is as good as its run's folder
+    main([*TINY, '--out', str(second), '--init', str(weights), '--seed', '3', '--steps', '1',
+          '--lr', '0', '--muon-lr', '0'])
+    before = load_file(weights)
+    after = load_file(second / 'checkpoint' / 'model.safetensors')
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+    # a file of weights is as good as its run's folder
+    psfm, config = load_psfm(weights)
     assert config.width == 32 and torch.equal(psfm.encoder.queries, before['encoder.queries'])
-    refuse('README.md is not a safetensors file', *TINY, '--init', 'README.md', '--out', str(second))
-    refuse('holds the checkpoint of a run (psfm), not a VGGT', *TINY, '--backbone', str(weights), '--out', str(second))
-    refuse('does not fit this PSFM: other shapes for', *TINY, '--width', '64', '--init', str(weights), '--out', str(second))
+    options = [*TINY, '--out', str(second)]
+    refuse('README.md is not a safetensors file', *options, '--init', 'README.md')
+    refuse('holds the checkpoint of a PSFM run, not a VGGT', *options, '--backbone', str(weights))
+    refuse('does not fit this PSFM: other shapes for', *options, '--width', '64',
+           '--init', str(weights))
 
 
 def test_init_of_the_mini_vggt_skips_the_lessons_with_two_views(tmp_path):
@@ -180,108 +260,116 @@ def test_init_of_the_mini_vggt_skips_the_lessons_with_two_views(tmp_path):
     assert views(Config(task='mini-vggt', steps=1000, init='x')) == {3, 4, 5, 6}
 
 
-def test_latents_are_not_read_beside_another_backbone(tmp_path, monkeypatch):
-    main(['--config', 'small', *TINY, '--out', str(tmp_path), '--steps', '1'])
+def test_latents_are_not_read_beside_another_backbone(tmp_path):
+    main([*TINY, '--out', str(tmp_path), '--steps', '1'])
     state, metadata = read_weights(ROOT / 'weights' / 'mini_vggt.safetensors')
-    save_file({**state, 'aggregator.camera_token': state['aggregator.camera_token'] + 1}, tmp_path / 'other.safetensors', metadata)
-    folder = tmp_path / 'checkpoint' / 'model.safetensors'
-    ours, settings = read_weights(folder)
-    changed = {**json.loads(settings['config']), 'backbone': str(tmp_path / 'other.safetensors')}
-    save_file(ours, folder, {**settings, 'config': json.dumps(changed)})
+    state['aggregator.camera_token'] = state['aggregator.camera_token'] + 1
+    other = tmp_path / 'other.safetensors'
+    save_file(state, other, metadata)
+    path = tmp_path / 'checkpoint' / 'model.safetensors'
+    ours, settings = read_weights(path)
+    changed = dict(json.loads(settings['config']), backbone=str(other))
+    save_file(ours, path, dict(settings, config=json.dumps(changed)))
     with pytest.raises(InputError, match='was trained on another backbone'):
         load_psfm(tmp_path)
 
 
 def test_without_latents_the_decoder_knows_the_camera_alone(tmp_path):
-    main(['--config', 'small', *TINY, '--out', str(tmp_path), '--num-latents', '0', '--steps', '2'])
+    main([*TINY, '--out', str(tmp_path), '--num-latents', '0', '--steps', '2'])
     metrics = json.loads((tmp_path / 'metrics.json').read_text())
     assert metrics['psfm'] == metrics['shuffled'] == metrics['camera']
     assert load_psfm(tmp_path)[0].latents(torch.rand(1, 2, 3, 64, 64)).shape == (1, 0, 32)
 
 
+def pictures_of(rank):
+    generator = torch.Generator().manual_seed(rank)
+    return torch.rand(2, 4, 3, 16, 24, generator=generator)
+
+
 def average_gradient(rank, folder):
     """One process of two: its own rooms, one backward pass through DDP."""
     torch.manual_seed(0)
-    torch.distributed.init_process_group('gloo', init_method=f'file://{folder}/rendezvous', rank=rank, world_size=2)
+    rendezvous = f'file://{folder}/rendezvous'
+    torch.distributed.init_process_group('gloo', init_method=rendezvous, rank=rank, world_size=2)
     psfm = make_psfm()
-    images = torch.rand(2, 4, 3, 16, 24, generator=torch.Generator().manual_seed(rank))
     ddp = torch.nn.parallel.DistributedDataParallel(psfm)
-    ddp(images=images, view_mask=MASK)['loss'].backward()
-    torch.save({name: p.grad for name, p in psfm.named_parameters() if p.requires_grad}, f'{folder}/{rank}.pt')
+    ddp(images=pictures_of(rank), view_mask=MASK)['loss'].backward()
+    gradients = {name: p.grad for name, p in psfm.named_parameters() if p.requires_grad}
+    torch.save(gradients, f'{folder}/{rank}.pt')
 
 
 def test_two_processes_average_their_gradients(tmp_path):
     torch.multiprocessing.spawn(average_gradient, (str(tmp_path),), nprocs=2)
     psfm = make_psfm()
     for rank in range(2):
-        images = torch.rand(2, 4, 3, 16, 24, generator=torch.Generator().manual_seed(rank))
-        (psfm(images=images, view_mask=MASK)['loss'] / 2).backward()
+        (psfm(images=pictures_of(rank), view_mask=MASK)['loss'] / 2).backward()
     one, two = [torch.load(tmp_path / f'{rank}.pt') for rank in range(2)]
-    for name, parameter in psfm.named_parameters():
-        if parameter.requires_grad:
-            assert torch.equal(one[name], two[name]) and torch.allclose(one[name], parameter.grad, rtol=1e-3, atol=1e-4), name
+    for name, p in psfm.named_parameters():
+        if p.requires_grad:
+            assert torch.equal(one[name], two[name]), name
+            assert torch.allclose(one[name], p.grad, rtol=1e-3, atol=1e-4), name
 
 
 def test_two_processes_train_together(tmp_path):
-    code, said = run('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', 'train.py', '--config', 'small', *TINY,
-                     '--out', str(tmp_path), '--steps', '2', env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    code, said = run('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2',
+                     'train.py', *TINY, '--out', str(tmp_path), '--steps', '2',
+                     env={**os.environ, 'OMP_NUM_THREADS': '1'})
     assert code == 0, said
-    assert said.count('step 00000/00002') == 1 and (tmp_path / 'field.png').is_file()
-
-
-def test_bench_ends_with_json():
-    code, said = run('bench.py', '--images', '8', '--repeats', '1', '--device', 'cpu')
-    assert code == 0, said
-    report = json.loads(said.strip().splitlines()[-1])
-    assert {'patch embed', 'frame blocks', 'global blocks', 'camera head', 'encoder', 'decoder', 'head and loss', 'backward'} \
-        == report['runs'][0]['parts'].keys()
-    assert report['runs'][0]['render_share'] < 0.5
-
-    # what is predicted from shapes alone is what was counted while computing
-    predicted = bench.predict('small', dataclasses.replace(Config(**PRESETS['small']), images_per_batch=8), 6)
-    for part in ('patch embed', 'camera head', 'encoder', 'decoder'):
-        assert predicted['flops'][part] == report['runs'][0]['parts'][part]['flops'], part
-    assert predicted['trained'] == 1_427_328 - 2 * 256 and predicted['kept_gb'] > 0
+    assert said.count('step 00001/00002') == 1 and (tmp_path / 'field.png').is_file()
 
 
 # -----------------------------------------------------------------------------
 # bad input: one clear sentence, no traceback
 
-def test_commands_of_the_readme_are_understood(monkeypatch):
-    """Every `train.py` and `finetune.py` command on that page has options that exist; every script named there is a file."""
-    lines = [line.split('#')[0].strip() for block in (ROOT / 'README.md').read_text().split('```bash')[1:]
-             for line in block.split('```')[0].splitlines() if line.strip()]
-    commands = [command.split() for line in lines for command in line.split('&&')]
-    assert len(commands) > 8
-    for command in commands:
-        script = next((word for word in command if word.endswith('.py')), None)
-        assert script is None or (ROOT / script).is_file()
-        if script == 'train.py':
-            parse_config(command[command.index(script) + 1:])
-        if script == 'finetune.py':
-            finetune.parse_config(shlex.split(' '.join(command))[command.index(script) + 1:])
+def refusal(call, *arguments):
+    """Runs what must stop with one sentence, as a script would. -> the sentence"""
+    said = io.StringIO()
+    with pytest.raises(SystemExit) as stopped, contextlib.redirect_stderr(said):
+        run_script(lambda: call(list(arguments)))
+    code = stopped.value.code
+    assert code not in (None, 0)
+    said = said.getvalue() + (code if isinstance(code, str) else '')
+    sentence, = [line for line in said.splitlines() if line.startswith('error: ')]
+    return sentence
 
 
-def test_line_counts_of_the_readme():
-    rows = re.findall(r'^\| `(\w+\.py)` \| (\d+) \|', (ROOT / 'README.md').read_text(), re.M)
-    assert len(rows) == 11
-    for name, promised in rows:
-        assert len((ROOT / name).read_text().splitlines()) == pytest.approx(int(promised), rel=0.05), name
+def refuse(message, *arguments, script='train.py'):
+    assert message in refusal(importlib.import_module(Path(script).stem).main, *arguments)
 
 
-def test_bench_knows_every_preset(monkeypatch):
-    import bench
-    for name in ('small', 'medium', 'base'):
-        monkeypatch.setattr(bench, 'VGGT', lambda config: (_ for _ in ()).throw(InputError('reached the model')))
-        with pytest.raises(InputError, match='reached the model'):
-            bench.main(['--config', name, '--device', 'cpu'])
+@pytest.mark.parametrize('script', ['train.py', 'finetune.py', 'eval.py'])
+def test_a_script_stops_with_one_sentence_and_no_traceback(script):
+    for arguments in (['--widht', '3'], ['field', '--run', 'nowhere']):
+        code, said = run(script, *arguments)
+        assert code != 0 and 'Traceback' not in said, said
+        assert len([line for line in said.splitlines() if line.startswith('error: ')]) == 1, said
 
 
-def refuse(message, *arguments, script='train.py', **options):
-    code, said = run(script, *arguments, **options)
-    assert code != 0 and 'Traceback' not in said, said
-    assert message in said, said
-    assert len([line for line in said.splitlines() if line.startswith('error: ')]) == 1
+def mini(Config):
+    return lambda argv: parse_options(argv, '', Config, {'mini': {}}, default='mini')
+
+
+PARSERS = {
+    'train': (train.Config, train.parse_config),
+    'finetune': (finetune.Config, finetune.parse_config),
+    'mini_vggt': (mini_vggt.Config, mini(mini_vggt.Config)),
+    'mini_vlm': (mini_vlm.Config, mini(mini_vlm.Config)),
+}
+NUMBERS = [(script, field.name) for script, (Config, _) in PARSERS.items()
+           for field in dataclasses.fields(Config) if field.type in (int, float)]
+
+
+@pytest.mark.parametrize('script,name', NUMBERS)
+def test_every_number_has_a_range(script, name):
+    Config, parse = PARSERS[script]
+    field, = [field for field in dataclasses.fields(Config) if field.name == name]
+    low, high = field.metadata['low'], field.metadata['high']
+    assert low is not None
+    bad = [low - 1, 'nan', 'inf', '-inf'] + ([] if high is None else [high + 1])
+    option = '--' + name.replace('_', '-')
+    for value in bad:
+        sentence = refusal(parse, f'{option}={value}')
+        assert option in sentence and str(value) in sentence
 
 
 @pytest.mark.parametrize('arguments,message', [
@@ -290,39 +378,45 @@ def refuse(message, *arguments, script='train.py', **options):
     (['--steps', 'many'], "argument --steps: invalid int value: 'many'"),
     (['--steps', '0'], '--steps must be at least 1, not 0'),
     (['--context', 'both'], '--context takes asymmetric or separate, not both'),
-    (['--mask-ratio', '1'], '--mask-ratio 1.0 must lie between 0 and 1'),
-    (['--image-width', '60'], '--image-width 60 is not a multiple of the patch size 8: take 56 or 64'),
+    (['--mask-ratio', '1'], '--mask-ratio must be at most 0.99, not 1.0'),
+    (['--image-width', '60'], '--image-width 60 is not a multiple of the patch size 8: take 56 or'),
     (['--width', '100', '--num-heads', '3'], 'a head needs a multiple of 8 channels'),
-    (['--num-latents', '-1'], '--num-latents -1 must be 0 or more'),
+    (['--num-latents', '-1'], '--num-latents must be at least 0, not -1'),
     (['--max-views', '9'], '--max-views 9: a room has 8 views'),
-    (['--device', 'gpu'], '--device gpu: torch knows no such device'),
-    (['--min-gap', '5', '--max-gap', '2'], 'gaps in this order'),
-    (['--config', 'mini-vggt', '--data', 'photos'], 'mini-vggt learns from rooms alone'),
-    (['--device', 'cuda'], '--device cuda: torch sees no CUDA GPU here'),
+    (['--min-views', '6', '--max-views', '5'], '--min-views 6 --max-views 5: the wrong order'),
+    (['--device', 'gpu'], '--device gpu cannot be used here; take auto, cpu'),
+    (['--min-gap', '5', '--max-gap', '2'], '--min-gap 5 --max-gap 2: the wrong order'),
+    (['--device', 'cuda'], '--device cuda cannot be used here; take auto, cpu'),
     (['--data', 'nowhere'], 'no folder nowhere'),
     (['--data', 'photos', '--cameras', 'given'], 'only rooms come with cameras'),
     (['--config', 'base'], 'base trains on your own pictures: --data FOLDER'),
     (['--backbone', 'weights/none.safetensors'], 'no weights at weights/none.safetensors'),
 ])
 def test_bad_options(arguments, message, tmp_path):
-    if '--device' in arguments and torch.cuda.is_available():
+    if 'cuda' in arguments and torch.cuda.is_available():
         pytest.skip('there is a GPU')
     refuse(message, *arguments, '--out', str(tmp_path / 'out'))
 
 
 def test_bad_backbone_file(tmp_path):
+    options = '--out', str(tmp_path / 'out'), '--backbone'
     (tmp_path / 'broken.safetensors').write_text('not weights')
-    refuse('is not a safetensors file', '--backbone', str(tmp_path / 'broken.safetensors'), '--out', str(tmp_path / 'out'))
-    save_file({'something.else': torch.zeros(1)}, tmp_path / 'other.safetensors', {'config': '{"heads": ["camera"], "width": 64, "num_heads": 2, "depth": 1, "patch_embed": "conv", "patch_size": 8}'})
-    refuse('unexpected something.else', '--backbone', str(tmp_path / 'other.safetensors'), '--out', str(tmp_path / 'out'))
+    refuse('is not a safetensors file', *options, str(tmp_path / 'broken.safetensors'))
+    config = dict(heads=['camera'], width=64, num_heads=2, depth=1, patch_embed='conv',
+                  patch_size=8)
+    save_file({'something.else': torch.zeros(1)}, tmp_path / 'other.safetensors',
+              dict(config=json.dumps(config)))
+    refuse('unexpected something.else', *options, str(tmp_path / 'other.safetensors'))
 
 
 def test_bad_checkpoints(tmp_path):
     out = str(tmp_path / 'out')
-    refuse(f'--resume: no checkpoint at {out}/checkpoint', *TINY, '--out', out, '--resume')
+    resume = [*TINY, '--out', out, '--resume']
+    refuse(f'--resume: no checkpoint in {out}', *resume)
     refuse(f'no checkpoint in {out}: train first', 'field', '--run', out, script='eval.py')
-    main(['--config', 'small', *TINY, '--out', out, '--steps', '1'])
-    refuse('was trained with another configuration (width 32 there, 64 here)', *TINY, '--out', out, '--resume', '--width', '64')
+    main([*TINY, '--out', out, '--steps', '1'])
+    refuse('was trained with another configuration (width 32 there, 64 here)', *resume,
+           '--width', '64')
 
 
 def test_unwritable_output(tmp_path):
@@ -331,21 +425,26 @@ def test_unwritable_output(tmp_path):
 
 
 def test_broken_numbers_never_replace_a_checkpoint():
-    fine, broken = torch.tensor(1.0), torch.tensor(float('nan'))
-    assert train.check_finite({'loss': fine}, fine, 3, 'there') == {'loss': 1.0}
+    fine, broken, config = torch.tensor(1.0), torch.tensor(float('nan')), SimpleNamespace(out='x')
+    assert train.check_finite({'loss': fine}, fine, 3, config) == {'loss': 1.0}
     for loss, norm in ((broken, fine), (fine, broken)):
-        with pytest.raises(InputError, match='at step 3'):
-            train.check_finite({'loss': loss}, norm, 3, 'there')
+        with pytest.raises(InputError, match='at step 3: .* in x/checkpoint'):
+            train.check_finite({'loss': loss}, norm, 3, config)
 
 
 def test_no_room_on_the_disk_keeps_what_was_saved(tmp_path):
-    """File sizes are limited to less than a checkpoint's, which is what a full disk looks like from here."""
+    """File sizes are limited to less than a checkpoint's: from here, that is a full disk."""
+    def limit_files():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+
     out = tmp_path / 'out'
-    main(['--config', 'small', *TINY, '--out', str(out), '--steps', '2'])
+    main([*TINY, '--out', str(out), '--steps', '2'])
     before = (out / 'checkpoint' / 'state.json').read_text()
     command = ['train.py', *TINY, '--out', str(out), '--steps', '4', '--resume']
-    code, said = run(*command, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)))
+    code, said = run(*command, preexec_fn=limit_files)
     assert code == 1 and 'Traceback' not in said, said
-    assert 'error: could not write the checkpoint of step 4' in said and 'make room and continue with --resume' in said
+    assert 'error: could not write the checkpoint of step 4' in said
+    assert 'make room, then --resume' in said
     assert (out / 'checkpoint' / 'state.json').read_text() == before
-    assert run(*command)[0] == 0 and '"step": 4' in (out / 'checkpoint' / 'state.json').read_text()
+    assert run(*command)[0] == 0
+    assert '"step": 4' in (out / 'checkpoint' / 'state.json').read_text()
