@@ -7,13 +7,13 @@ cross-attention, and what comes back is added through a gate:
 
     g = MLP(z)                                  latents, at the VLM's width
     a = LayerNorm(attention(q=x, k=g, v=g))     x: the image tokens of one sample
-    x + MLP(a) * sigmoid(Linear(a))             the last layer starts at zero: step 0 is the VLM
+    x + MLP(a) * sigmoid(Linear(a))             the MLP's last layer starts at 0: step 0 is the VLM
 
 No model file is copied: every image-text model of transformers 5 computes its image tokens in one
-method, `get_image_features`, and `SpatialVLM` stands behind it. `Chat` lays conversations out as
+method, `get_image_features`, and `SpatialVLM` wraps it. `Chat` lays conversations out as
 the VLM reads them; `SceneLatents` computes the latents of a scene once.
 
-    n image tokens of a sample    h width of the VLM    L latents of a scene, D their width
+    n image tokens of a sample    h width of the VLM    L latents (Q in model.py), D their width
     T tokens of a sample          nh heads of the adapter
 """
 import functools
@@ -98,7 +98,7 @@ class SpatialVLM(nn.Module):
         super().__init__()
         self.vlm, self.adapter = vlm, adapter
         self.latents = self.counts = None  # of the call under way: see `expect`
-        self.image_tokens = None  # of the last call, as the language model read them
+        self.image_tokens = None  # of the last call, as the LLM read them (for mini_vlm.ground)
         vlm.model.get_image_features = self.with_latents(vlm.model.get_image_features)
 
     def with_latents(self, plain):
@@ -112,24 +112,25 @@ class SpatialVLM(nn.Module):
             if self.latents is not None:
                 rows = self.fuse(rows)
                 lengths = [len(part) for part in tokens]
-                same = rows.view(tokens.shape) if is_tensor else rows.split(lengths)
-                outputs.pooler_output = same
+                new_tokens = rows.view(tokens.shape) if is_tensor else rows.split(lengths)
+                outputs.pooler_output = new_tokens
             self.image_tokens = rows
             return outputs
         return get_image_features
 
     def fuse(self, rows):
-        """All image tokens of the batch, (all, h): those of a sample meet its own latents only."""
+        """All image tokens of the batch, (all, h): a sample's tokens meet its own latents only."""
+        # differs from the release, which is only correct with one sample per GPU
         if len(rows) != sum(self.counts):
             raise InputError(f'{len(rows)} image tokens for {sum(self.counts)} placeholders: with '
-                             'latents, give one sequence a sample and all its images')
+                             'latents, pass one sequence per sample, with all its images')
         fused = []
         for x, z in zip(rows.split(self.counts), self.latents):
             fused.append(self.adapter(x, z) if z is not None and len(x) else x)
         return torch.cat(fused)
 
     def expect(self, input_ids, latents):
-        """Remembers, for the call that follows, the latents and the image tokens of each sample."""
+        """Sets the latents and image-token counts of the next call; `latents` None clears them."""
         self.latents = self.counts = None
         if latents is None or self.adapter is None:
             return
@@ -148,8 +149,7 @@ class SpatialVLM(nn.Module):
             self.expect(input_ids, None)
         if self.training and self.adapter is not None:
             # DDP waits for every gradient: a batch without pictures gives the adapter zeros
-            nothing = 0 * sum(p.sum() for p in self.adapter.parameters())
-            outputs.logits = outputs.logits + nothing
+            outputs.logits = outputs.logits + 0 * sum(p.sum() for p in self.adapter.parameters())
         return outputs
 
     @torch.no_grad()
@@ -210,7 +210,7 @@ def to_device(batch, vlm, device):
 # conversations, as the VLM reads them
 
 class Chat:
-    """Conversations about pictures -> token ids, labels and pixels, for the Qwen2-VL kind (2.5, 3).
+    """Conversations about pictures -> token ids, labels, pixels, for the Qwen2-VL family (2.5, 3).
 
     An item is a dict: `images`, a list of PIL images, and `conversations`, a list of {'from':
     'human' | 'gpt', 'value': text}, in which every <image> stands for the next of the images.
@@ -223,7 +223,7 @@ class Chat:
     def __init__(self, tokenizer, image_processor, max_pixels=None):
         self.tokenizer, self.image_processor = tokenizer, image_processor
         self.image_token_id = tokenizer.convert_tokens_to_ids('<|image_pad|>')
-        self.sizes, own = {}, image_processor.size
+        self.sizes, own = {}, image_processor.size  # its "edges" are numbers of pixels
         if max_pixels and max_pixels < own['longest_edge']:
             edges = dict(shortest_edge=min(max_pixels, own['shortest_edge']),
                          longest_edge=max_pixels)
@@ -244,11 +244,11 @@ class Chat:
 
     @functools.lru_cache(maxsize=1024)
     def layout(self, shape):
-        """What the chat template puts around the texts of a conversation.
+        """The chat template's text around the texts of a conversation (cached: templates are slow).
 
-        `shape`: for every turn its role and the number of texts that its images part it into.
-        -> for every turn, the pieces before, between and after its texts. A question's last piece
-        ends where its answer begins, so that no token straddles the two.
+        `shape`: per turn, (role, k), where its images split its text into k parts. -> per turn, the
+        k + 1 pieces that go around those k parts. A question's last piece ends where its answer
+        begins, so that no token straddles the two.
         """
         mark, chunks, done = '\ue000', [], ''
         turns = [(role, '<image>'.join([mark] * parts)) for role, parts in shape]
@@ -277,7 +277,7 @@ class Chat:
             new = self.tokenizer(text, add_special_tokens=False).input_ids
             ids += new
             end = 0
-            if role == 'assistant':  # what follows the end of the turn is not the answer's
+            if role == 'assistant':  # learned up to the end-of-turn token; the rest is template
                 end = len(new) - new[::-1].index(self.tokenizer.eos_token_id)
             labels += new[:end] + [-100] * (len(new) - end)
         if not item['images']:
@@ -297,7 +297,7 @@ class Chat:
         return dict(input_ids=all_ids, labels=all_labels, **pixels)
 
     def batch(self, items, left=False):
-        """Encoded items -> tensors, padded at the right, or at the `left` to be continued."""
+        """Encoded items -> tensors, padded on the right, or on the `left` for generation."""
         longest = max(len(item['input_ids']) for item in items)
 
         def pad(row, value):
@@ -327,7 +327,7 @@ class Chat:
 def load_vlm(source, dtype=torch.float32, max_pixels=None, leave=()):
     """A folder or a hub id of transformers -> (vlm, Chat). Strict.
 
-    Weights whose names hold one of `leave` may be left over.
+    Unexpected weights whose names contain one of `leave` are ignored; lm_head may be tied.
     """
     from transformers import AutoModelForImageTextToText, AutoTokenizer
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -349,14 +349,14 @@ def load_vlm(source, dtype=torch.float32, max_pixels=None, leave=()):
                          f'unexpected {some(strange)}')
     if not vlm.config.model_type.startswith(('qwen2', 'qwen3')):
         raise InputError(f'{source} is a {type(vlm).__name__}, whose pictures Chat cannot lay out: '
-                         'it speaks to the Qwen2-VL kind (Qwen2.5-VL, Qwen3-VL)')
+                         'it supports the Qwen2-VL family (Qwen2.5-VL, Qwen3-VL)')
     return vlm, Chat(tokenizer, image_processor, max_pixels)
 
 
 def save_spatial_vlm(model, chat, folder, settings, with_vlm, state=None):
     """-> folder/{spatial_vlm.json, adapter.safetensors, lora.safetensors, vlm/}.
 
-    settings: a dict with `vlm` (what to load where it was not trained), `latents`, `encoder`,
+    settings: a dict with `vlm` (the base VLM; 'vlm': our sub-folder), `latents`, `encoder`,
     `lora_rank`. `state`: the model's whole state, where the model itself is sharded.
     """
     os.makedirs(folder, exist_ok=True)
@@ -391,7 +391,7 @@ def load_spatial_vlm(folder, dtype=torch.float32, max_pixels=None):
         load_strictly(vlm, {**vlm.state_dict(), **read_weights(path)[0]}, path)
     adapter = None
     if settings['latents'] != 'none':
-        # after the VLM, because transformers initialises anew what its own files lack
+        # differs from the release: built after the VLM, whose loading would re-initialise it
         adapter = build_adapter(vlm, settings['latent_width'])
         path = os.path.join(folder, 'adapter.safetensors')
         load_strictly(adapter, read_weights(path)[0], path)
@@ -411,7 +411,7 @@ class SceneLatents:
           random    z of an encoder of the same sizes that was never trained
           backbone  no encoder: the backbone's features, standardised, mean over 2 x 2 patches
 
-    A file's name is a hash of all weights, the kind, the pictures' size and their pixels: no stale
+    A file's name is a hash of the weights that z depends on, the kind, and the pixels: no stale
     file is ever used. `folder` None: nothing is kept.
     """
 
@@ -491,10 +491,10 @@ class SceneLatents:
             return
         try:
             os.makedirs(os.path.dirname(path), exist_ok=True)
-            temporary = f'{path}.{os.getpid()}'  # of several processes, each its own
+            temporary = f'{path}.{os.getpid()}'  # one per process, so writers never collide
             save_file({'z': z.contiguous()}, temporary)
             os.replace(temporary, path)
         except (OSError, SafetensorError) as error:
-            self.say(f'latents can no longer be kept in {self.folder} ({error}): '
+            self.say(f'latents can no longer be cached in {self.folder} ({error}): '
                      'from here on they are computed anew each time')
             self.folder = None

@@ -6,10 +6,11 @@ Where does the time of a PSFM step go?
     python bench.py --views 4 8 12 --compile
     python bench.py --config base --predict    # nothing is computed: FLOPs and memory of a step
 
-Every part is timed alone, after a warm-up, as the median of several runs. FLOPs are counted, not
-guessed (a multiply-add is two). MFU is TFLOP/s over the device's dense bf16 peak. Below the table
-are ratios measured side by side in this very run: the split attention of the asymmetric pass
-against a dense mask, rendering against the step, fine-tuning with and without latents on disk. The
+Every part is timed alone, after a warm-up, as the median of several runs.
+FLOPs are counted, not guessed (a multiply-add is two). MFU is TFLOP/s over the
+device's dense bf16 peak. Below the table are ratios measured side by side in
+this very run: the split attention of the asymmetric pass against a dense mask,
+rendering against the step, fine-tuning with and without latents on disk. The
 last line is JSON.
 """
 import dataclasses
@@ -109,7 +110,8 @@ def batch_shape(config, V):
 
 def time_parts(psfm, images, clock, autocast):
     """-> list of (part, ms, FLOPs) for one training step on images (B, V, 3, H, W)."""
-    backbone, aggregator = psfm.backbone, psfm.backbone.aggregator
+    backbone = psfm.backbone
+    aggregator = psfm.backbone.aggregator
     (B, V), size, device = images.shape[:2], images.shape[-2:], images.device
     mask, num_context = random_view_mask(B, V, psfm.mask_ratio, device=device)
     rows = []
@@ -185,7 +187,8 @@ def compare_masks(backbone, images, clock, autocast):
 
 def bench_step(psfm, config, V, clock, autocast):
     """Prints the table for V views a scene. -> dict of its numbers"""
-    device, peak = clock.device, peak_flops(clock.device)
+    device = clock.device
+    peak = peak_flops(clock.device)
     B, _, _, height, width = shape = batch_shape(config, V)
     images = torch.rand(shape, device=device)
     if device.type == 'cuda':
@@ -255,7 +258,8 @@ def bench_finetune(clock, autocast):
         for _ in range(3 * clock.repeats):        # the times of the steps differ by a fifth
             times['kept'].append(clock.once(step, kept))
             times['anew'].append(clock.once(step, anew))
-    kept_ms, anew_ms = statistics.median(times['kept']), statistics.median(times['anew'])
+    kept_ms = statistics.median(times['kept'])
+    anew_ms = statistics.median(times['anew'])
     print(f'fine-tuning, {config.batch} rooms a step: latents from disk {kept_ms:.0f} ms, computed '
           f'anew {anew_ms:.0f} ms: {anew_ms / kept_ms:.2f} x as fast')
     return dict(kept_ms=kept_ms, anew_ms=anew_ms)
@@ -268,21 +272,25 @@ UTILISATION = 0.25, 0.40      # shares of an H100's peak that such a step may re
 
 
 def count_step(psfm, config, V):
-    """Tensors that hold no numbers pass through the real code. What the backward pass needs is
-    counted as autograd keeps it, each storage once. -> list of (part, FLOPs, bytes kept)
+    """Tensors that hold no numbers pass through the real code. What the
+    backward pass needs is counted as autograd keeps it, each storage once. ->
+    list of (part, FLOPs, bytes kept)
 
     Attention is counted in fp32, which is what a CPU runs; on a GPU it keeps half of that.
     """
-    backbone, size = psfm.backbone, batch_shape(config, V)[-2:]
+    backbone = psfm.backbone
+    size = batch_shape(config, V)[-2:]
     num_context = max(1, int(V * (1 - config.mask_ratio)))
-    rows, kept = [], {}
+    rows = []
+    kept = {}
 
     def keep(x):
         kept[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
         return x
 
     def part(label, call):
-        flops, memory = counter.get_total_flops(), sum(kept.values())
+        flops = counter.get_total_flops()
+        memory = sum(kept.values())
         result = call()
         rows.append((label, counter.get_total_flops() - flops, sum(kept.values()) - memory))
         return result

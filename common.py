@@ -30,14 +30,13 @@ def run_script(main):
     """Runs `main` and turns every error that is not our bug into one sentence."""
     try:
         main()
-    except BrokenPipeError:
-        # nobody reads our output any more, and Python must not complain about it at exit
+    except BrokenPipeError:           # nobody reads on; Python must not complain at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (InputError, OSError) as error:
         # the error of a data worker arrives with the worker's traceback in front of it
-        sentence = str(error).strip().splitlines()[-1]
-        sys.exit('error: ' + sentence.removeprefix('common.InputError: '))
+        sentence = str(error).split('common.InputError: ')[-1]
+        sys.exit('error: ' + ' '.join(sentence.split()))
     except KeyboardInterrupt:
         print('stopped; --resume continues from the last checkpoint, if any', file=sys.stderr)
         sys.exit(130)
@@ -86,8 +85,8 @@ def check_value(option, value, low=None, high=None, choices=None):
         return
     if not value >= low:  # also true of NaN
         raise InputError(f'{option} must be at least {low}, not {value}')
-    if high is not None and value > high or value == math.inf:
-        raise InputError(f'{option} must be at most {high or "finite"}, not {value}')
+    if value > (sys.float_info.max if high is None else high):
+        raise InputError(f'{option} must be at most {high or "a finite number"}, not {value}')
 
 
 def number(kind, low=None, high=None):
@@ -465,7 +464,8 @@ def load_optimizers(optimizers, folder):
             optimizer.load_state_dict(state)
     except (OSError, RuntimeError, LookupError, ValueError, TypeError, EOFError,
             AttributeError, pickle.UnpicklingError) as error:
-        raise InputError(f'{path} does not hold the optimizers of this run ({error})') from error
+        reason = str(error).split('\n')[0] or type(error).__name__
+        raise InputError(f'{path} does not hold the optimizers of this run ({reason})') from error
 
 
 # -----------------------------------------------------------------------------

@@ -266,7 +266,8 @@ def extract_frames(path, per_second=2, height=518):
         for i, frame in enumerate(read_video(path, 10 ** 6, every=1 / per_second)):
             frame = frame.resize((max(1, frame.width * height // frame.height), height))
             frame.save(os.path.join(unfinished, f'{i:06d}.jpg'), quality=92)
-        os.replace(unfinished, folder)
+        if not os.path.isdir(folder):  # or another process was faster
+            os.replace(unfinished, folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return folder
@@ -366,8 +367,7 @@ class PhotoFolder:
             count = f'{len(pictures)} picture' + 's' * (len(pictures) != 1)
             say(f'scene {name} of {root} is left out: {count}, --min-views asks for {min_views}')
         if not usable:
-            raise InputError(f'no scene of {root} has the {min_views} pictures that --min-views '
-                             'asks for')
+            raise InputError(f'no scene of {root} has the {min_views} pictures of --min-views')
         return usable
 
     def split_by_lists(self, root, scenes, splits, layout):

@@ -1,5 +1,6 @@
 """
-Pictures of what was learned: field.png, curve.png, path.gif and map.png, with PIL alone.
+Pictures of what was learned: field.png, curve.png, path.gif and map.png,
+with PIL alone.
 
     draw_field    pictures, the features that the backbone sees, those that we predict
     draw_curve    loss, R2 and baselines over the steps of a run
@@ -69,7 +70,8 @@ def to_colors(features, basis, grid):
 def draw_swatches(pen, font, x, y, per_row, names=CLASSES, paint=PAINT):
     """The names of the categories beside their colours."""
     for i, (name, colour) in enumerate(zip(names, paint)):
-        left, top = x + i % per_row * 92, y + i // per_row * 20
+        left = x + i % per_row * 92
+        top = y + i // per_row * 20
         pen.rectangle((left, top - 6, left + 12, top + 6), rgb(colour), 'grey')
         pen.text((left + 18, top), name, 'black', font, anchor='lm')
 
@@ -90,8 +92,8 @@ def draw_depth_bar(canvas, pen, font, x, y, height, far, unit):
 def field_rows(psfm, source, config, autocast, num_scenes):
     """-> rows [(title, tiles (B, V, h, w, 3))], R2 (B, V), number of context views, depth's scale.
 
-    Context views come first. One basis of colours serves all samples, so that two samples of one
-    scene look like one scene.
+    Context views come first. One basis of colours serves all samples, so that
+    two samples of one scene look like one scene.
     """
     was_training = psfm.training
     psfm.eval()
@@ -238,8 +240,8 @@ FILM_CONTEXT, FILM_FRAMES = 4, 36
 def make_path(rooms, num_views):
     """A smooth closed path through each room. -> extrinsics (R, V, 3, 4), world-to-camera
 
-    An ellipse at eye height that looks across the room; of a few sizes, the one that is clearest
-    of tall furniture.
+    An ellipse at eye height that looks across the room; of a few sizes, the
+    one that is clearest of tall furniture.
     """
     R, V = len(rooms.size), num_views
     angle = 2 * math.pi * torch.arange(V) / V
@@ -332,8 +334,11 @@ def draw_film(psfm, config, autocast, path, num_rooms=2, tile=112):
 
     titles = ['four context pictures', 'from above', 'a new camera', 'backbone features',
               'predicted from z', 'true depth', 'read off prediction']
-    gap, top, half = 4, 22, tile // 2 - 1
-    on_cpu, film = rooms.to('cpu'), []
+    gap = 4
+    top = 22
+    half = tile // 2 - 1
+    on_cpu = rooms.to('cpu')
+    film = []
     for f in range(FILM_FRAMES):
         canvas, pen, font = blank(len(titles) * (tile + gap), top + num_rooms * (tile + gap), 11)
         for column, title in enumerate(titles):
@@ -359,7 +364,8 @@ def draw_film(psfm, config, autocast, path, num_rooms=2, tile=112):
 def draw_map(truth, answer, width):
     """One map in words, from above: circles where things stand, squares where the VLM says so."""
     canvas, pen, font = blank(width, width, 12)
-    pieces, named = read_map(truth), read_map(answer)
+    pieces = read_map(truth)
+    named = read_map(answer)
     named = [piece for piece in named if piece[0] in FURNITURE]
 
     # everything fits: the scale follows from the farthest place
@@ -394,7 +400,9 @@ def draw_map(truth, answer, width):
 
 def draw_maps(maps, path, count=8, tile=250):
     """Draws maps in words, [(true, the model's)], the first camera at the cross, looking up."""
-    columns, top, maps = 4, 62, maps[:count]
+    columns = 4
+    top = 62
+    maps = maps[:count]
     rows = -(-len(maps) // columns)
     canvas, pen, font = blank(columns * (tile + 6), top + rows * (tile + 6), 12)
     pen.text((8, 14), 'circle: where it stands; square: where the VLM says it stands; number: '
@@ -402,7 +410,8 @@ def draw_maps(maps, path, count=8, tile=250):
              anchor='lm')
     draw_swatches(pen, font, 8, 40, len(FURNITURE), FURNITURE, PAINT[3:])
     for i, (truth, answer) in enumerate(maps):
-        left, y = i % columns * (tile + 6), top + i // columns * (tile + 6)
+        left = i % columns * (tile + 6)
+        y = top + i // columns * (tile + 6)
         canvas.paste(draw_map(truth, answer, tile), (left, y))
     canvas.save(path)
 
@@ -417,9 +426,9 @@ MARKER_COLOURS = {'red': (255, 0, 0), 'green': (0, 255, 0), 'blue': (0, 0, 255),
 def draw_markers(images, spar_info):
     """The points and boxes that SPAR's questions name ("the red point"), on copies of the images.
 
-    spar_info: JSON: <colour>_point [[x, y], ...] and <colour>_bbox [[x0, y0, x1, y1], ...] in
-    thousandths of the image; point_img_idx / bbox_img_idx [[...]]: on which image each of them
-    lies, in the order of the keys.
+    spar_info: JSON: <colour>_point [[x, y], ...] and <colour>_bbox [[x0, y0,
+    x1, y1], ...] in thousandths of the image; point_img_idx / bbox_img_idx
+    [[...]]: on which image each of them lies, in the order of the keys.
     """
     info = json.loads(spar_info) if isinstance(spar_info, str) else spar_info
     images = [image.copy() for image in images]
@@ -429,7 +438,8 @@ def draw_markers(images, spar_info):
                  if name.endswith(f'_{kind}') for mark in marks]
         for i, (colour, mark) in enumerate(marks):
             on = where[i] if i < len(where) and where[i] < len(images) else 0
-            pen, size = ImageDraw.Draw(images[on]), images[on].size
+            pen = ImageDraw.Draw(images[on])
+            size = images[on].size
             x = [value * size[j % 2] / 1000 for j, value in enumerate(mark)]
             paint, width = MARKER_COLOURS.get(colour, (255, 0, 0)), max(2, round(max(size) / 200))
             if kind == 'point':

@@ -122,7 +122,8 @@ OF_NO_MATTER = {'seed', 'out', 'device', 'workers', 'resume', 'log_every', 'eval
 
 def runs(args):
     """A row for each configuration: what it changes from the first one, means over its seeds."""
-    groups, left_out = {}, []
+    groups = {}
+    left_out = []
     for folder in args.folders:
         try:
             config = read_json(os.path.join(folder, 'config.json'))
@@ -171,7 +172,8 @@ def load_answerer(run, device, max_pixels=None):
         raise InputError(f'no folder {run}: fine-tune first (python finetune.py --config small)')
     if is_plain:                                  # a mini VLM that was not fine-tuned
         vlm, chat = load_vlm(run)
-        model, settings = SpatialVLM(vlm), dict(vlm=run, latents='none', num_frames=8)
+        model = SpatialVLM(vlm)
+        settings = dict(vlm=run, latents='none', num_frames=8)
     else:
         model, chat, settings = open_spatial_vlm(checkpoint, max_pixels)
     latents = None
@@ -247,9 +249,11 @@ def ask_shuffled(folder, config, data):
 
 
 def ablate(args):
-    """Fine-tunes every arm with every seed, from the same start, on the same data in the same
-    order. Finished runs are kept. Options that this command does not know are finetune.py's."""
-    data, arms = None, {}
+    """Fine-tunes every arm with every seed, from the same start, on the same
+    data in the same order. Finished runs are kept. Options that this command
+    does not know are finetune.py's."""
+    data = None
+    arms = {}
     for seed in args.seeds:
         for arm in args.arms:
             out = os.path.join(args.out, f'{arm}-{seed}')

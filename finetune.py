@@ -5,9 +5,9 @@ Fine-tunes an open VLM that is given the latents of a scene: Spa3-VLM (Spa3R, ar
     python finetune.py --config small --encoder out/small      # with your own encoder
     torchrun --nproc_per_node 8 finetune.py --config base --data a.jsonl --media media/ --shard
 
-The last is the paper, Qwen2.5-VL-3B. The loss is on the answers' tokens alone. On rooms the adapter
-is first grounded without words (mini_vlm.ground). A scene's latents are computed once and kept in
---cache. Everything goes to out/vlm-<config>/: map.png (of rooms), config.json, log.jsonl,
+The last command is the paper's setup, Qwen2.5-VL-3B. The loss is on the answers' tokens alone. On
+rooms the adapter first learns alone where things are (mini_vlm.ground). A scene's latents are kept
+in --cache. Everything goes to out/vlm-<config>/: map.png (of rooms), config.json, log.jsonl,
 metrics.json, checkpoint/ (`--resume` continues from it).
 """
 import contextlib
@@ -45,7 +45,7 @@ from rooms import check_classes
 @dataclass(frozen=True)
 class Config:
     # what is trained
-    vlm: str = opt('weights/mini_vlm', 'the VLM: a folder, or a hub id of the Qwen2-VL kind',
+    vlm: str = opt('weights/mini_vlm', 'the VLM: a folder, or a hub id, Qwen2-VL family',
                    group='what is trained')
     latents: str = opt('psfm', 'psfm | none (no adapter) | random (untrained encoder) | backbone '
                        '(its features, pooled)', choices=LATENTS)
@@ -55,23 +55,23 @@ class Config:
                      choices=('adapter', 'adapter+llm', 'lora'))
     lora_rank: int = opt(16, 'lora: rank', low=1)
     # data
-    data: str = opt('rooms', 'rooms, or files of conversations with commas between (JSON or JSONL; '
+    data: str = opt('rooms', 'rooms, or comma-separated files of conversations (JSON or JSONL; '
                     'a.json:0.25 takes a quarter)', group='data')
-    media: str = opt('.', "folder that the records' paths start from")
+    media: str = opt('.', "folder that the records' paths are relative to")
     num_frames: int = opt(8, 'frames of a video, at most', low=1)
     max_pixels: int = opt(518 * 518, 'larger pictures are scaled down for the VLM', low=784)
     skip_bad: bool = opt(False, 'leave faulty records out instead of stopping')
     num_rooms: int = opt(3000, 'rooms: how many to train on', low=1)
-    ground_steps: int = opt(0, 'rooms: so many steps first ground the adapter without words, in '
-                            'batches of twice as many rooms', low=0)
-    map_steps: int = opt(0, 'rooms: the first steps ask for the map alone, in such batches', low=0)
+    ground_steps: int = opt(0, 'rooms: steps in which the adapter alone first learns where each '
+                            'image token is, at twice the batch size', low=0)
+    map_steps: int = opt(0, 'rooms: the first steps ask only for the map; twice --batch', low=0)
     val_scenes: int = opt(96, 'held-out rooms, or records', low=1)
     cache: str = opt('out/latents', "folder for the scenes' latents; empty: computed anew")
     workers: int = opt(0, 'processes that read pictures', low=0)
     # optimisation
-    batch: int = opt(8, 'conversations a batch', low=1, group='optimisation')
-    accumulate: int = opt(1, 'batches a step', low=1)
-    steps: int = opt(0, 'optimiser steps; 0: one epoch', low=0)
+    batch: int = opt(8, 'conversations per batch', low=1, group='optimisation')
+    accumulate: int = opt(1, 'batches per step', low=1)
+    steps: int = opt(0, 'optimiser steps; 0: one epoch, after map_steps', low=0)
     lr: float = opt(1e-5, 'peak learning rate of the language model under AdamW', low=0)
     adapter_lr: float = opt(1e-4, 'peak learning rate of the adapter under AdamW', low=0)
     muon_lr: float = opt(0.0, "peak rate of Muon for the matrices of the adapter and the VLM's "
@@ -108,11 +108,11 @@ PRESETS = {
 
 
 def parse_config(argv=None):
-    """Command line -> (name of the preset, Config). The rules between two options are here."""
+    """Command line -> (name of the preset, Config). Checks across options are here."""
     name, config = parse_options(argv, __doc__, Config, PRESETS)
     if not config.out:
         config = dataclasses.replace(config, out=os.path.join('out', f'vlm-{name}'))
-    if config.data != 'rooms':  # only rooms have maps
+    if config.data != 'rooms':  # only rooms have maps and grounding
         config = dataclasses.replace(config, ground_steps=0, map_steps=0)
     if not config.data:
         raise InputError(f'{name} trains on your own files: --data a.json,b.jsonl --media FOLDER')
@@ -120,7 +120,7 @@ def parse_config(argv=None):
         raise InputError(f'--map-steps {config.map_steps} of --steps {config.steps}: questions '
                          'need steps after the maps')
     if config.resume and config.shard:
-        raise InputError('--resume: a sharded run does not keep its optimizers; begin anew, with '
+        raise InputError('--resume: a sharded run does not keep its optimizers; start anew with '
                          '--vlm OUT/checkpoint/vlm')
     if config.latents == 'none' and config.train == 'adapter':
         raise InputError('--latents none --train adapter: without latents there is no adapter, and '
@@ -138,8 +138,8 @@ class Conversations(torch.utils.data.Dataset):
     same one every time). A record: `conversations`, and `image` or `images` (a path or a list) or
     `video` (a file or a folder of frames), paths relative to `media`. <video>, and a single
     <image> before a video, stand for all its frames. `spar_info`: markers to draw on the images.
-    All records are looked at beforehand. A faulty one stops with a sentence that names file and
-    record, or with `skip_bad` is counted and left out.
+    All records are looked at beforehand. A faulty one raises an error that names file and record,
+    or with `skip_bad` is counted and left out.
     """
 
     def __init__(self, files, media, num_frames=8, skip_bad=False, say=print):
@@ -150,7 +150,7 @@ class Conversations(torch.utils.data.Dataset):
             if re.fullmatch(r'.*:[0-9.]+', file):
                 path, _, share = file.rpartition(':')
             if not 0 < float(share) <= 1:
-                raise InputError(f'{file}: the share after the colon lies between 0 and 1')
+                raise InputError(f'{file}: the share after the colon must be between 0 and 1')
             faults, kept = [], []
             for number, record, fault in read_records(path):
                 fault = fault or record_fault(record, media, exists)
@@ -174,8 +174,7 @@ class Conversations(torch.utils.data.Dataset):
         return len(self.records)
 
     def __getitem__(self, i):
-        record = self.records[i]
-        video = record.get('video')
+        record, video = self.records[i], self.records[i].get('video')
         try:
             if video:
                 images = read_video(os.path.join(self.media, video), self.num_frames, every=2.0)
@@ -190,8 +189,8 @@ class Conversations(torch.utils.data.Dataset):
         for turn in record['conversations']:
             text = turn['value']
             if video:                 # VSI-590K writes <image> before videos too
-                every = '<image>' * len(images)
-                text = re.sub(r'<(video|image)>\n?', lambda _: every, text, count=1)
+                frames = '<image>' * len(images)
+                text = re.sub(r'<(video|image)>\n?', lambda _: frames, text, count=1)
             turns.append({'from': turn['from'], 'value': text.replace('<image>\n', '<image>')})
         return dict(images=images, conversations=turns)
 
@@ -264,8 +263,8 @@ def make_data(config, progress=iter, say=print):
     if len(data) <= n:
         raise InputError(f'{config.data}: {len(data)} records, of which --val-scenes {n} are to be '
                          'held out: none would be left')
-    lot = torch.randperm(len(data), generator=step_generator(10)).tolist()
-    return torch.utils.data.Subset(data, lot[n:]), torch.utils.data.Subset(data, lot[:n])
+    order = torch.randperm(len(data), generator=step_generator(10)).tolist()  # at every --seed
+    return torch.utils.data.Subset(data, order[n:]), torch.utils.data.Subset(data, order[:n])
 
 
 @functools.lru_cache(maxsize=4)
@@ -274,9 +273,9 @@ def epoch_order(n, epoch, seed):
 
 
 class Encoded(torch.utils.data.Dataset):
-    """Item `number` is batch `number`: (tensors for the VLM, items), whatever came before it.
-    The batches of the first `map_steps` steps hold the map alone, of twice as many rooms: where
-    things are comes before what follows from it.
+    """Batch `number` -> (tensors for the VLM, items); depends on nothing that came before it.
+    The first `map_steps` steps only ask for the room's map, for twice as many rooms per batch: the
+    model learns where things are before it answers questions about it.
     """
 
     def __init__(self, data, chat, config, rank=0, world_size=1):
@@ -287,7 +286,7 @@ class Encoded(torch.utils.data.Dataset):
     def samples(self, number):
         """Indices of batch `number`: one random order an epoch, dealt out to the processes."""
         B, n, seed = self.config.batch, len(self.data), self.config.seed
-        dealt = self.num_maps * self.world_size * B  # the second half of the rooms of the maps
+        dealt = self.num_maps * self.world_size * B  # map batches take 2 B: skip their other B
         if number < self.num_maps:
             B, dealt = 2 * B, 0
         first = dealt + (number * self.world_size + self.rank) * B
@@ -311,7 +310,7 @@ def build_model(config):
     if config.latents != 'none':
         psfm, encoder_config = open_psfm(config.encoder)
         latents = SceneLatents(config.latents, psfm, encoder_config, config.cache or None)
-        torch.manual_seed(config.seed)  # the same adapter at the start of every arm
+        torch.manual_seed(config.seed)  # the same initial adapter for every kind of latents
         adapter = build_adapter(vlm, latents.width)
     if config.train == 'lora':
         add_lora(vlm, config.lora_rank)
@@ -319,7 +318,7 @@ def build_model(config):
 
 
 def shard_model(model):
-    """FSDP2: every block of the language model gathered in its turn, the rest at the root."""
+    """FSDP2: each block of the language model is gathered when it runs, the rest with the root."""
     from torch.distributed.fsdp import fully_shard
     for layer in model.vlm.model.language_model.layers:
         fully_shard(layer)
@@ -374,9 +373,9 @@ def train(name, config, data=None, held_out=None):
         data, held_out = make_data(config, functools.partial(
             tqdm, desc='rendering rooms', leave=False, disable=None), say)
     model, chat, latents = build_model(config)
-    if config.resume:
+    if config.resume:  # replaces the model just built; `latents` stays
         model, chat, _ = load_spatial_vlm(state['folder'])
-    if config.data == 'rooms' and hasattr(model.vlm.config, 'classes'):
+    if config.data == 'rooms' and hasattr(model.vlm.config, 'classes'):  # a mini VLM
         check_classes(model.vlm.config.classes, config.vlm)
     model.trainable(config.train).to(device)
     if latents:
@@ -391,15 +390,16 @@ def train(name, config, data=None, held_out=None):
     config = dataclasses.replace(config, steps=config.steps or config.map_steps + epoch)
     trained, frozen = [sum(p.numel() for p in model.parameters() if p.requires_grad == is_trained)
                        for is_trained in (True, False)]
-    say(f'{name}: {config.steps} steps of {config.batch * config.accumulate} conversations of '
+    say(f'{name}: {config.steps} steps of {config.batch * config.accumulate} samples per rank of '
         f'{config.data}, {config.vlm} with latents {config.latents}, seed {config.seed}\n'
         f'{trained / 1e6:.2f} M parameters to train ({config.train}), {frozen / 1e6:.2f} M frozen\n'
         f'{device}, {dtype} ({reason}) | writing to {config.out}/')
 
-    # the adapter first, without words
+    # the adapter alone first: where in the room is what each image token shows? (on every rank)
     if config.ground_steps and latents and not config.resume:
-        plan = dataclasses.replace(config, batch=2 * config.batch, map_steps=0)
-        ground(model, chat, latents, Encoded(data, chat, plan).__getitem__, config, autocast, say)
+        doubled = dataclasses.replace(config, batch=2 * config.batch, map_steps=0)
+        batch_of = Encoded(data, chat, doubled).__getitem__
+        ground(model, chat, latents, batch_of, config, autocast, say)
 
     if sharded:
         model = shard_model(model)
@@ -476,7 +476,7 @@ def train(name, config, data=None, held_out=None):
             log.write(json.dumps(dict(step=done, metrics=brief)) + '\n')
             save(model, chat, optimizers, done, config, dtype, brief, is_main, sharded)
 
-    # what came of it
+    # results
     metrics.update(step=config.steps, seconds=time.time() - began,
                    peak_memory_gb=peak_memory(device) / 2 ** 30)
     if is_main:

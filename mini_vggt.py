@@ -1,14 +1,15 @@
 """
-Makes weights/mini_vggt.safetensors: the VGGT class with small numbers, trained on procedural rooms,
-where cameras, depth and categories are known.
+Makes weights/mini_vggt.safetensors: the VGGT class with small numbers,
+trained on procedural rooms, where cameras, depth and categories are known.
 
     python mini_vggt.py                          # 72 minutes on one core; --help for the options
     python mini_vggt.py --init weights/mini_vggt.safetensors --seed 1 --steps 3600 ...
 
-Cameras alone teach too little. Beside them: `match`, which makes patches of different views that
-see the same 3-D point look alike; dense targets; each camera's own stand in the room; and a
-curriculum from two close views to six of any motion. The category loss stands in for what the
-real VGGT inherits from DINOv2. Shapes as in model.py; a cell is 4 x 4 pixels, 2 x 2 a patch.
+Cameras alone teach too little. Beside them: `match`, which makes patches of
+different views that see the same 3-D point look alike; dense targets; each
+camera's own stand in the room; and a curriculum from two close views to six of
+any motion. The category loss stands in for what the real VGGT inherits from
+DINOv2. Shapes as in model.py; a cell is 4 x 4 pixels, 2 x 2 a patch.
 """
 import dataclasses
 import json
@@ -30,7 +31,7 @@ from common import (autocast_on, check_finite, learning_rate, load_optimizers, l
 from data import RoomPool
 from model import (MLP, camera_rays, full_precision, invert_pose, pose_encoding_to_cameras,
                    relative_pose)
-from rooms import CLASSES, SCENE_UNIT, scene_extrinsics
+from rooms import CLASSES, SCENE_UNIT, check_classes, scene_extrinsics
 from vggt import VGGT, CellHead, VGGTConfig
 
 # patch 8, 64 x 64 pixels, 3.7 M parameters. No layer scale: it has to learn in minutes.
@@ -87,8 +88,8 @@ class MiniVGGTTrainer(nn.Module):
         self.gravity_head = nn.Sequential(nn.LayerNorm(dim), MLP(dim, config.width, 6))
         nn.init.normal_(self.vggt.aggregator.camera_token, std=0.3)
         nn.init.normal_(self.vggt.aggregator.register_token, std=0.3)
-        # poses start at the identity: from a random start, the first view's quaternion can settle
-        # half a turn away for good
+        # poses start at the identity: from a random start, the first view's
+        # quaternion can settle half a turn away for good
         last = self.vggt.camera_head.pose_branch.fc2
         nn.init.normal_(last.weight, std=0.002)
         identity = torch.tensor([0, 0, 0, 0, 0, 0, 1.0, 1.4, 1.4])
@@ -96,13 +97,15 @@ class MiniVGGTTrainer(nn.Module):
             last.bias.copy_(identity / config.camera_iterations)
 
     def forward(self, images, depth, classes, extrinsics, intrinsics, match_shift):
-        """A batch of data.RoomPool; `match_shift` in 1 .. V - 1. -> losses, and 'loss', their sum
-        with WEIGHTS."""
-        vggt, size = self.vggt, images.shape[-2:]
+        """A batch of data.RoomPool; `match_shift` in 1 .. V - 1. -> losses,
+        and 'loss', their sum with WEIGHTS."""
+        vggt = self.vggt
+        size = images.shape[-2:]
         truth = self.truth(depth, extrinsics, intrinsics, size)
         patches, grid = vggt.embed(images)
         tokens = vggt.attend(patches, grid)[-1]  # (B, V, P, 2C)
-        features, camera_tokens = vggt.features(tokens), tokens[:, :, 0]
+        features = vggt.features(tokens)
+        camera_tokens = tokens[:, :, 0]
 
         # all heads
         poses = vggt.camera_head(camera_tokens.float())
@@ -155,8 +158,8 @@ class MiniVGGTTrainer(nn.Module):
         focal = intrinsics[..., [1, 0], [1, 0]]  # vertical, horizontal
         field_of_view = 2 * torch.atan(focal.new_tensor(size) / 2 / focal)
 
-        # of each camera by itself: which way is up, how it stands to the walls (a room looks alike
-        # four ways), how high it is
+        # of each camera by itself: which way is up, how it stands to the walls
+        # (a room looks alike four ways), how high it is
         up = room_extrinsics[..., 2]
         yaw = 4 * torch.atan2(room_extrinsics[..., 2, 1], room_extrinsics[..., 2, 0])
         height = invert_pose(room_extrinsics)[..., 2, 3]
@@ -168,10 +171,12 @@ class MiniVGGTTrainer(nn.Module):
     def match_loss(descriptors, points, shift, radius=0.08, temperature=0.07):
         """InfoNCE between each view and the one `shift` further.
 
-        descriptors (B, V, N, 32), points (B, V, N, 3). A patch's positive is the patch of the
-        other view that is nearest in space; those with none within `radius` are left out.
+        descriptors (B, V, N, 32), points (B, V, N, 3). A patch's positive is
+        the patch of the other view that is nearest in space; those with none
+        within `radius` are left out.
         """
-        other, other_points = descriptors.roll(shift, 1), points.roll(shift, 1)
+        other = descriptors.roll(shift, 1)
+        other_points = points.roll(shift, 1)
         distance, match = torch.cdist(points, other_points).min(-1)  # (B, V, N)
         logits = descriptors @ other.transpose(-1, -2) / temperature  # (B, V, N, N)
         loss = F.cross_entropy(logits.flatten(0, 2), match.flatten(), reduction='none')
@@ -204,8 +209,9 @@ def make_batch(pool, step, config):
 # how good it is
 
 def pose_errors(extrinsics, truth):
-    """Over all pairs of views (VGGT, section 4.1): (B, V, 3, 4) twice -> errors of rotation and of
-    the direction of translation, (B, pairs) degrees."""
+    """Over all pairs of views (VGGT, section 4.1): (B, V, 3, 4) twice ->
+    errors of rotation and of the direction of translation, (B, pairs)
+    degrees."""
     V = extrinsics.shape[1]
     i, j = torch.triu_indices(V, V, offset=1, device=extrinsics.device)
     ours = relative_pose(extrinsics[:, j], extrinsics[:, i])
@@ -232,7 +238,8 @@ def evaluate_backbone(vggt, pool, num_scenes, autocast):
     metrics = {}
     for V in (2, 4, 6, 8):
         at_once = 96 // V
-        angles, means = [], []
+        angles = []
+        means = []
         for step in range(max(1, num_scenes // at_once)):
             batch = pool.batch(step, at_once, V)
             with autocast:
@@ -298,15 +305,16 @@ def export(vggt, path, config, metrics, command):
 def fit(name, config, first, optimizers, parameters, losses_of, evaluate, save):
     """The loop that both minis share. -> metrics of the last evaluation
 
-    `losses_of(step)` -> losses, with 'loss'; `evaluate()` -> metrics, a line about them;
-    `save(steps done, metrics)` writes a checkpoint.
+    `losses_of(step)` -> losses, with 'loss'; `evaluate()` -> metrics, a line
+    about them; `save(steps done, metrics)` writes a checkpoint.
     """
     began, busy, logged, metrics = time.time(), 0.0, first, {}
     log = open_log(config.out, first, is_main=True)
     for step in tqdm(range(first, config.steps), name, initial=first, total=config.steps,
                      leave=False, disable=None):
         # one step
-        start, share = time.time(), learning_rate(step, config)
+        start = time.time()
+        share = learning_rate(step, config)
         set_rates(optimizers, share)
         losses = losses_of(step)
         losses['loss'].backward()
@@ -347,7 +355,9 @@ def train(config, command):
     # model and data
     model = MiniVGGTTrainer()
     if config.init:
-        load_strictly(model.vggt, VGGT.from_pretrained(config.init).state_dict(), config.init)
+        begin_with = VGGT.from_pretrained(config.init)
+        check_classes(begin_with.config.classes, config.init)
+        load_strictly(model.vggt, begin_with.state_dict(), config.init)
     model.to(device).train()
     optimizers = make_optimizers(model, config, device)
     if config.resume:

@@ -1,19 +1,20 @@
 """
 Spa3R's encoder: the features of a few context views -> a few latents z.
 
-The first part of this file is what all other networks are built from: camera algebra, 2-D rotary
-positions, multi-head attention, the transformer block. The last part is the encoder of Spa3R
-(arXiv 2602.21186). It reads the frozen backbone's features of the context views together with Q
-learned queries, and keeps the queries.
+The first part of this file is what all other networks are built from: camera
+algebra, 2-D rotary positions, multi-head attention, the transformer block. The
+last part is the encoder of Spa3R (arXiv 2602.21186). It reads the frozen
+backbone's features of the context views together with Q learned queries, and
+keeps the queries.
 
-A *position* is any object with two methods: `rotate(q, k, v)`, applied before attention, and
-`restore(out)`, applied after it. RoPE2D (here) says where a patch is in its image. PRoPE
-(psfm.py) says where it is in space.
+A *position* is any object with two methods: `rotate(q, k, v)`, applied before
+attention, and `restore(out)`, applied after it. RoPE2D (here) says where a
+patch is in its image. PRoPE (psfm.py) says where it is in space.
 
 Shapes, in every file:
-    B scenes    V views    Vc context views    H x W pixels    h x w = N patches a view
-    Q latents   D width    C backbone width    P = special tokens + N, all tokens of a view
-    nh heads    d channels a head
+    B scenes    V views    Vc context views    H x W pixels    h x w = N patches per view
+    Q latents   D width    C backbone width: its features have 2C channels (vggt.py)
+    P = special tokens + N, all tokens of a view    nh heads    d channels per head
 """
 import functools
 
@@ -21,7 +22,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# of ImageNet, which DINO and VGGT expect
+# ImageNet mean and deviation, as DINO and VGGT expect
 IMAGE_STATISTICS = {'mean': [0.485, 0.456, 0.406], 'std': [0.229, 0.224, 0.225]}
 
 
@@ -36,8 +37,9 @@ def full_precision(function):
 
 
 # -----------------------------------------------------------------------------
-# cameras: extrinsics (..., 3, 4) map world to camera, OpenCV axes (x right, y down, z forward);
-# intrinsics (..., 3, 3) are in pixels, pixel i spans [i, i + 1)
+# cameras: extrinsics (..., 3, 4) map world to camera, OpenCV axes (x right, y
+# down, z forward); intrinsics (..., 3, 3) are in pixels, pixel i spans [i, i +
+# 1)
 
 def to_4x4(matrix):
     """(..., 3, 4) -> (..., 4, 4): appends the row 0 0 0 1."""
@@ -56,15 +58,15 @@ def invert_pose(extrinsics):
 
 @full_precision
 def relative_pose(extrinsics, reference):
-    """Extrinsics (..., 3, 4) in the world frame of the camera `reference` (..., 3, 4)."""
+    """The same cameras (..., 3, 4), with the camera `reference` as the new world frame."""
     return (to_4x4(extrinsics) @ to_4x4(invert_pose(reference)))[..., :3, :]
 
 
 def camera_rays(intrinsics, size, grid):
     """Rays through the centers of a `grid` = (h, w) of cells over an image of `size` = (H, W).
 
-    intrinsics (..., 3, 3) -> (..., h w, 3) in the camera's frame, with z = 1: depth * ray is
-    the point that is seen.
+    intrinsics (..., 3, 3) -> (..., h w, 3) in the camera's frame, with z = 1:
+    depth * ray is the point that is seen.
     """
     (H, W), (h, w) = size, grid
     x = (torch.arange(w, device=intrinsics.device) + 0.5) * (W / w)
@@ -80,35 +82,36 @@ def camera_rays(intrinsics, size, grid):
 def quaternion_to_matrix(q):
     """Quaternions (..., 4), scalar last, of any length but zero -> rotations (..., 3, 3)."""
     x, y, z, w = F.normalize(q, dim=-1).unbind(-1)
-    rows = [1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w),
-            2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w),
-            2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)]
-    return torch.stack(rows, -1).unflatten(-1, (3, 3))
+    entries = [1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w),
+               2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w),
+               2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)]
+    return torch.stack(entries, -1).unflatten(-1, (3, 3))
 
 
 def pose_encoding_to_cameras(pose, size):
     """VGGT's nine numbers -> cameras.
 
-    pose (..., 9): translation 3, quaternion 4, vertical and horizontal field of view in radians.
-    `size` = (H, W) pixels. -> extrinsics (..., 3, 4) world-to-camera, intrinsics (..., 3, 3).
+    pose (..., 9): translation 3, quaternion 4, vertical and horizontal field
+    of view in radians. `size` = (H, W) pixels. -> extrinsics (..., 3, 4)
+    world-to-camera, intrinsics (..., 3, 3).
     """
     H, W = size
     rotation = quaternion_to_matrix(pose[..., 3:7])
     extrinsics = torch.cat([rotation, pose[..., :3, None]], dim=-1)
-    # differs from the release: kept off 0 and pi, where the focal length is infinite or zero and
-    # everything after it is NaN
+    # differs from the release: kept off 0 and pi, where the focal length is
+    # infinite or zero and everything after it is NaN
     fov = pose[..., 7:].clamp(0.02, 3.1)
     fy = (H / 2) / (fov[..., 0] / 2).tan()
     fx = (W / 2) / (fov[..., 1] / 2).tan()
     zero, one = torch.zeros_like(fx), torch.ones_like(fx)
-    rows = [fx, zero, one * (W / 2),
-            zero, fy, one * (H / 2),
-            zero, zero, one]
-    return extrinsics, torch.stack(rows, -1).unflatten(-1, (3, 3))
+    entries = [fx, zero, one * (W / 2),
+               zero, fy, one * (H / 2),
+               zero, zero, one]
+    return extrinsics, torch.stack(entries, -1).unflatten(-1, (3, 3))
 
 
 def take_views(x, index):
-    """x (B, V, ...), index (B, K) -> (B, K, ...): its own views for each sample."""
+    """x (B, V, ...), index (B, K) -> (B, K, ...): for sample b its views index[b]."""
     sample = torch.arange(len(x), device=x.device)[:, None]  # (B, 1)
     return x[sample, index]
 
@@ -119,18 +122,19 @@ def take_views(x, index):
 class RoPE2D:
     """2-D rotary positions (RoFormer, arXiv 2104.09864).
 
-    The patch's row turns the first half of a head's channels, its column the second half.
-    Patches count from 1. Special tokens have no place in the image: they sit at 0, where nothing
-    turns. The tables are made once per forward pass and need no GPU sync.
+    The patch's row turns the first half of a head's channels, its column the
+    second half. Patches count from 1. Special tokens have no place in the
+    image: they sit at 0, where nothing turns. The tables are made once per
+    forward pass and need no GPU sync.
     """
 
     def __init__(self, grid, head_dim, num_views=1, special_per_view=0, special_in_front=0,
                  base=100.0, device=None):
-        """Positions of: `special_in_front` tokens, then `num_views` views, each of
-        `special_per_view` tokens and h w patches.
+        """Positions of: `special_in_front` tokens, then `num_views` views,
+        each of `special_per_view` tokens and h w patches.
 
-        VGGT has a camera token and registers in every view. Spa3R's encoder has registers and
-        queries once, in front of all views.
+        VGGT has a camera token and registers in every view. Spa3R's encoder
+        has registers and queries once, in front of all views.
         """
         # the place of every token
         h, w = grid
@@ -143,16 +147,17 @@ class RoPE2D:
         place = F.pad(place, (0, 0, special_in_front, 0))  # (tokens, 2)
 
         # how far each pair of channels turns
-        quarter = torch.arange(0, head_dim // 2, 2, device=device) / (head_dim // 2)
-        frequency = base ** -quarter  # (d/4,)
+        exponent = torch.arange(0, head_dim // 2, 2, device=device) / (head_dim // 2)
+        frequency = base ** -exponent  # (d/4,)
         angle = place[:, :, None] * frequency  # (tokens, 2, d/4)
         angle = torch.cat([angle, angle], dim=-1).flatten(1)  # (tokens, d)
         self.cos, self.sin = angle.cos(), angle.sin()
 
     def turn(self, x):
         """x (B, nh, tokens, d), anticlockwise."""
-        a, b, c, d = x.chunk(4, dim=-1)
-        return x * self.cos + torch.cat([-b, a, -d, c], dim=-1) * self.sin
+        # channel i turns with channel i + d/4, in either half
+        y1, y2, x1, x2 = x.chunk(4, dim=-1)
+        return x * self.cos + torch.cat([-y2, y1, -x2, x1], dim=-1) * self.sin
 
     def rotate(self, q, k, v):
         return self.turn(q), self.turn(k), v
@@ -164,13 +169,14 @@ class RoPE2D:
 # -----------------------------------------------------------------------------
 # transformer
 
-# The compiler cannot size the second slice when the number of views varies. Kernels stay fused.
+# torch.compile cannot size the slice `c:` when the number of views varies. SDPA is fused anyway.
 @torch.compiler.disable
 def split_attention(q, k, v, num_context):
     """Asymmetric attention: context queries see the context's keys, the others see all keys.
 
-    q, k, v (B, nh, tokens, d) with the context's `num_context` tokens first. Two plain calls give
-    the same as a dense mask, keep the fused kernels and need no (tokens x tokens) mask.
+    q, k, v (B, nh, tokens, d) with the context's `num_context` tokens first.
+    Two plain calls give the same as a dense mask, keep the fused kernels and
+    need no (tokens x tokens) mask.
     """
     c = num_context
     context = F.scaled_dot_product_attention(q[:, :, :c], k[:, :, :c], v[:, :, :c])
@@ -179,7 +185,11 @@ def split_attention(q, k, v, num_context):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention. `qk_norm` (nn.LayerNorm, nn.RMSNorm or None) is per head."""
+    """Multi-head self-attention.
+
+    `qk_norm` (nn.LayerNorm, nn.RMSNorm or None) normalises the d channels of
+    each head's queries and keys; the heads share its weights.
+    """
 
     def __init__(self, dim, num_heads, qk_norm=None):
         super().__init__()
@@ -192,21 +202,22 @@ class Attention(nn.Module):
     def forward(self, x, position=None, num_context=None):
         """x (B, tokens, dim) -> the same shape.
 
-        `num_context`: the first so many tokens see only each other (split_attention).
+        The first `num_context` tokens attend only to each other (split_attention).
         """
         B, tokens, dim = x.shape
         qkv = self.qkv(x).view(B, tokens, 3, self.num_heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (B, nh, tokens, d)
 
-        # Norms and rotations are done in fp32. The kernel gets the dtype that it is fast in: v's
-        # on a GPU, fp32 on a CPU, where the fused backward of bf16 is up to six times slower.
+        # Norms and rotations are done in fp32. The kernel gets the dtype that
+        # it is fast in: v's on a GPU, fp32 on a CPU, where the fused backward
+        # of bf16 is up to six times slower.
         dtype = torch.float32 if x.device.type == 'cpu' else v.dtype
         if self.q_norm is not None:
             q, k = self.q_norm(q.float()), self.k_norm(k.float())
         if position is not None:
             q, k, v = position.rotate(q, k, v)
 
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):  # it would cast q, k, v back to bf16
             q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
             if num_context is None:
                 out = F.scaled_dot_product_attention(q, k, v)
@@ -258,7 +269,7 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Blocks with register tokens in front (arXiv 2309.16588) and a final norm.
 
-    The registers stay inside: they are added at the entry and dropped at the exit.
+    The registers are added on entry and dropped before returning.
     """
 
     def __init__(self, dim, depth, num_heads, num_registers=4):
@@ -304,7 +315,7 @@ def cast_matrices(model, dtype):
 
 def compile_blocks(model):
     """torch.compile, block by block: the layers of a stack share the code, at any view count."""
-    # one code object serves six kinds of stacks, with and without gradients
+    # several kinds of stacks share this code, with and without gradients
     torch._dynamo.config.recompile_limit = 64
     for module in model.modules():
         if isinstance(module, Block):
@@ -317,9 +328,11 @@ def compile_blocks(model):
 class Encoder(nn.Module):
     """Features of the context views (B, Vc, N, 2C) -> latents z (B, Q, D).
 
-    Learned queries and all context patches go through one transformer together. What the queries
-    hold at the end is z. A patch knows its place in its image (RoPE), but not which view it is
-    from: views form a set, and any number of them will do.
+    Learned queries and all context patches go through one transformer
+    together. What the queries hold at the end is z. A patch knows its place in
+    its image (RoPE), but not which view it is from: views are an unordered set
+    of any size. Cameras are not needed: the backbone's features already tell
+    where their view is, in the first view's frame.
     """
 
     def __init__(self, in_dim, dim, depth, num_heads, num_latents, num_registers=4):
@@ -332,7 +345,7 @@ class Encoder(nn.Module):
         nn.init.trunc_normal_(self.queries, std=0.02)
 
     def forward(self, features, grid):
-        """`grid` = (h, w) are the patches of a view, h w = N."""
+        """`grid` = (h, w): patches per view, h w = N."""
         B, Vc = features.shape[:2]
         Q = len(self.queries)
         patches = self.projection(features).flatten(1, 2)  # (B, Vc N, D)

@@ -1,10 +1,13 @@
 """
-What does z know? Simple probes that read facts of a room off the latents of its views.
+What does z know? Simple probes that read facts of a room off the latents
+of its views.
 
-A field can be good and its code useless. For every fact there is a ridge regression on the
-flattened tokens, and a small attentive probe (a learned query per fact). Both are fitted on rooms
-that the encoder never met and asked about rooms that neither met, and both are also given what z
-should be better than: the backbone's features as one mean, and the latents of an untrained encoder.
+A field can be good and its code useless. For every fact there is a ridge
+regression on the flattened tokens, and a small attentive probe (a learned
+query per fact). Both are fitted on rooms that the encoder never met and asked
+about rooms that neither met, and both are also given what z should be better
+than: the backbone's features as one mean, and the latents of an untrained
+encoder.
 
 n rooms    m held-out rooms    L tokens a room    C channels of a token
 """
@@ -93,10 +96,14 @@ def rooms_to_probe(psfm, untrained, config, split, seed, num_rooms, num_views, a
 
 def ridge_probe(x, y, x_test):
     """x (n, d), y (n, facts) with NaN where a fact is not defined, x_test (m, d) -> (m, facts)."""
-    x, x_test, y = x.double(), x_test.double(), y.double()
-    mean, scale = x.mean(0), (x.std(0) + 1e-6) * x.shape[1] ** 0.5
+    x = x.double()
+    x_test = x_test.double()
+    y = y.double()
+    mean = x.mean(0)
+    scale = (x.std(0) + 1e-6) * x.shape[1] ** 0.5
     x, x_test = (x - mean) / scale, (x_test - mean) / scale
-    kernel, cross = x @ x.T, x_test @ x.T  # (n, n), (m, n)
+    kernel = x @ x.T  # (n, n)
+    cross = x_test @ x.T
     answers = torch.empty(len(x_test), y.shape[1], dtype=torch.float64)
 
     # facts that are defined in the same rooms are solved together
@@ -113,13 +120,15 @@ def ridge_probe(x, y, x_test):
 def kernel_ridge(kernel, cross, y):
     """Ridge regression with a free intercept, from products of inputs.
 
-    kernel (n, n) and cross (m, n) are products of the fitted and the asked rooms with the fitted
-    ones, y (n, facts) -> (m, facts). The penalty of each fact is the one with the least
-    leave-one-out error. That error needs no second fit: with G = (kernel + penalty)^-1 it is
-    weights_i / (G_ii - 1 / (n penalty)) at room i, the last term being the intercept's.
+    kernel (n, n) and cross (m, n) are products of the fitted and the asked
+    rooms with the fitted ones, y (n, facts) -> (m, facts). The penalty of each
+    fact is the one with the least leave-one-out error. That error needs no
+    second fit: with G = (kernel + penalty)^-1 it is, at room i,
+    weights_i / (G_ii - 1 / (n penalty)), the last term being the intercept's.
     """
     # centre on the n rooms, as the inputs themselves would be centred
-    n, mean = len(y), y.mean(0)
+    n = len(y)
+    mean = y.mean(0)
     cross = cross - kernel.mean(0)
     cross = cross - cross.mean(1, keepdim=True)
     kernel = kernel - kernel.mean(0) - kernel.mean(1, keepdim=True) + kernel.mean()
@@ -187,7 +196,8 @@ def attentive_probe(x, y, x_test, epochs=30, batch=128, lr=2e-3):
         known = ~facts.isnan()
         return (probe(tokens) - facts.nan_to_num()).square()[known].mean()
 
-    least, answers = math.inf, None
+    least = math.inf
+    answers = None
     for _ in range(epochs):
         probe.train()
         for rows in torch.randperm(len(x)).split(batch):
@@ -210,9 +220,10 @@ def attentive_probe(x, y, x_test, epochs=30, batch=128, lr=2e-3):
 def fact_scores(answers, truth, fitted, resamples=1000):
     """Answers and truth {fact: (rooms, n)} -> {fact: [score, low, high]}, 95 % over rooms.
 
-    The score is R2 around the mean of the `fitted` rooms, with every number of a fact weighing
-    alike; for presence it is the share that is right. Numbers that fewer than ten fitted rooms
-    have (two rare pieces, each alone of its kind) are left out.
+    The score is R2 around the mean of the `fitted` rooms, with every number of
+    a fact weighing alike; for presence it is the share that is right. Numbers
+    that fewer than ten fitted rooms have (two rare pieces, each alone of its
+    kind) are left out.
     """
     n = len(truth['sides'])
     draws = torch.randint(n, (resamples, n), generator=step_generator(0))
@@ -252,7 +263,8 @@ def probe_latents(psfm, config, num_rooms, num_held_out, num_views, autocast):
 
     scores = {'mean': score(y.nanmean(0).expand(num_held_out, -1))}
     for name in tqdm(PROBED, 'fitting probes', leave=False, disable=None):
-        x, x_test = fit_tokens[name], test_tokens[name]
+        x = fit_tokens[name]
+        x_test = test_tokens[name]
         scores[f'{name} ridge'] = score(ridge_probe(x.flatten(1), y, x_test.flatten(1)))
         scores[f'{name} attentive'] = score(attentive_probe(x, y, x_test))
     return scores

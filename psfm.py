@@ -1,16 +1,18 @@
 """
 Predictive Spatial Field Modeling: the objective of Spa3R (arXiv 2602.21186).
 
-A scene is a field: a function from a camera to the features that the frozen backbone would see
-from it. Hide some of the views. Squeeze the others into a few latents z. Predict from z, for the
-camera of every view, the hidden ones included, the features that are seen there. What predicts
-views that it never saw must hold the scene.
+A scene is a field: a function from a camera to the features that the frozen
+backbone would see from it. Hide some of the views. Squeeze the others into a
+few latents z. Predict from z, for the camera of every view, the hidden ones
+included, the features that are seen there. Latents that
+predict unseen views must hold the scene.
 
     mask -> backbone (frozen) -> encode the context -> cast rays -> decode every view -> compare
 
-`PSFM.forward` is these six steps. The pose of a camera enters through attention alone: PRoPE
-(arXiv 2507.10496) multiplies a token's channels by its camera's projection matrix, so that ray
-tokens and latents, which live in the world's frame, meet in one space.
+`PSFM.forward` is these six steps. The pose of a camera enters through
+attention alone: PRoPE (arXiv 2507.10496) multiplies a token's channels by its
+camera's projection matrix, so that ray tokens and latents, which live in the
+world's frame, meet in one space.
 
 Shapes as in model.py. In a view mask (B, V), True is a target: a view to predict.
 """
@@ -40,9 +42,10 @@ class PSFMConfig:
     encoder_depth: int = opt(3, 'blocks', low=0)
     decoder_depth: int = opt(3, 'blocks', low=0)
     num_heads: int = opt(2, 'attention heads', low=1)
-    num_latents: int = opt(32, 'Q, the size of z; 0: a decoder that knows the camera alone', low=0)
+    num_latents: int = opt(32, 'Q, latents in z; 0: a decoder that knows the camera alone', low=0)
     num_registers: int = opt(4, 'register tokens', low=0)
-    mask_ratio: float = opt(0.5, 'share of the views that are targets', low=0.01, high=0.99)
+    mask_ratio: float = opt(0.5, 'at least this share of the views are targets', low=0.01,
+                            high=0.99)
     context: str = opt('asymmetric', 'asymmetric (one pass of the backbone: context views see only '
                        'each other, targets see all) | separate (two passes)',
                        choices=('asymmetric', 'separate'))
@@ -51,10 +54,11 @@ class PSFMConfig:
 
 
 def check_psfm_config(config):
-    """The rules that hold between two fields. Raises InputError."""
+    """Checks that involve several fields. Raises InputError."""
     if config.width % config.num_heads or config.width // config.num_heads % 8:
         raise InputError(f'--width {config.width} over --num-heads {config.num_heads}: '
-                         'a head needs a multiple of 8 channels')
+                         'a head needs a multiple of 8 channels (PRoPE: d/2 in fours, d/4 in '
+                         'pairs)')
 
 
 # -----------------------------------------------------------------------------
@@ -63,13 +67,13 @@ def check_psfm_config(config):
 def random_view_mask(num_scenes, num_views, mask_ratio, generator=None, device='cpu'):
     """-> view mask (B, V), and the number of context views, which is the same for every scene.
 
-    int(V (1 - mask_ratio)) views are context, at least one. The first view always is: its camera
-    is the world's frame.
+    int(V (1 - mask_ratio)) views are context, at least one. The first view
+    always is: its camera is the world's frame.
     """
     num_context = max(1, int(num_views * (1 - mask_ratio)))
-    lot = torch.rand(num_scenes, num_views, generator=generator, device=device)
-    lot[:, 0] = -1  # the first view wins
-    context = lot.argsort(1)[:, :num_context]  # (B, Vc)
+    draw = torch.rand(num_scenes, num_views, generator=generator, device=device)
+    draw[:, 0] = -1  # the lowest are context: the first view always
+    context = draw.argsort(1)[:, :num_context]  # (B, Vc)
     mask = torch.ones(num_scenes, num_views, dtype=torch.bool, device=device)
     return mask.scatter_(1, context, False), num_context
 
@@ -95,15 +99,17 @@ def lift(fx, fy, cx, cy):
 class PRoPE:
     """Cameras as relative positions (arXiv 2507.10496), for world tokens and the rays of one view.
 
-    Let P = lift(K) [R | t] be the projection matrix of a token's camera, 4 x 4. Of the d channels
-    of a head,
+    Let P = lift(K) [R | t] be the 4 x 4 projection matrix of a token's camera.
+    Of the d channels of a head,
 
         the first d/2, in groups of four: q is multiplied by P^T, k and v by P^-1, and the output
-        by P. Two tokens meet through P_q P_k^-1, the way between their cameras.
-        the next d/4 turn with the patch's column, the last d/4 with its row.
+        by P. Two tokens meet through P_q P_k^-1, the transform between their cameras.
+        the next d/4 turn with the patch's column, the last d/4 with its row: q, k and v
+        one way, and the output back.
 
-    The first `num_world` tokens (registers and latents) are in the world's frame: P is the
-    identity. All matrices are made once per forward pass, in fp32, and need no GPU sync.
+    The first `num_world` tokens (registers and latents) are in the world's
+    frame: P is the identity. All matrices are made once per forward pass, in
+    fp32, and need no GPU sync.
     """
 
     @full_precision
@@ -112,19 +118,22 @@ class PRoPE:
         (H, W), (h, w) = size, grid
         self.num_world = num_world
 
-        # intrinsics without pixels: focal lengths and the offset from the center, in image sizes
-        fx, fy = intrinsics[:, 0, 0] / W, intrinsics[:, 1, 1] / H
-        cx, cy = intrinsics[:, 0, 2] / W - 0.5, intrinsics[:, 1, 2] / H - 0.5
+        # normalised intrinsics: focal length / image size, principal point from the center
+        fx = intrinsics[:, 0, 0] / W
+        fy = intrinsics[:, 1, 1] / H
+        cx = intrinsics[:, 0, 2] / W - 0.5
+        cy = intrinsics[:, 1, 2] / H - 0.5
         P = lift(fx, fy, cx, cy) @ to_4x4(extrinsics)  # (n, 4, 4)
         inverse_lift = lift(1 / fx, 1 / fy, -cx / fx, -cy / fy)
         P_inverse = to_4x4(invert_pose(extrinsics)) @ inverse_lift
 
-        # Tokens are rows, so that x @ M^T applies M: for P^T this is P, for P^-1 its transpose
+        # Tokens are row vectors: to apply M, x is multiplied by M^T. For q (M = P^T) that is P,
+        # for k and v (M = P^-1) it is P^-T, for the output (M = P) it is P^T.
         self.q_matrix = P[:, None]  # (n, 1, 4, 4)
         self.kv_matrix = P_inverse.transpose(1, 2)[:, None]
         self.out_matrix = P.transpose(1, 2)[:, None]
 
-        # the angle of every patch: columns for one quarter of the channels, rows for another
+        # the angle of every patch, which counts from 0 here: columns, then rows
         rows = torch.arange(h, device=fx.device)
         columns = torch.arange(w, device=fx.device)
         y, x = torch.meshgrid(rows, columns, indexing='ij')
@@ -143,7 +152,7 @@ class PRoPE:
         projected = projected.reshape(n, nh, -1, 4) @ matrix  # (n, nh, N d/8, 4)
         projected = projected.view(n, nh, N, d // 2)
         a, b, c, e = turned.chunk(4, dim=-1)
-        # clockwise: the other way round than RoPE2D
+        # clockwise: the opposite direction from RoPE2D
         turned = turned * self.cos + torch.cat([b, -a, e, -c], dim=-1) * sin
         rays = torch.cat([projected, turned], dim=-1)
         return torch.cat([world, rays], dim=2)
@@ -161,11 +170,14 @@ class PRoPE:
 
 
 class FieldDecoder(nn.Module):
-    """The field: latents z and a camera -> the features seen from it.
+    """The field: latents z and a camera -> a vector per patch of the view from it.
 
-    Every patch of the view is a ray token: its unit direction in the camera's own frame. Where
-    the camera stands, PRoPE tells. Views are decoded one by one: the answer for a view does not
-    depend on the other views that are asked for.
+    From these D-wide vectors, `PSFM.heads` read the features that are seen.
+
+    Every patch of the view is a ray token: its unit direction in the camera's
+    own frame. PRoPE supplies the camera's pose. Views are decoded one by one:
+    the answer for a view does not depend on the other views that are asked
+    for.
     """
 
     def __init__(self, dim, depth, num_heads, num_registers=4):
@@ -183,7 +195,7 @@ class FieldDecoder(nn.Module):
         B, V = extrinsics.shape[:2]
         Q = z.shape[1]
 
-        # one ray token a patch
+        # one ray token per patch
         rays = F.normalize(camera_rays(intrinsics, size, grid), dim=-1)  # (B, V, N, 3)
         rays = self.ray_embed(rays).flatten(0, 1)  # (B V, N, D)
 
@@ -200,17 +212,18 @@ class FieldDecoder(nn.Module):
 
 
 # -----------------------------------------------------------------------------
-# the whole
+# the whole model
 
 class PSFM(nn.Module):
     """Encoder and field decoder around a frozen backbone.
 
-    `context` 'asymmetric' is one pass of the backbone, 'separate' two: the context alone, then
-    all views. They are different objectives: in the second, the features of one context view
-    differ between the encoder's input and the decoder's target.
-    `teacher`: a second frozen network whose features ('sem') are predicted as well, from images
-    (B, V, 3, H, W) to (B, V, N, S); see release.SemanticTeacher.
-    `num_latents` 0: the decoder alone, a baseline that knows the camera and not the scene.
+    `context` 'asymmetric' is one pass of the backbone, 'separate' two: the
+    context alone, then all views. They are different objectives: with
+    'separate', a context view has other features as the encoder's input (seen
+    without targets) than as a target.
+    `teacher`: a second frozen network whose features ('sem') are predicted as
+    well, from images (B, V, 3, H, W) to (B, V, N, S); release.SemanticTeacher.
+    `num_latents` 0: the decoder alone, a baseline that knows only the camera.
     """
 
     def __init__(self, backbone, config=PSFMConfig(), teacher=None):
@@ -231,9 +244,10 @@ class PSFM(nn.Module):
         self.heads.apply(init_linear)
         self.depth_probe = MLP(D, 4 * D, 1).apply(init_linear) if config.depth_probe else None
 
-        # differs from the release: features are standardised per channel, on the way in and as
-        # targets, because VGGT's have a large common mean and a few loud channels.
-        # `set_statistics` fills these in from training features.
+        # differs from the release: features are standardised per channel, on
+        # the way in and as targets, because VGGT's have a large common mean
+        # and a few loud channels. `set_statistics` fills these in from
+        # training features.
         for kind, dim in dims.items():
             self.register_buffer(f'{kind}_mean', torch.zeros(dim))
             self.register_buffer(f'{kind}_std', torch.ones(dim))
@@ -241,9 +255,10 @@ class PSFM(nn.Module):
     def forward(self, images, generator=None, view_mask=None, extrinsics=None, intrinsics=None):
         """The losses of one batch. images (B, V, 3, H, W) in [0, 1] -> dict of scalars.
 
-        'loss' is their sum. `generator` draws the mask, unless `view_mask` is given. Cameras are
-        those that the backbone predicts, unless given: extrinsics (B, V, 3, 4) in the first
-        view's frame, intrinsics (B, V, 3, 3) in pixels.
+        'loss' is their sum. `generator` draws the mask, unless `view_mask` is
+        given. Cameras are those that the backbone predicts, unless given:
+        extrinsics (B, V, 3, 4) in the first view's frame, intrinsics (B, V, 3,
+        3) in pixels.
         """
         # 1. mask
         B, V = images.shape[:2]
@@ -251,7 +266,7 @@ class PSFM(nn.Module):
             view_mask, num_context = random_view_mask(B, V, self.mask_ratio, generator,
                                                       images.device)
         else:
-            num_context = int((~view_mask[0]).sum())
+            num_context = int((~view_mask[0]).sum())  # every row has as many
 
         # 2. look with the frozen backbone
         with_depth = self.depth_probe is not None
@@ -262,7 +277,7 @@ class PSFM(nn.Module):
         # 3. encode the context
         z = self.encode(context, views.grid)  # (B, Q, D)
 
-        # 4. and 5. cast the rays of every view, context and target alike, and decode them
+        # 4. and 5. cast the rays of every view, context and target alike, and decode
         size = images.shape[-2:]
         decoded = self.decoder(z, extrinsics, intrinsics, size, views.grid)  # (B, V, N, D)
 
@@ -280,9 +295,11 @@ class PSFM(nn.Module):
 
     @torch.no_grad()
     def observe(self, images, view_mask, num_context, with_depth=False):
-        """What the frozen backbone sees. -> context features (B, Vc, N, 2C), for the encoder;
-        Views of all views, the targets; depth per patch (B, V, N) if asked for, else None.
+        """What the frozen backbone sees. -> context features (B, Vc, N, 2C),
+        for the encoder; Views of all views, the targets; depth per patch (B,
+        V, N) if asked for, else None.
         """
+        # attend: all tokens; read: features and cameras; features: of the patches alone
         backbone = self.backbone
         patches, grid = backbone.embed(images)  # each view on its own
         index = context_index(view_mask, num_context)  # (B, Vc)
@@ -303,12 +320,13 @@ class PSFM(nn.Module):
 
     def encode(self, features, grid):
         """Features of the context views (B, Vc, N, 2C) -> z (B, Q, D)."""
-        if len(self.encoder.queries) == 0:  # nothing is read
+        if len(self.encoder.queries) == 0:  # --num-latents 0: an empty z
             return features.new_zeros(len(features), 0, self.encoder.queries.shape[1])
         return self.encoder(self.standardise('geo', features), grid)
 
     def decode(self, z, extrinsics, intrinsics, size, grid):
-        """z and cameras (B, V, ..) -> predicted features (B, V, N, 2C) in the backbone's units."""
+        """Decoder and head: z and cameras (B, V, ..) -> predicted features (B, V, N, 2C), in the
+        backbone's own units."""
         decoded = self.decoder(z, extrinsics, intrinsics, size, grid)
         predicted = self.heads['geo'](decoded).float()
         if self.standardised:
@@ -326,6 +344,7 @@ class PSFM(nn.Module):
         return self.encode(views.features, views.grid)
 
     def standardise(self, kind, features):
+        """In fp32, and standardised if the option says so."""
         features = features.float()
         if self.standardised:
             features = (features - getattr(self, f'{kind}_mean')) / getattr(self, f'{kind}_std')
@@ -352,7 +371,7 @@ class PSFM(nn.Module):
 def fit_picture(picture, width, multiple):
     """PIL image -> uint8 array (H, W, 3), `width` pixels wide and at most as high.
 
-    H is a multiple of `multiple`; what is too much is cropped evenly above and below.
+    H is a multiple of `multiple`; the excess is cropped evenly above and below.
     """
     height = max(multiple, round(picture.height * width / picture.width))
     keep = min(height, width) // multiple * multiple
@@ -378,14 +397,14 @@ def build_psfm(config, dtype=torch.float32, teacher=None):
 def untrained_like(psfm, config, seed=0):
     """A PSFM of the same sizes with the same backbone and statistics that was never trained."""
     with torch.random.fork_rng(devices=[]):  # the caller's own random numbers go on
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         twin = PSFM(psfm.backbone, config)
     twin.geo_mean, twin.geo_std = psfm.geo_mean, psfm.geo_std
     return twin.to(psfm.geo_mean.device).eval()
 
 
 def fingerprint(backbone):
-    """Eight hex digits that tell one set of backbone weights from another."""
+    """Eight hex digits that tell backbones apart: a cheap check, of the camera token alone."""
     token = backbone.aggregator.camera_token.detach().cpu().float()
     return f'{zlib.crc32(token.numpy().tobytes()):08x}'
 
@@ -407,8 +426,8 @@ def weights_of_run(run):
 def load_psfm(run, device='cpu'):
     """A trained PSFM in eval mode, without a teacher, and the options it was trained with.
 
-    `run`: a folder of train.py, or a file, as weights/psfm_small.safetensors. What hustvl/Spa3R
-    published is opened by release.open_psfm.
+    `run`: a folder of train.py, or a file, as weights/psfm_small.safetensors.
+    What hustvl/Spa3R published is opened by release.open_psfm.
     """
     path = weights_of_run(run)
     state, metadata = read_weights(path)
@@ -417,7 +436,7 @@ def load_psfm(run, device='cpu'):
     config = SimpleNamespace(**json.loads(metadata['config']))
     psfm = build_psfm(config)
     if metadata.get('backbone') not in (None, fingerprint(psfm.backbone)):
-        raise InputError(f'{path} was trained on another backbone than what is now in '
+        raise InputError(f'{path} was trained on another backbone than the one in '
                          f'{config.backbone}: its latents mean nothing there')
     load_strictly(psfm, state, path, skip=(*FROZEN, 'heads.sem.', 'sem_'))
     return psfm.to(device).eval(), config

@@ -1,11 +1,13 @@
 """
-What hustvl/Spa3R brings beside the method: its published files, and its second teacher.
+What hustvl/Spa3R brings beside the method: its published files, and its
+second teacher.
 
     open_psfm('spa3r.ckpt')  # or a folder of ours, or a Spa3-VLM folder of the release
     open_spatial_vlm('Spa3-VLM/')  # or a folder of ours
 
-The release trained with RMSNorm on the queries and keys of VGGT's global blocks, where VGGT has
-LayerNorm, and its checkpoints hold that altered VGGT. Both load strictly; the names tell which.
+The release trained with RMSNorm on the queries and keys of VGGT's global
+blocks, where VGGT has LayerNorm, and its checkpoints hold that altered VGGT.
+Both load strictly; the names tell which.
 """
 import glob
 import math
@@ -115,8 +117,9 @@ def released_vggt_config(state):
 def open_psfm(path, device='cpu'):
     """A trained PSFM in eval mode, ours or the release's, and its options.
 
-    `path`: what psfm.load_psfm takes, or spa3r.ckpt, or a Spa3-VLM folder of the release. Of the
-    release, heads that only trained it are left out; features are not standardised there.
+    `path`: what psfm.load_psfm takes, or spa3r.ckpt, or a Spa3-VLM folder of
+    the release. Of the release, heads that only trained it are left out;
+    features are not standardised there.
     """
     path = os.fspath(path)
     is_folder = os.path.isdir(path) and not find_checkpoint(path) and read_folder(path)

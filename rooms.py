@@ -1,15 +1,17 @@
 """
-A small procedural world: furnished rooms, a walk through each, and a ray-caster.
+A small procedural world: furnished rooms, a walk through each, and a
+ray-caster.
 
-Nothing can be assumed on a newcomer's machine, so the project carries its own data. A room is a
-box with textured walls and up to ten pieces of furniture (boxes, ellipsoids and cylinders, of
-eight categories). A walk is a noisy loop of views around it. `render` casts one ray a pixel, for
-many rooms and views at once, in plain torch on any device. It returns what a real data set would
-have to measure: colour, depth, object, camera.
+Nothing can be assumed on a newcomer's machine, so the project carries its own
+data. A room is a box with textured walls and up to ten pieces of furniture
+(boxes, ellipsoids and cylinders, of eight categories). A walk is a noisy loop
+of views around it. `render` casts one ray a pixel, for many rooms and views at
+once, in plain torch on any device. It returns what a real data set would have
+to measure: colour, depth, object, camera.
 
-World: metres, z up, the origin on the floor in the middle of the room. Cameras as in model.py.
-The same seed gives the same rooms; training and validation seeds never meet (`room_seed`).
-A new category is a new line of FURNITURE.
+World: metres, z up, the origin on the floor in the middle of the room. Cameras
+as in model.py. The same seed gives the same rooms; training and validation
+seeds never meet (`room_seed`). A new category is a new line of FURNITURE.
 
     python rooms.py            # draws out/rooms.png: what the world looks like
 
@@ -182,8 +184,9 @@ def paint_rooms(dice, category):
 def make_walk(rooms, num_views, seed):
     """A walk around each room, views in walking order. -> extrinsics (R, V, 3, 4), world-to-camera.
 
-    A noisy loop that looks inward, with a quarter of the views turned away by 30 to 100 degrees.
-    Cameras keep 0.3 m from furniture that reaches their height.
+    A noisy loop that looks inward, with a quarter of the views turned away by
+    30 to 100 degrees. Cameras keep 0.3 m from furniture that reaches their
+    height.
     """
     dice = Dice(seed + 2 ** 40)  # not the room's own: the walk must not tell its size
     R, V, tries = len(rooms.size), num_views, 8
@@ -251,15 +254,16 @@ def make_intrinsics(size, *batch):
 
 
 def scene_extrinsics(extrinsics):
-    """Extrinsics (B, V, 3, 4), metres, in any world -> as the mini VGGT states them: SCENE_UNITs,
-    in the first camera's frame."""
+    """Extrinsics (B, V, 3, 4), metres, in any world -> as the mini VGGT states
+    them: SCENE_UNITs, in the first camera's frame."""
     extrinsics = relative_pose(extrinsics, extrinsics[:, :1])
     return torch.cat([extrinsics[..., :3], extrinsics[..., 3:] / SCENE_UNIT], -1)
 
 
 # -----------------------------------------------------------------------------
-# the ray-caster. Vectors are three tensors (x, y, z), not one with a last axis of three:
-# ray-casting is bound by memory traffic, and so every operation runs on long contiguous rows.
+# the ray-caster. Vectors are three tensors (x, y, z), not one with a last axis
+# of three: ray-casting is bound by memory traffic, and so every operation runs
+# on long contiguous rows.
 
 def away_from_zero(x, eps=1e-6):
     """Keeps the sign: a clamp of -1e-9 to +1e-6 would send a ray backwards."""
@@ -274,7 +278,8 @@ def hit_box(o, d):
     near, far = -FAR, FAR
     for oi, di in zip(o, d):
         inverse = 1 / away_from_zero(di)
-        middle, reach = -oi * inverse, inverse.abs()
+        middle = -oi * inverse
+        reach = inverse.abs()
         near, far = (middle - reach).clamp(min=near), (middle + reach).clamp(max=far)
     return torch.where((near < far) & (near > 0), near, FAR)
 
@@ -418,8 +423,10 @@ def piece_coordinates(rooms, surface, point):
     ux, uy, uz = lx / hx, ly / hy, lz / hz
 
     # which face of a box; which side of a cylinder
-    boxes, balls = SLOTS[0][1], SLOTS[0][1] + SLOTS[1][1]
-    is_box, is_ball = slot < boxes, (slot >= boxes) & (slot < balls)
+    boxes = SLOTS[0][1]
+    balls = SLOTS[0][1] + SLOTS[1][1]
+    is_box = slot < boxes
+    is_ball = (slot >= boxes) & (slot < balls)
     face_x = (ux.abs() >= uy.abs()) & (ux.abs() >= uz.abs())
     face_z = (uz.abs() > uy.abs()) & ~face_x
     face_y = ~face_x & ~face_z

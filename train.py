@@ -6,9 +6,10 @@ Trains PSFM (Spa3R, arXiv 2602.21186).
     python train.py --config medium --data scenes/        # one GPU, VGGT-1B
     torchrun --nproc_per_node 8 train.py --config base --data scenes/  # the paper
 
-Every field of Config is an option (`--help`), and the presets below set several of them. Everything
-goes to out/<config>/: config.json, log.jsonl, metrics.json, field.png, curve.png and checkpoint/
-(`--resume` continues from it, with the very same losses).
+Every field of Config is an option (`--help`), and the presets below set
+several of them. Everything goes to out/<config>/: config.json, log.jsonl,
+metrics.json, field.png, curve.png and checkpoint/ (`--resume` continues from
+it, with the very same losses).
 """
 import contextlib
 import dataclasses
@@ -50,25 +51,25 @@ class Config(PSFMConfig):
     data: str = opt('rooms', 'rooms, or a folder of photographs: one sub-folder a scene, or one '
                     'flat folder = one scene', group='data')
     image_width: int = opt(64, 'pixels; a multiple of the patch size', low=8)
-    min_views: int = opt(4, 'views a sample, drawn for each batch between this ..', low=2)
-    max_views: int = opt(8, '.. and this', low=2)
-    images_per_batch: int = opt(72, 'scenes a batch = this // views', low=1)
-    min_gap: int = opt(1, 'photographs: frames between neighbouring views, at least ..', low=1)
-    max_gap: int = opt(4, '.. and at most', low=1)
+    min_views: int = opt(4, 'fewest views per sample; the number is drawn for each batch', low=2)
+    max_views: int = opt(8, 'most views per sample', low=2)
+    images_per_batch: int = opt(72, 'scenes per batch = this // views', low=1)
+    min_gap: int = opt(1, 'photographs: fewest frames between neighbouring views', low=1)
+    max_gap: int = opt(4, 'photographs: most frames between neighbouring views', low=1)
     workers: int = opt(2, 'photographs: processes that read them', low=0)
-    num_rooms: int = opt(400, 'rooms: how many are kept in memory', low=1)
-    new_rooms: float = opt(1.0, 'rooms: how many of them are replaced at each step', low=0)
+    num_rooms: int = opt(400, 'rooms that are kept in memory', low=1)
+    new_rooms: float = opt(1.0, 'rooms that are replaced at each step', low=0)
     val_scenes: int = opt(96, 'held-out samples to evaluate on', low=1)
     # optimisation
-    init: str = opt('', '.safetensors file of a run to begin with, of the same sizes',
+    init: str = opt('', '.safetensors file of a run of the same sizes to start from',
                     group='optimisation')
     steps: int = opt(2000, 'optimiser steps', low=1)
-    accumulate: int = opt(1, 'batches a step', low=1)
+    accumulate: int = opt(1, 'batches per step', low=1)
     lr: float = opt(1e-3, 'peak learning rate of AdamW', low=0)
     muon_lr: float = opt(0.0, "peak rate of Muon for the blocks' matrices; 0: AdamW", low=0)
     min_lr: float = opt(0.1, 'where the cosine ends, as a share of the peak', low=0, high=1)
     warmup: int = opt(100, 'steps of linear warm-up (a tenth of all at most)', low=0)
-    decay_from: float = opt(0.0, 'share of the training before the cosine', low=0, high=1)
+    decay_from: float = opt(0.0, 'share of the training before the cosine begins', low=0, high=1)
     weight_decay: float = opt(1e-2, 'on matrices only', low=0)
     beta2: float = opt(0.98, "AdamW's second moment", low=0, high=0.99999)
     clip: float = opt(1.0, 'largest gradient norm', low=1e-9)
@@ -104,7 +105,7 @@ PRESETS = {
 
 
 def parse_config(argv=None):
-    """Command line -> (name of the preset, Config). The rules between two options are here."""
+    """Command line -> (name of the preset, Config). Checks across options are here."""
     name, config = parse_options(argv, __doc__, Config, PRESETS)
     if not config.out:
         config = dataclasses.replace(config, out=os.path.join('out', name))
@@ -117,7 +118,7 @@ def parse_config(argv=None):
         raise InputError(f'--min-views {config.min_views} --max-views {config.max_views}: '
                          'the wrong order')
     if config.cameras == 'given' and config.data != 'rooms':
-        raise InputError('--cameras given: only rooms come with cameras; photographs have them '
+        raise InputError('--cameras given: only rooms come with cameras; for photographs they are '
                          'predicted')
     if config.data == 'rooms' and config.max_views > RoomPool.VIEWS:
         raise InputError(f'--max-views {config.max_views}: a room has {RoomPool.VIEWS} views')
@@ -128,13 +129,13 @@ def parse_config(argv=None):
 # -----------------------------------------------------------------------------
 # speed
 
-# dense bf16 TFLOP/s by device name; the first match counts
+# dense bf16 TFLOP/s by device name; the first match wins
 PEAKS = [('H200', 989), ('H100 PCIe', 756), ('H100', 989), ('A100', 312), ('L40S', 362),
          ('4090', 165), ('3090', 71)]
 
 
 def peak_flops(device):
-    """FLOP/s at best, or None where they are not known."""
+    """Peak FLOP/s, or None where it is not known."""
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else ''
     for key, peak in PEAKS:
         if key in name:
@@ -163,7 +164,10 @@ def compile_if_possible(psfm, config, device, say):
 
 
 # -----------------------------------------------------------------------------
-# before the first step
+# before the first step. A `number` is that of a batch, a step has `accumulate` of them.
+
+VIEWS, MASKS, STATISTICS = 1, 3, 4    # one stream of random numbers each (step_generator)
+
 
 def build_model(config, dtype, device):
     """-> PSFM on the device, with the weights of --init"""
@@ -177,11 +181,13 @@ def build_model(config, dtype, device):
 def measure_statistics(psfm, source, config, autocast, num_batches=8):
     """Mean and deviation of every feature channel, from a few training batches."""
     device = psfm.geo_mean.device
-    geo, sem, batches = [], [], Batches(source, config)
-    for step in range(num_batches):
-        images = batches[step]['images'].to(device)
+    geo = []
+    sem = []
+    batches = Batches(source, config)
+    for number in range(num_batches):
+        images = batches[number]['images'].to(device)
         B, V = images.shape[:2]
-        g = step_generator(config.seed, step, 4)
+        g = step_generator(config.seed, number, STATISTICS)
         mask, num_context = random_view_mask(B, V, config.mask_ratio, g)
         with autocast:
             _, views, _ = psfm.observe(images, mask.to(device), num_context)
@@ -193,29 +199,31 @@ def measure_statistics(psfm, source, config, autocast, num_batches=8):
         psfm.set_statistics('sem', torch.cat(sem))
 
 
-def views_per_scene(step, seed, low, high):
-    """The number of views of every sample in batch `step`: uniform, the same on every process."""
-    return int(torch.randint(low, high + 1, (1,), generator=step_generator(seed, step, 1)))
+def views_per_scene(number, seed, low, high):
+    """The number of views of every sample in batch `number`, the same on every process."""
+    g = step_generator(seed, number, VIEWS)
+    return int(torch.randint(low, high + 1, (1,), generator=g))
 
 
 class Batches(torch.utils.data.Dataset):
-    """A source for a DataLoader: item `step` is batch `step`, its number of views drawn for it."""
+    """A source for a DataLoader: item `number` is that batch, its number of views drawn for it."""
 
     def __init__(self, source, config):
-        self.source, self.config = source, config
+        self.source = source
+        self.config = config
 
-    def __getitem__(self, step):
+    def __getitem__(self, number):
         config = self.config
-        num_views = views_per_scene(step, config.seed, config.min_views, config.max_views)
+        num_views = views_per_scene(number, config.seed, config.min_views, config.max_views)
         num_scenes = max(1, config.images_per_batch // num_views)
-        return self.source.batch(step, num_scenes, num_views)
+        return self.source.batch(number, num_scenes, num_views)
 
 
-def make_loader(source, config, device, first):
-    """Batches from number `first` on. Rooms are rendered here, photographs read by workers."""
+def make_loader(source, config, device, first_batch):
+    """Batches from `first_batch` on. Rooms are rendered here, photographs read by workers."""
     is_photos = config.data != 'rooms'
     workers = min(config.workers, os.cpu_count()) if is_photos else 0
-    numbers = range(first, config.steps * config.accumulate)
+    numbers = range(first_batch, config.steps * config.accumulate)
     return iter(torch.utils.data.DataLoader(
         Batches(source, config), batch_size=None, sampler=numbers, num_workers=workers,
         pin_memory=is_photos and device.type == 'cuda'))
@@ -223,10 +231,10 @@ def make_loader(source, config, device, first):
 
 def make_inputs(batch, config, number, rank, device):
     """Batch `number` as PSFM.forward takes it: pictures, the mask's generator, given cameras."""
-    seed = step_generator(config.seed, number, rank, 3).initial_seed()
+    seed = step_generator(config.seed, number, rank, MASKS).initial_seed()
     inputs = dict(images=batch['images'].to(device, non_blocking=True),
                   generator=torch.Generator(device).manual_seed(seed))
-    if config.cameras == 'given':
+    if config.cameras == 'given':  # as the mini VGGT states them: first camera's frame, its unit
         inputs.update(extrinsics=scene_extrinsics(batch['extrinsics'].to(device)),
                       intrinsics=batch['intrinsics'].to(device))
     return inputs
@@ -246,10 +254,11 @@ def save_checkpoint(psfm, optimizers, step, config, dtype, metrics):
 
 
 def banner(name, config, psfm, source, held_out, device, dtype, reason):
-    """What matters of this run, in a few lines; config.json has the rest."""
+    """A short summary of the run; config.json has the rest."""
     trained, frozen = [sum(p.numel() for p in psfm.parameters() if p.requires_grad == is_trained)
                        for is_trained in (True, False)]
-    text = (f'{name}: {config.steps} steps of {config.images_per_batch * config.accumulate} images '
+    images = config.images_per_batch * config.accumulate
+    text = (f'{name}: {config.steps} steps of {images} images per process '
             f'({config.image_width} pixels wide, {config.min_views} to {config.max_views} views a '
             f'scene) of {config.data}, seed {config.seed}\n'
             f'{trained / 1e6:.2f} M parameters to train (width {config.width}, blocks '
@@ -262,10 +271,10 @@ def banner(name, config, psfm, source, held_out, device, dtype, reason):
     return text
 
 
-def log_line(record, config, mfu):
-    """One line for a person."""
-    losses = [f'{key} {record[key]:.3f}' for key in record['losses'] if key != 'loss']
-    r2 = '' if record['r2'] is None else f'R2 {record["r2"]:.3f} | '
+def log_line(record, parts, config, mfu):
+    """One human-readable line. `parts`: names of the losses. R2 is of the last evaluation."""
+    losses = [f'{key} {record[key]:.3f}' for key in parts if key != 'loss']
+    r2 = '' if record['r2'] is None else f'last R2 {record["r2"]:.3f} | '
     speed = '' if mfu is None else f'mfu {100 * mfu:.1f}% | '
     return (f'step {record["step"]:05d}/{config.steps:05d} | loss {record["loss"]:.4f} '
             f'{" ".join(losses)} | {r2}lr {record["lr"]:.1e} | gnorm {record["grad_norm"]:.2f} | '
@@ -303,6 +312,7 @@ def train(name, config):
         load_strictly(psfm, weights, state['folder'], skip=FROZEN)
         load_optimizers(optimizers, state['folder'])
     say(banner(name, config, psfm, source, held_out, device, dtype, reason))
+    # the rooms of the first batch are rendered now (of photographs, nothing is prepared)
     source.advance(first * config.accumulate,
                    lambda due: tqdm(due, 'rendering rooms', leave=False, disable=None))
     if not config.resume and not config.init:
@@ -318,15 +328,16 @@ def train(name, config):
     compile_if_possible(psfm, config, device, say)
     ddp = torch.nn.parallel.DistributedDataParallel(psfm) if world_size > 1 else psfm
     trained = [p for p in psfm.parameters() if p.requires_grad]
-    psfm.train()
+    psfm.train()  # not the frozen backbone: see VGGT.freeze
 
     log = open_log(config.out, first, is_main)
     metrics, busy, views_done, logged = state['metrics'], 0.0, 0, first
     steps = tqdm(range(first, config.steps), name, initial=first, total=config.steps,
                  leave=False, disable=None if is_main else True)
     for step in steps:
-        # this step's learning rate
-        start, share = time.time(), learning_rate(step, config)
+        # this step's learning rate, as a share of the peak
+        start = time.time()
+        share = learning_rate(step, config)
         set_rates(optimizers, share)
 
         # forward, backward
@@ -347,23 +358,23 @@ def train(name, config):
         is_logged = step == first or done % config.log_every == 0
         is_evaluated = done == config.steps or done % config.eval_every == 0
         if is_logged or is_evaluated:
-            values = check_finite(losses, norm, done, config)  # a GPU sync
+            # of the last batch of this process; a GPU sync
+            values = check_finite(losses, norm, done, config)
         busy += time.time() - start
 
         # log
         if is_logged:
             r2 = metrics['psfm']['r2'] if metrics else None
-            record = dict(step=done, **values, losses=list(values), r2=r2, lr=share * config.lr,
+            record = dict(step=done, **values, r2=r2, lr=share * config.lr,
                           grad_norm=norm.item(), step_ms=1e3 * busy / (done - logged),
                           views_per_second=views_done / busy,
                           memory_gb=peak_memory(device) / 2 ** 30, seconds=time.time() - began)
             mfu = record['views_per_second'] / world_size * flops / peak if peak else None
-            say(log_line(record, config, mfu))
-            del record['losses']
+            say(log_line(record, values, config, mfu))
             log.write(json.dumps(record) + '\n')
             busy, views_done, logged = 0.0, 0, done
 
-        # evaluate and save
+        # evaluate (the baselines' averages come from `source`) and save
         if is_evaluated:
             metrics = evaluate_field(psfm, source, held_out, done * config.accumulate, config,
                                      autocast)
@@ -372,7 +383,7 @@ def train(name, config):
             if is_main:
                 save_checkpoint(psfm, optimizers, done, config, dtype, metrics)
 
-    # what came of it
+    # results
     if is_main:
         cost = dict(step=config.steps, seconds=time.time() - began,
                     peak_memory_gb=peak_memory(device) / 2 ** 30)

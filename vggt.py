@@ -40,7 +40,7 @@ class VGGTConfig:
     embed_depth: int = 24            # DINOv2 only
     embed_heads: int = 16
     position_grid: int = 37          # the patch embed's absolute positions, resized to the image
-    global_qk_norm: str = 'layer'    # layer | rms (the backbone inside a released spa3r.ckpt)
+    global_qk_norm: str = 'layer'    # layer | rms (differs from the release: in its spa3r.ckpt)
     layer_scale: float = 0.01        # 0: none
     camera_depth: int = 4
     camera_heads: int = 16
@@ -437,7 +437,7 @@ class VGGT(nn.Module):
     def freeze(self, dtype=torch.float32):
         """Makes it a teacher for good: no gradients, eval mode that train() cannot undo.
 
-        The aggregator's matrices are cast to `dtype`; norms, tokens and heads stay in fp32.
+        Only the aggregator's matrices are cast to `dtype` (differs from the release: all fp16).
         """
         self.frozen = True
         self.requires_grad_(False).eval()

@@ -387,4 +387,4 @@ def test_no_room_for_latents(tmp_path):
     assert latents([PICTURES])[0] is not None
     assert latents([PICTURES])[0] is not None
     assert len(said) == 1
-    assert 'can no longer be kept' in said[0]
+    assert 'can no longer be' in said[0]

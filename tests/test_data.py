@@ -1,5 +1,7 @@
 """Rooms, photographs, videos, and miniatures of real data sets in exactly their layouts."""
 import os
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -386,6 +388,22 @@ def test_another_video_under_the_same_name_has_other_frames(tmp_path):
     other = extract_frames(str(path))
     assert other != folder
     assert [len(list_files(x, PICTURES)) for x in (folder, other)] == [4, 6]
+
+
+def test_two_processes_take_frames_out_of_the_same_video(tmp_path, monkeypatch):
+    path = str(make_video(tmp_path / 'walk.mp4'))
+    folder = Path(extract_frames(path))
+    shutil.rmtree(folder)
+
+    def read(*arguments, **options):
+        frames = read_video(*arguments, **options)
+        folder.mkdir()  # the other one is ready first
+        (folder / '000000.jpg').touch()
+        return frames
+
+    monkeypatch.setattr(data, 'read_video', read)
+    assert extract_frames(path) == str(folder)
+    assert list((tmp_path / 'frames').iterdir()) == [folder]
 
 
 def test_truncated_video(tmp_path):

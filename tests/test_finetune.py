@@ -24,11 +24,17 @@ def vlm(tmp_path_factory):
     return save_tiny_vlm(tmp_path_factory.mktemp('vlm') / 'tiny')
 
 
+@pytest.fixture(scope='module')
+def cached(tmp_path_factory):
+    """Options by which runs share their latents."""
+    return ['--cache', str(tmp_path_factory.mktemp('latents'))]
+
+
 # -----------------------------------------------------------------------------
 # on rooms
 
-def test_rooms_end_to_end(vlm, tmp_path, capsys):
-    finetune.main(options(vlm, tmp_path, '--val-scenes', '4'))
+def test_rooms_end_to_end(vlm, cached, tmp_path, capsys):
+    finetune.main(options(vlm, tmp_path, *cached, '--val-scenes', '4'))
     run = tmp_path / 'run'
     metrics = json.loads((run / 'metrics.json').read_text())
     assert 0 <= metrics['overall'] <= 100
@@ -40,7 +46,7 @@ def test_rooms_end_to_end(vlm, tmp_path, capsys):
         assert picture.size == (1024, 318)  # four rooms in a row
     said = capsys.readouterr().out
     assert 'psfm, 1 seed' in said
-    assert 'grounding the adapter: step 00001/00001' in said
+    assert 'step 00001/00001 | answers' in said  # of grounding
 
     # steps are counted as they are done
     assert [step for step, _ in losses(run)] == [1, 2]
@@ -58,14 +64,17 @@ def test_losses_do_not_depend_on_what_was_kept_of_latents(vlm, tmp_path):
     assert not (tmp_path / 'anew' / 'latents').exists()
 
 
-def test_resume_continues_with_the_same_losses(vlm, tmp_path):
-    level = ['--warmup', '0', '--min-lr', '1']
-    finetune.main(options(vlm, tmp_path / 'whole', '--steps', '4', *level))
-    finetune.main(options(vlm, tmp_path / 'half', '--steps', '2', *level))
-    finetune.main(options(vlm, tmp_path / 'half', '--steps', '4', *level, '--resume'))
+def test_resume_continues_with_the_same_losses(vlm, cached, tmp_path):
+    more = [*cached, '--warmup', '0', '--min-lr', '1', '--eval-every', '2']
+    finetune.main(options(vlm, tmp_path / 'whole', '--steps', '4', *more))
+    finetune.main(options(vlm, tmp_path / 'half', '--steps', '2', *more))
+    finetune.main(options(vlm, tmp_path / 'half', '--steps', '4', *more, '--resume'))
     whole, half = losses(tmp_path / 'whole' / 'run'), losses(tmp_path / 'half' / 'run')
     assert [step for step, _ in half] == [step for step, _ in whole] == [1, 2, 3, 4]
     assert [x for _, x in half] == pytest.approx([x for _, x in whole], abs=1e-5)
+    for run in ('whole', 'half'):  # evaluated on the way
+        lines = (tmp_path / run / 'run' / 'log.jsonl').read_text().splitlines()
+        assert [json.loads(line)['step'] for line in lines if 'metrics' in line] == [2, 4]
 
     with pytest.raises(InputError, match='batch 2 there, 4 here'):
         finetune.main(options(vlm, tmp_path / 'half', '--batch', '4', '--resume'))
@@ -102,9 +111,10 @@ def test_arms(vlm, tmp_path, latents, train):
     assert (folder / 'vlm').exists() == (train == 'adapter+llm')
 
 
-def test_lora(vlm, tmp_path):
+def test_lora(vlm, cached, tmp_path):
     pytest.importorskip('peft')
-    finetune.main(options(vlm, tmp_path, '--steps', '1', '--map-steps', '0', '--train', 'lora'))
+    finetune.main(options(vlm, tmp_path, *cached, '--steps', '1', '--map-steps', '0',
+                          '--train', 'lora'))
     model, _, settings = load_spatial_vlm(str(tmp_path / 'run' / 'checkpoint'))
     assert settings['lora_rank'] == 16
     assert any('lora_B' in name and p.abs().max() > 0 for name, p in model.named_parameters())
@@ -277,6 +287,7 @@ def test_own_pictures_have_as_many_tokens_after_resume_and_in_eval(vlm, media, m
     (['--resume'], 'no checkpoint in'),
     (['--vlm', 'nowhere', '--ground-steps', '0'], 'no VLM at nowhere'),
     (['--encoder', 'nowhere'], 'no checkpoint in nowhere')])
-def test_faulty_options(vlm, tmp_path, more, fault):
+def test_faulty_options(vlm, tmp_path, monkeypatch, more, fault):
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)  # no one is asked twice
     with pytest.raises(InputError, match=fault):
         finetune.main(options(vlm, tmp_path, *more))

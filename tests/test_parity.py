@@ -1,9 +1,9 @@
-"""Equality with numbers measured from the official modules (relative error below 1e-4, fp32, CPU).
+"""Equality with numbers measured from the official modules: relative error below 1e-4, fp32, CPU.
 
-    PARITY=some/folder python -m pytest tests/test_parity.py      # default: tests/parity
+    PARITY=some/folder python -m pytest tests/test_parity.py  # default: tests/parity
 
-Every file of the folder says by itself what it pins (`kind`), at which sizes (`config`), with which weights (names and
-shapes; each tensor is a pure function of both: `fill`).
+Every file of the folder says by itself what it pins (`kind`), at which sizes (`config`), with
+which weights (names and shapes; each tensor is a pure function of both: `fill`).
 """
 import json
 import os
@@ -15,9 +15,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from adapter import Adapter, from_release
-from model import load_strictly
-from psfm import PSFM
+from adapter import Adapter
+from common import InputError, load_strictly
+from psfm import PSFM, PSFMConfig
+from release import load_released, released_adapter
+from train import PRESETS, Config
 from vggt import VGGT, VGGTConfig
 
 FOLDER = Path(os.environ.get('PARITY', Path(__file__).parent / 'parity'))
@@ -27,7 +29,8 @@ assert FILES, f'no fixtures in {FOLDER}'
 
 def fill(name, shape):
     """A weight as a pure function of its name and shape."""
-    noise = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(tuple(shape)).astype(np.float32)
+    random = np.random.RandomState(zlib.crc32(name.encode()))
+    noise = random.standard_normal(tuple(shape)).astype(np.float32)
     leaf = name.rsplit('.', 1)[-1]
     if leaf == 'gamma':
         noise = 0.5 + 0.1 * noise
@@ -47,10 +50,12 @@ def fill(name, shape):
 
 
 def read(path):
+    """-> kind, config, weights, what the official modules were given and gave"""
     with safe_open(path, 'pt') as file:
         metadata = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}
-    weights = {name: fill(name, shape) for name, shape in json.loads(metadata['weights']).items()}
+    shapes = json.loads(metadata['weights'])
+    weights = {name: fill(name, shape) for name, shape in shapes.items()}
     return metadata['kind'], json.loads(metadata['config']), weights, tensors
 
 
@@ -59,15 +64,21 @@ def assert_close(ours, theirs, what):
     assert (ours - theirs).norm() / theirs.norm() < 1e-4, what
 
 
+# -----------------------------------------------------------------------------
+# VGGT
+
 def build_vggt(config):
     heads = ('camera', 'depth') if 'depth_layers' in config else ('camera',)
+    norm = config.get('global_qk_norm', config.get('qk_norm', 'layer'))
     return VGGT(VGGTConfig(
-        patch_size=config['patch_size'], width=config['embed_dim'], depth=config['depth'], num_heads=config['num_heads'],
-        num_registers=config['num_register_tokens'], embed_depth=config['patch_embed_depth'],
-        embed_heads=config['patch_embed_heads'], position_grid=config['position_grid'],
-        global_qk_norm=config.get('global_qk_norm', config.get('qk_norm', 'layer')), camera_depth=config['camera_trunk_depth'],
-        camera_heads=config['camera_num_heads'], camera_iterations=config['camera_iterations'], heads=heads,
-        dpt_features=config.get('depth_features', 256), dpt_channels=tuple(config.get('depth_out_channels', (1, 1, 1, 1))),
+        patch_size=config['patch_size'], width=config['embed_dim'], depth=config['depth'],
+        num_heads=config['num_heads'], num_registers=config['num_register_tokens'],
+        embed_depth=config['patch_embed_depth'], embed_heads=config['patch_embed_heads'],
+        position_grid=config['position_grid'], global_qk_norm=norm,
+        camera_depth=config['camera_trunk_depth'], camera_heads=config['camera_num_heads'],
+        camera_iterations=config['camera_iterations'], heads=heads,
+        dpt_features=config.get('depth_features', 256),
+        dpt_channels=tuple(config.get('depth_out_channels', (1, 1, 1, 1))),
         dpt_layers=tuple(config.get('depth_layers', (0,)))))
 
 
@@ -76,18 +87,23 @@ def check_vggt(config, weights, given):
     model = build_vggt(config)
     model.load(weights, 'the fixture')
     model.freeze()
-    patches, grid = model.aggregator.embed(given['images'])
-    layers = model.attend(patches, grid, given.get('view_mask'), layers=(0, -1, *model.config.dpt_layers))
-    views, skip = model(given['images'], given.get('view_mask')), model.aggregator.num_special
-    found = dict(patch_tokens_first=layers[0][:, :, skip:], patch_tokens_last=views.features, camera_tokens_last=layers[-1][:, :, 0],
-                 pose_enc=model.camera_head(layers[-1][:, :, 0])[-1], extrinsics=views.extrinsics, intrinsics=views.intrinsics)
+    images, mask = given.pop('images'), given.pop('view_mask', None)
+    patches, grid = model.embed(images)
+    layers = model.attend(patches, grid, mask, layers=(0, -1, *model.config.dpt_layers))
+    camera_tokens = layers[-1][:, :, 0]
+    views = model(images, mask)
+    found = dict(patch_tokens_first=model.features(layers[0]), patch_tokens_last=views.features,
+                 camera_tokens_last=camera_tokens, pose_enc=model.camera_head(camera_tokens)[-1],
+                 extrinsics=views.extrinsics, intrinsics=views.intrinsics)
     if 'depth' in given:
         depth, confidence = model.depth(layers, grid)
         found.update(depth=depth[..., None], depth_conf=confidence)
     for name, value in given.items():
-        if name not in ('images', 'view_mask'):
-            assert_close(found[name], value, name)
+        assert_close(found[name], value, name)
 
+
+# -----------------------------------------------------------------------------
+# Spa3R
 
 class Features(torch.nn.Module):
     """In the backbone's place: the fixture gives its output."""
@@ -101,7 +117,7 @@ class Features(torch.nn.Module):
 class Teacher(torch.nn.Linear):
     """Its weights come from elsewhere: a released checkpoint need not have them."""
 
-    def __init__(self, dim=0):
+    def __init__(self, dim):
         super().__init__(1, 1)
         self.feature_dim = dim
 
@@ -111,52 +127,74 @@ def check_psfm(config, weights, given):
     teacher = None
     if 'heads.sem.fc2.weight' in weights:
         teacher = Teacher(len(weights['heads.sem.fc2.weight']))
-    model = PSFM(Features(config['backbone_width']), config['width'], config['encoder_layers'], config['decoder_layers'],
-                 config['num_heads'], config['num_latents'], config['num_register_tokens'], teacher=teacher,
-                 depth_probe='depth_prob.fc1.weight' in weights)
-    model.load_released(weights, 'the fixture')
+    sizes = PSFMConfig(config['width'], config['encoder_layers'], config['decoder_layers'],
+                       config['num_heads'], config['num_latents'], config['num_register_tokens'],
+                       depth_probe='depth_prob.fc1.weight' in weights)
+    model = PSFM(Features(config['backbone_width']), sizes, teacher)
+    load_released(model, weights, 'the fixture')
     size = config['image_height'], config['image_width']
     grid = size[0] // config['patch_size'], size[1] // config['patch_size']
+    cameras = given['extrinsics'], given['intrinsics'], size, grid
     mask = given['view_mask']
     context = given['features'][~mask].unflatten(0, (len(mask), -1))
     z = model.encode(context, grid)
-    decoded = model.decoder(z, given['extrinsics'], given['intrinsics'], size, grid)
+    decoded = model.decoder(z, *cameras)
     losses = model.compare('geo', model.heads['geo'](decoded), given['features'])
     assert_close(z, given['latents'], 'latents')
     assert_close(decoded, given['decoded'], 'decoded')
-    assert_close(model.decode(z, given['extrinsics'], given['intrinsics'], size, grid), given['pred_geo'], 'pred_geo')
+    assert_close(model.decode(z, *cameras), given['pred_geo'], 'pred_geo')
     assert_close(losses['geo_l1'][None], given['loss_geo_l1'], 'loss_geo_l1')
     assert_close(losses['geo_cos'][None], given['loss_geo_cos'], 'loss_geo_cos')
 
 
+# -----------------------------------------------------------------------------
+# the adapter
+
 @torch.no_grad()
 def check_adapter(config, weights, given):
     adapter = Adapter(config['latent_width'], config['hidden_size'], config['num_heads'])
-    load_strictly(adapter, from_release(weights), 'the fixture')
-    assert_close(adapter(given['image_embeds'], given['latents'][0]), given['fused'], 'fused')
+    load_strictly(adapter, released_adapter(weights), 'the fixture')
+    fused = adapter(given['image_embeds'], given['latents'][0])
+    assert_close(fused, given['fused'], 'fused')
+
+
+# -----------------------------------------------------------------------------
+# all of them
+
+CHECKS = {'vggt': check_vggt, 'vggt_masked': check_vggt, 'psfm': check_psfm,
+          'adapter': check_adapter}
 
 
 @pytest.mark.parametrize('path', FILES, ids=lambda path: path.stem)
 def test_parity(path):
     kind, config, weights, given = read(path)
-    {'vggt': check_vggt, 'vggt_masked': check_vggt, 'psfm': check_psfm, 'adapter': check_adapter}[kind](config, weights, given)
+    CHECKS[kind](config, weights, given)
 
 
-@pytest.mark.skipif(not (FOLDER / 'released_keys.json').is_file(), reason=f'no released_keys.json in {FOLDER}')
-@pytest.mark.parametrize('which', ['facebook/VGGT-1B', 'spa3r.ckpt'])
-def test_released_names_load_strictly(which):
-    """The full-size models take every released name and shape (on the meta device: no memory)."""
+def load_vggt(state):
+    VGGT(VGGTConfig(heads=('camera', 'depth', 'point'))).load(state, 'it', assign=True)
+    VGGT().load(state, 'it', assign=True)  # without the point head
+
+
+def load_psfm(state):
+    vggt = VGGTConfig(global_qk_norm='rms', heads=('camera', 'depth', 'point'))
+    psfm = PSFM(VGGT(vggt), Config(**PRESETS['base']), Teacher(1024))
+    state = {name.removeprefix('model.'): x for name, x in state.items()}  # as read_released
+    load_released(psfm, state, 'it', assign=True)
+
+
+@pytest.mark.skipif(not (FOLDER / 'released_keys.json').is_file(),
+                    reason=f'no released_keys.json in {FOLDER}')
+@pytest.mark.parametrize('which, load', [('facebook/VGGT-1B', load_vggt),
+                                         ('spa3r.ckpt', load_psfm)])
+def test_released_names_load_strictly(which, load):
+    """The full-size models take every released name and shape (on 'meta': no memory)."""
     lists = json.loads((FOLDER / 'released_keys.json').read_text())
     shapes = next(shapes for name, shapes in lists.items() if which in name)
+    lost = 'global_blocks.7.attn.q_norm.weight'
     with torch.device('meta'):
         state = {name: torch.empty(shape) for name, shape in shapes.items()}
-        if which == 'facebook/VGGT-1B':
-            VGGT(VGGTConfig(heads=('camera', 'depth', 'point'))).load(state, which, assign=True)
-            model, load = VGGT(), lambda state: model.load(state, which, assign=True)      # without the point head
-        else:
-            model = PSFM(VGGT(VGGTConfig(global_qk_norm='rms', heads=('camera', 'depth', 'point'))), teacher=Teacher(1024), depth_probe=True)
-            load = lambda state: model.load_released(state, which, assign=True)
         load(state)
-        state.pop(next(name for name in state if name.endswith('global_blocks.7.attn.q_norm.weight')))
-        with pytest.raises(Exception, match='global_blocks.7.attn.q_norm.weight'):
+        state.pop(next(name for name in state if name.endswith(lost)))
+        with pytest.raises(InputError, match=lost):
             load(state)

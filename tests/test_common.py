@@ -1,0 +1,71 @@
+"""What training loops share: the learning rate and the optimizers."""
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from common import Muon, learning_rate, make_optimizers, orthogonalise, set_rates
+from psfm import build_psfm
+from train import Config
+
+
+def ids(parameters):
+    return {id(p) for p in parameters}
+
+
+def held_by(optimizer):
+    return ids(p for group in optimizer.param_groups for p in group['params'])
+
+
+def test_learning_rate_is_a_function_of_the_step():
+    config = Config(steps=100, warmup=10, min_lr=0.1, decay_from=0.5)
+    assert learning_rate(0, config) == pytest.approx(1 / 11)
+    assert learning_rate(10, config) == learning_rate(50, config) == 1
+    assert 0.1 < learning_rate(75, config) < 1
+    assert learning_rate(100, config) == pytest.approx(0.1)
+
+
+def test_muon_takes_the_matrices_of_blocks_and_adamw_the_rest():
+    config = Config(muon_lr=1e-3)
+    model = build_psfm(config)
+    adamw, muon = make_optimizers(model, config, torch.device('cpu'))
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert held_by(adamw) | held_by(muon) == ids(trained.values())
+    assert not held_by(adamw) & held_by(muon)
+    assert held_by(muon) == ids(p for name, p in trained.items()
+                                if '.blocks.' in name and p.ndim == 2)
+
+
+def test_muon_is_torchs_muon_but_for_its_precision():
+    g = torch.Generator().manual_seed(0)
+    shapes = [(16, 48), (48, 16), (16, 48), (16, 16)]
+    before = [torch.randn(*shape, generator=g) for shape in shapes]
+    ours, theirs = [[torch.nn.Parameter(p.clone()) for p in before] for _ in range(2)]
+    settings = dict(momentum=0.95, adjust_lr_fn='match_rms_adamw')
+    optimizers = [Muon(ours, lr=0.01, weight_decay=0.1),
+                  torch.optim.Muon(theirs, lr=0.01, weight_decay=0.1, **settings)]
+    for _ in range(3):
+        for p, q in zip(ours, theirs):
+            p.grad = torch.randn(p.shape, generator=g)
+            q.grad = p.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, q, start in zip(ours, theirs, before):
+        assert (p - q).norm() < 0.02 * (q - start).norm()  # bf16 has three digits
+    values = torch.linalg.svdvals(orthogonalise(torch.randn(3, 20, 50, generator=g)))
+    assert values.min() > 0.5 and values.max() < 1.3
+
+
+def test_groups_keep_their_peaks_and_vectors_do_not_decay():
+    model = torch.nn.ModuleDict({'layers': torch.nn.Linear(4, 4), 'head': torch.nn.Linear(4, 4)})
+    config = SimpleNamespace(lr=1e-3, muon_lr=2e-3, weight_decay=0.1, beta2=0.98)
+    optimizers = make_optimizers(model, config, torch.device('cpu'),
+                                 rate_of=lambda name: 5e-3 if name == 'head.weight' else 1e-3)
+    set_rates(optimizers, 0.5)
+    found = {}
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        for p in group['params']:
+            name = next(name for name, other in model.named_parameters() if other is p)
+            found[name] = group['lr'], group['weight_decay']
+    assert found == {'layers.weight': (1e-3, 0.1), 'layers.bias': (5e-4, 0.0),
+                     'head.weight': (2.5e-3, 0.1), 'head.bias': (5e-4, 0.0)}

@@ -1,0 +1,58 @@
+"""The rules of the house: which module may know which, and how large all of it may be."""
+import ast
+import graphlib
+from pathlib import Path
+
+import pytest
+
+FILES = sorted(Path(__file__).parent.parent.glob('*.py'))
+METHOD = {'model', 'vggt', 'psfm', 'adapter'}
+SCRIPTS = {'train', 'finetune', 'lesson', 'bench', 'eval'}
+MAY_IMPORT = {'eval': {'train', 'finetune'}, 'bench': {'train', 'finetune'}}    # of the scripts
+
+
+def imported(text):
+    """Names of the modules that a source text imports, inside functions too."""
+    names = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split('.')[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add((node.module or '').split('.')[0])
+    return names
+
+
+MODULES = {path.stem for path in FILES}
+IMPORTS = {path.stem: imported(path.read_text()) & MODULES for path in FILES}
+
+
+def test_imports_are_found_wherever_they_are():
+    text = 'import a.b, c\nfrom d.e import f\ndef g():\n    if h:\n        from i import j\n'
+    assert imported(text) == {'a', 'c', 'd', 'i'}
+    assert METHOD | SCRIPTS <= MODULES
+    assert 'model' in IMPORTS['vggt'] and 'common' in IMPORTS['train']
+
+
+def test_no_circle():
+    graphlib.TopologicalSorter(IMPORTS).prepare()
+    with pytest.raises(graphlib.CycleError):
+        graphlib.TopologicalSorter({**IMPORTS, 'common': {'train'}}).prepare()
+
+
+@pytest.mark.parametrize('module', sorted(METHOD))
+def test_the_method_stands_alone(module):
+    assert IMPORTS[module] <= METHOD | {'common'}
+
+
+@pytest.mark.parametrize('module', sorted(MODULES))
+def test_scripts_are_not_imported(module):
+    assert IMPORTS[module] & SCRIPTS <= MAY_IMPORT.get(module, set())
+
+
+def test_there_are_at_most_twenty_files():
+    assert len(FILES) <= 20
+
+
+@pytest.mark.parametrize('path', FILES, ids=lambda path: path.name)
+def test_no_file_is_long(path):
+    assert len(path.read_text().splitlines()) <= 500

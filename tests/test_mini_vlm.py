@@ -1,0 +1,215 @@
+"""The mini VLM: its tokenizer, the pictures that it is pre-trained on, its Sight, its training, and
+how the adapter is grounded on it."""
+import contextlib
+import itertools
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import finetune
+import mini_vlm
+from adapter import load_vlm, to_device
+from common import InputError
+from finetune import Encoded, build_model
+from mini_vlm import (RoomPictures, Sight, build_tokenizer, build_vlm, ground, load_sight,
+                      save_mini_vlm, token_categories, truth_of)
+from questions import RoomQuestions
+from rooms import CATEGORIES, CLASSES
+from tiny import WIDTH, losses, options, save_tiny_vlm
+
+
+@pytest.fixture(scope='module')
+def vlm(tmp_path_factory):
+    return save_tiny_vlm(tmp_path_factory.mktemp('vlm') / 'tiny')
+
+
+# -----------------------------------------------------------------------------
+# files
+
+def test_stock_phrases_are_single_tokens():
+    count, side = 'How many table(s) are there?', 'Is the ball left of the table?'
+    _, chat = build_vlm(build_tokenizer([count, side] * 20, ['table', 'ball']), width=64, depth=1)
+    ids = chat.tokenizer(count, add_special_tokens=False).input_ids
+    assert len(ids) == 3
+    assert chat.tokenizer.decode(ids) == count
+
+
+def test_save_and_load(vlm, tmp_path):
+    model, chat = load_vlm(vlm)
+    for p in model.parameters():
+        torch.nn.init.normal_(p)
+    sight = Sight(WIDTH)
+    save_mini_vlm(model, chat, sight, str(tmp_path))
+    again, chat2 = load_vlm(str(tmp_path))
+    half = {name: x.half().float() for name, x in model.state_dict().items()}
+    assert half.keys() == again.state_dict().keys()
+    assert all(torch.equal(x, half[name]) for name, x in again.state_dict().items())
+    assert list(again.config.classes) == CLASSES
+    text = 'How many table(s) are in this room?'
+    assert chat2.tokenizer(text).input_ids == chat.tokenizer(text).input_ids
+
+    found = load_sight(str(tmp_path), WIDTH)
+    half = {name: x.half().float() for name, x in sight.state_dict().items()}
+    assert all(torch.equal(x, half[name]) for name, x in found.state_dict().items())
+
+
+@pytest.mark.parametrize('metadata', [
+    None, {}, {'classes': '["floor", "piano"]'}, {'other': 'text'}])
+def test_a_sight_of_other_or_unknown_categories_is_refused(vlm, tmp_path, metadata):
+    model, chat = load_vlm(vlm)
+    save_mini_vlm(model, chat, Sight(WIDTH), str(tmp_path))
+    path = str(tmp_path / 'sight.safetensors')
+    save_file(load_file(path), path, metadata)
+    with pytest.raises(InputError, match=f'{path} tells apart'):
+        load_sight(str(tmp_path), WIDTH)
+
+
+def test_a_vlm_without_sight_or_with_one_that_does_not_fit_grounds_nothing(vlm, tmp_path):
+    model, chat = load_vlm(vlm)
+    save_mini_vlm(model, chat, Sight(WIDTH // 2), str(tmp_path / 'blind'))
+    with pytest.raises(InputError, match='blind/sight.safetensors does not fit this Sight'):
+        finetune.main(options(tmp_path / 'blind', tmp_path))
+    (tmp_path / 'blind' / 'sight.safetensors').unlink()
+    with pytest.raises(InputError, match='blind/sight.safetensors'):
+        finetune.main(options(tmp_path / 'blind', tmp_path))
+
+
+# -----------------------------------------------------------------------------
+# what it is pre-trained on
+
+@pytest.fixture(scope='module')
+def pictures():
+    return RoomPictures('train', 0, 8)
+
+
+def test_pictures_to_pre_train_on(pictures):
+    assert len(pictures) == 8 * 7
+    single, row = pictures[0], pictures[8 * 6]
+    assert len(single['images']) == 1
+    assert single['kinds'][-1] == 'map'
+    assert len(row['images']) == 6
+    assert 'picture' in row['kinds']
+    assert len({image.tobytes() for image in row['images']}) == 6
+    assert row['stand'].isnan().all()
+
+
+def test_half_of_the_choices_are_answered_in_words(pictures):
+    in_words, with_options = 0, 0
+    for item in pictures:
+        asked, answers = item['conversations'][::2], item['conversations'][1::2]
+        for kind, question, answer in zip(item['kinds'], asked, answers, strict=True):
+            is_letter = answer['value'] in 'ABCD'
+            assert ('Options:' in question['value']) == is_letter
+            if kind.endswith('in words'):
+                assert not is_letter
+            in_words += kind.endswith('in words')
+            with_options += is_letter and kind != 'letter'
+    assert 0.4 < in_words / (in_words + with_options) < 0.6
+
+
+def encoded(pictures, vlm):
+    """All items in one batch. -> VLM, Chat, batch, truth"""
+    model, chat = load_vlm(vlm)
+    items = list(pictures)
+    batch = chat.batch([chat.encode(item) for item in items])
+    return model, chat, batch, truth_of(items, batch, token_categories(chat.tokenizer))
+
+
+def test_truths_about_words_and_image_tokens(pictures, vlm):
+    _, chat, batch, truth = encoded(pictures, vlm)
+    images = len(batch['pixel_values']) // 64
+    assert len(batch['input_ids']) == 56
+    assert truth['seen'].shape == (images, 16, len(CLASSES) + 3)
+    named = batch['input_ids'][~truth['words'].isnan().any(-1)]
+    assert {chat.tokenizer.decode(token).strip() for token in named} == set(CATEGORIES)
+
+
+def test_truths_about_answers(pictures, vlm):
+    """Where the pieces of each question stand, worked out beforehand, question by question."""
+    _, _, batch, truth = encoded(pictures, vlm)
+    first, t = pictures[0], 0
+    labels = batch['labels'][0]
+    for question, kind in zip(first['conversations'][::2], first['kinds'], strict=True):
+        t = next(t for t in itertools.count(t + 1) if labels[t] != -100 and labels[t - 1] == -100)
+        names = re.findall('|'.join(CATEGORIES), question['value'])[:Sight.NAMES]
+        expected = first['stand'][[CATEGORIES.index(name) for name in names]]
+        found = truth['answers'][0, t - 1, :len(names)]
+        assert torch.equal(found.nan_to_num(99), expected.nan_to_num(99)), kind
+
+
+@torch.no_grad()
+def test_batches_for_training_change_no_logits(pictures, vlm):
+    model, _, batch, _ = encoded(pictures, vlm)
+    labels = batch.pop('labels')
+    assert not batch['attention_mask'].all()  # some are padded
+    plain = model(use_cache=False, **batch).logits[labels != -100]
+    quick = model(use_cache=False, **to_device(dict(batch), model, 'cpu')).logits[labels != -100]
+    assert torch.equal(plain, quick)
+
+
+# -----------------------------------------------------------------------------
+# training
+
+TINY = ['--val-scenes', '4', '--batch', '1', '--steps', '2', '--device', 'cpu', '--log-every', '1']
+
+
+def weight_of(folder):
+    """One matrix of a Sight."""
+    return load_file(f'{folder}/sight.safetensors')['tokens.1.weight'].float()
+
+
+def test_training_goes_on_from_a_mini_vlm(vlm, tmp_path, capsys):
+    mini_vlm.main([*TINY, '--vlm', vlm, '--out', str(tmp_path)])
+    change = (weight_of(vlm) - weight_of(tmp_path / 'mini_vlm')).abs().max()
+    assert 0 < change < 0.02  # it went on from there
+    model, _ = load_vlm(str(tmp_path / 'mini_vlm'))
+    assert model.config.made_by.startswith('python mini_vlm.py --val-scenes 4')
+    said = capsys.readouterr().out
+    assert 'step 00002/00002 | held-out loss' in said
+    assert '% right' in said
+    assert [step for step, _ in losses(tmp_path)] == [1, 2]
+
+
+def test_training_resumes_with_the_same_losses(vlm, tmp_path):
+    level = ['--vlm', vlm, '--warmup', '0', '--min-lr', '1']
+    whole, half = tmp_path / 'whole', tmp_path / 'half'
+    mini_vlm.main([*TINY, *level, '--out', str(whole)])
+    mini_vlm.main([*TINY, *level, '--steps', '1', '--out', str(half)])
+    mini_vlm.main([*TINY, *level, '--out', str(half), '--resume'])
+    assert [step for step, _ in losses(half)] == [step for step, _ in losses(whole)] == [1, 2]
+    assert [x for _, x in losses(half)] == pytest.approx([x for _, x in losses(whole)], abs=1e-4)
+    assert torch.allclose(weight_of(half / 'mini_vlm'), weight_of(whole / 'mini_vlm'), atol=1e-4)
+
+
+@pytest.mark.slow
+def test_from_nothing_to_fine_tuning(tmp_path):
+    mini_vlm.main([*TINY, '--out', str(tmp_path)])
+    folder = str(tmp_path / 'mini_vlm')
+    finetune.main(options(folder, tmp_path / 'next', '--steps', '1', '--map-steps', '0',
+                          '--latents', 'none'))
+    mini_vlm.main([*TINY, '--vlm', folder, '--out', str(tmp_path / 'on')])
+    change = (weight_of(folder) - weight_of(tmp_path / 'on' / 'mini_vlm')).abs().max()
+    assert 0 < change < 0.02
+
+
+# -----------------------------------------------------------------------------
+# grounding
+
+def test_grounding_teaches_the_adapter_alone(vlm, tmp_path):
+    _, config = finetune.parse_config(options(vlm, tmp_path, '--batch', '4', '--map-steps', '0',
+                                              '--ground-steps', '30', '--log-every', '29'))
+    model, chat, latents = build_model(config)
+    before, said = {name: x.clone() for name, x in model.state_dict().items()}, []
+    data = Encoded(RoomQuestions('train', 0, 8), chat, config)
+    ground(model, chat, latents, data.__getitem__, config, contextlib.nullcontext(), said.append)
+    first, last = [float(re.search(r'tokens (\S+)', line)[1]) for line in (said[0], said[-1])]
+    assert last < 0.8 * first
+    changed = {name.split('.')[0] for name, x in model.state_dict().items()
+               if not torch.equal(x, before[name])}
+    assert changed == {'adapter'}
+
+    # what fine-tuning trains afterwards
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert any('language_model' in name for name in trained)
