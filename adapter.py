@@ -451,44 +451,43 @@ class SceneLatents:
 
         None stands for a scene without images.
         """
-        latents, due = [None] * len(scenes), {}  # scenes of one shape are computed together
+        latents, due = [None] * len(scenes), {}  # due: {shape: {name: (images, places)}}
         for i, pictures in enumerate(scenes):
             if not pictures:
                 continue
             images = fit_pictures(pictures, self.image_width, self.psfm.backbone.config.patch_size)
-            path = self.path(images)
-            latents[i] = self.find(path)
-            if latents[i] is None:
-                due.setdefault(images.shape, []).append((i, path, images))
+            content = f'{self.key} {tuple(images.shape)}'.encode() + images.numpy().tobytes()
+            name = hashlib.sha256(content).hexdigest()[:32]
+            latents[i] = self.find(name)
+            if latents[i] is None:  # scenes of one shape are computed together, equal ones once
+                due.setdefault(images.shape, {}).setdefault(name, (images, []))[1].append(i)
         for group in due.values():
-            computed = self.compute(torch.stack([images for _, _, images in group]))
-            for (i, path, _), z in zip(group, computed):
-                latents[i] = z
-                self.computed += 1
-                self.keep(path, z)
+            computed = self.compute(torch.stack([images for images, _ in group.values()]))
+            self.computed += len(computed)
+            for (name, (_, places)), z in zip(group.items(), computed):
+                self.keep(name, z)
+                for i in places:
+                    latents[i] = z
         return [z.float() if z is not None else None for z in latents]
 
-    def path(self, images):
-        if not self.folder:
-            return None
-        content = f'{self.key} {tuple(images.shape)}'.encode() + images.numpy().tobytes()
-        name = hashlib.sha256(content).hexdigest()[:32]
+    def path(self, name):
         return os.path.join(self.folder, name[:2], f'{name}.safetensors')
 
-    def find(self, path):
+    def find(self, name):
         """The latents in a file, or None. A broken file counts as none."""
-        if not path or not os.path.isfile(path):
+        if not self.folder or not os.path.isfile(self.path(name)):
             return None
         try:
-            z = load_file(path)['z']
+            z = load_file(self.path(name))['z']
         except SafetensorError:
             return None
         self.found += 1
         return z
 
-    def keep(self, path, z):
-        if not path or not self.folder:
+    def keep(self, name, z):
+        if not self.folder:
             return
+        path = self.path(name)
         try:
             os.makedirs(os.path.dirname(path), exist_ok=True)
             temporary = f'{path}.{os.getpid()}'  # one per process, so writers never collide

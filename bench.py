@@ -186,7 +186,7 @@ def compare_masks(backbone, images, clock, autocast):
 
 
 def bench_step(psfm, config, V, clock, autocast):
-    """Prints the table for V views a scene. -> dict of its numbers"""
+    """Prints the table for V views per scene. -> dict of its numbers"""
     device = clock.device
     peak = peak_flops(clock.device)
     B, _, _, height, width = shape = batch_shape(config, V)

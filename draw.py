@@ -368,13 +368,17 @@ def draw_map(truth, answer, width):
     named = read_map(answer)
     named = [piece for piece in named if piece[0] in FURNITURE]
 
-    # everything fits: the scale follows from the farthest place
-    reach = max([abs(value) for _, *place in pieces + named for value in place] + [4]) + 1
+    # everything within 20 metres fits: the scale follows from the farthest place
+    reach = max([abs(value) for _, *place in pieces + named for value in place] + [4])
+    reach = min(reach, 20) + 1
     scale = (width - 24) / 2 / reach  # pixels a metre
 
     def place(x, y):
+        x = max(-reach, min(reach, x))
+        y = max(-reach, min(reach, y))
         return width / 2 + scale * x, width / 2 - scale * y
 
+    pen.text((6, 9), f'{100 * map_score(truth, answer):.0f} %', 'black', font, anchor='lm')
     for k in range(-reach, reach + 1):
         pen.line((*place(k, -reach), *place(k, reach)), 'gainsboro')
         pen.line((*place(-reach, k), *place(reach, k)), 'gainsboro')
@@ -385,15 +389,13 @@ def draw_map(truth, answer, width):
     for shape, things in (('square', named), ('circle', pieces)):
         for name, *where in things:
             x, y = place(*where)
-            x += 11 * taken.setdefault((shape, *where), 0)
+            x = min(width - 10, x + 11 * taken.setdefault((shape, *where), 0))
             taken[shape, *where] += 1
             colour = rgb(FURNITURE[name][2])
             if shape == 'square':
                 pen.rectangle((x - 5, y - 5, x + 5, y + 5), colour, 'black')
             else:
                 pen.ellipse((x - 9, y - 9, x + 9, y + 9), None, colour, 3)
-    pen.rectangle((0, 0, 46, 18), 'white')
-    pen.text((6, 9), f'{100 * map_score(truth, answer):.0f} %', 'black', font, anchor='lm')
     pen.rectangle((0, 0, width - 1, width - 1), None, 'grey')
     return canvas
 

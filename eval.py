@@ -191,7 +191,8 @@ def rooms(args):
         if args.latents and answerer[2] is None:
             raise InputError(f'{run} was trained without latents: there is nothing to shuffle')
     path = os.path.join(args.run[0], 'config.json')
-    trained = read_json(path)['num_rooms'] if os.path.isfile(path) else 1000   # what a prior knows
+    known = read_json(path) if os.path.isfile(path) else {}
+    trained = known.get('num_rooms', 1000)  # the rooms that a prior may know
     held_out = RoomQuestions('val', 0, args.rooms)
     train_data = RoomQuestions('train', 0, trained, rendering)
     autocast = autocast_on(device, torch.float32)

@@ -61,7 +61,7 @@ class Config:
     num_frames: int = opt(8, 'frames of a video, at most', low=1)
     max_pixels: int = opt(518 * 518, 'larger pictures are scaled down for the VLM', low=784)
     skip_bad: bool = opt(False, 'leave faulty records out instead of stopping')
-    num_rooms: int = opt(3000, 'rooms: how many to train on', low=1)
+    num_rooms: int = opt(3000, 'rooms to train on, in fours', low=1)
     ground_steps: int = opt(0, 'rooms: steps in which the adapter alone first learns where each '
                             'image token is, at twice the batch size', low=0)
     map_steps: int = opt(0, 'rooms: the first steps ask only for the map; twice --batch', low=0)
@@ -339,7 +339,7 @@ def save(model, chat, optimizers, step, config, dtype, metrics, is_main, sharded
     if not is_main:
         return
     settings = dict(vlm=absolute(config.vlm), encoder=absolute(config.encoder),
-                    latents=config.latents, num_frames=config.num_frames,
+                    latents=config.latents, num_frames=config.num_frames, data=config.data,
                     max_pixels=config.max_pixels,
                     lora_rank=config.lora_rank if config.train == 'lora' else 0)
 

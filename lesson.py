@@ -98,7 +98,7 @@ z = psfm.encode(context, views.grid)
 print('4. context features', tuple(context.shape), '-> z', tuple(z.shape))
 
 # %% 5. Cast rays, and decode them
-# For every view that we ask for: one token a patch, which knows its direction in the camera's own
+# For every view that we ask for: one token per patch, which knows its direction in the camera's own
 # frame. Where the camera stands enters through attention (PRoPE). A decoder block lets each ray
 # look at z, and at the other rays of its view.
 
@@ -113,7 +113,7 @@ losses = psfm(images, view_mask=mask)
 print('6. losses before training', {name: round(loss.item(), 3) for name, loss in losses.items()})
 
 # %% 7. Train
-# 120 rooms in memory, four scenes of six views a step.
+# 120 rooms in memory, four scenes of six views per step.
 
 
 class Recipe:

@@ -9,7 +9,7 @@ Cameras alone teach too little. Beside them: `match`, which makes patches of
 different views that see the same 3-D point look alike; dense targets; each
 camera's own stand in the room; and a curriculum from two close views to six of
 any motion. The category loss stands in for what the real VGGT inherits from
-DINOv2. Shapes as in model.py; a cell is 4 x 4 pixels, 2 x 2 a patch.
+DINOv2. Shapes as in model.py; a cell is 4 x 4 pixels, 2 x 2 per patch.
 """
 import dataclasses
 import json

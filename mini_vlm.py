@@ -29,9 +29,9 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from adapter import Chat, SpatialVLM, answer_loss, load_vlm, to_device
-from common import (autocast_on, find_file, learning_rate, load_optimizers, load_strictly,
-                    make_optimizers, opt, parse_options, pick_device, pick_dtype, read_state,
-                    read_weights, run_script, set_rates, step_generator, take_step,
+from common import (InputError, autocast_on, find_file, learning_rate, load_optimizers,
+                    load_strictly, make_optimizers, opt, parse_options, pick_device, pick_dtype,
+                    read_state, read_weights, run_script, set_rates, step_generator, take_step,
                     write_checkpoint, write_json)
 from measure import held_out_loss
 from mini_vggt import LoopConfig, fit
@@ -44,7 +44,7 @@ from rooms import CATEGORIES, CLASSES, SEEN, K, check_classes
 @dataclass(frozen=True)
 class Config(LoopConfig):
     vlm: str = opt('', 'a mini VLM to begin with; empty: a new one', group='mini VLM')
-    batch: int = opt(8, 'rooms a batch, of seven conversations each', low=1)
+    batch: int = opt(8, 'rooms per batch, in fours, of seven conversations each', low=1)
 
 
 PRESETS = {'mini': dict(steps=6000, lr=2e-3, muon_lr=4e-3, decay_from=0.5, clip=1.0, val_scenes=48,
@@ -201,13 +201,11 @@ class RoomPictures(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         pictures, turns = self.items[i]
-        stand = torch.full((len(CATEGORIES), 3), math.nan)
-        if len(pictures) == 1:
-            stand = self.stand[pictures[0]]
-        conversations = to_turns('<image>' * len(pictures), [turn[1:] for turn in turns])
+        none = torch.full((len(CATEGORIES), 3), math.nan)
+        stand = self.stand[pictures[0]] if len(pictures) == 1 else none
         return dict(images=[Image.fromarray(self.images[j]) for j in pictures],
-                    seen=self.seen[pictures], stand=stand, kinds=[kind for kind, _, _ in turns],
-                    conversations=conversations)
+                    seen=self.seen[pictures], stand=stand, kinds=[turn[0] for turn in turns],
+                    conversations=to_turns('<image>' * len(pictures), [turn[1:] for turn in turns]))
 
 
 # -----------------------------------------------------------------------------
@@ -258,9 +256,8 @@ def build_vlm(tokenizer_json, width=128, depth=6, heads=4):
         chat_template=CHAT_TEMPLATE)
     image_processor = Qwen2VLImageProcessorPil(
         patch_size=8, temporal_patch_size=1, merge_size=2, min_pixels=64 * 64, max_pixels=64 * 64)
-    names = 'vision_start', 'vision_end', 'image', 'video'
-    ids = {f'{name}_token_id': tokenizer.convert_tokens_to_ids(token)
-           for name, token in zip(names, SPECIAL[3:7])}
+    ids = {f'{name}_token_id': tokenizer.convert_tokens_to_ids(token) for name, token in
+           zip(('vision_start', 'vision_end', 'image', 'video'), SPECIAL[3:7])}
     pad, eos, d = tokenizer.pad_token_id, tokenizer.eos_token_id, width // heads
     rope = dict(rope_type='default', rope_theta=10000.0,
                 mrope_section=[d // 8, d * 3 // 16, d * 3 // 16])
@@ -324,6 +321,9 @@ class Sight(nn.Module):
 def load_sight(folder, width):
     """The Sight in the folder of a mini VLM. InputError if it has none, or of other categories."""
     path = os.path.join(find_file(folder), 'sight.safetensors')
+    if not os.path.isfile(path):
+        raise InputError(f'{folder} has no sight.safetensors, by which the adapter is grounded: '
+                         'take a mini VLM, or --ground-steps 0')
     state, metadata = read_weights(path)
     check_classes(json.loads(metadata.get('classes', '[]')), path)
     sight = Sight(width)
@@ -337,7 +337,7 @@ def save_mini_vlm(vlm, chat, sight, folder, command='', dtype=torch.float16):
     vlm.config.made_by = command
     vlm.save_pretrained(folder, state_dict=state)
     chat.save_pretrained(folder)
-    sight = {name: x.detach().cpu().to(dtype) for name, x in sight.state_dict().items()}
+    sight = {name: x.cpu().to(dtype) for name, x in sight.state_dict().items()}
     save_file(sight, os.path.join(folder, 'sight.safetensors'), {'classes': json.dumps(CLASSES)})
 
 

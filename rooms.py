@@ -5,7 +5,7 @@ ray-caster.
 Nothing can be assumed on a newcomer's machine, so the project carries its own
 data. A room is a box with textured walls and up to ten pieces of furniture
 (boxes, ellipsoids and cylinders, of eight categories). A walk is a noisy loop
-of views around it. `render` casts one ray a pixel, for many rooms and views at
+of views around it. `render` casts one ray per pixel, for many rooms and views at
 once, in plain torch on any device. It returns what a real data set would have
 to measure: colour, depth, object, camera.
 
@@ -15,7 +15,7 @@ seeds never meet (`room_seed`). A new category is a new line of FURNITURE.
 
     python rooms.py            # draws out/rooms.png: what the world looks like
 
-R rooms    V views    K furniture slots a room    n = H W rays a view
+R rooms    V views    K furniture slots per room    n = H W rays per view
 S = 6 + K surfaces of a room: walls at x-, x+, y-, y+, floor, ceiling, furniture
 """
 import math
@@ -309,7 +309,7 @@ HIT = {'box': hit_box, 'ellipsoid': hit_round, 'cylinder': hit_cylinder}
 @torch.no_grad()
 @full_precision
 def render(rooms, extrinsics, intrinsics, size):
-    """Casts one ray a pixel. extrinsics (R, V, 3, 4), intrinsics (R, V, 3, 3), `size` = (H, W).
+    """Casts one ray per pixel. extrinsics (R, V, 3, 4), intrinsics (R, V, 3, 3), `size` = (H, W).
 
     -> dict of image (R, V, 3, H, W) uint8; depth (R, V, H, W), metres along the optical axis;
        surface (R, V, H, W) uint8: 0-3 walls, 4 floor, 5 ceiling, 6 + k the furniture in slot k.
@@ -458,8 +458,9 @@ def surface_classes(rooms, surface):
 def check_classes(classes, source):
     """Raises InputError if `source` was made for other categories than those of this world."""
     if list(classes) != CLASSES:
-        raise InputError(f'{source} tells apart {", ".join(classes)}, but the rooms have '
-                         f'{", ".join(CLASSES)}: make it anew (RESULTS.md has the commands)')
+        names = ", ".join(classes) or "nothing that it names"
+        raise InputError(f'{source} tells apart {names}, but the rooms have {", ".join(CLASSES)}: '
+                         'make it anew (RESULTS.md has the commands)')
 
 
 def main():

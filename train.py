@@ -259,8 +259,8 @@ def banner(name, config, psfm, source, held_out, device, dtype, reason):
                        for is_trained in (True, False)]
     images = config.images_per_batch * config.accumulate
     text = (f'{name}: {config.steps} steps of {images} images per process '
-            f'({config.image_width} pixels wide, {config.min_views} to {config.max_views} views a '
-            f'scene) of {config.data}, seed {config.seed}\n'
+            f'({config.image_width} pixels wide, {config.min_views} to {config.max_views} views '
+            f'per scene) of {config.data}, seed {config.seed}\n'
             f'{trained / 1e6:.2f} M parameters to train (width {config.width}, blocks '
             f'{config.encoder_depth} + {config.decoder_depth}, {config.num_latents} latents), '
             f'{frozen / 1e6:.2f} M frozen ({config.backbone})\n'
@@ -288,7 +288,7 @@ def log_line(record, parts, config, mfu):
 def train(name, config):
     began = time.time()
 
-    # the machine: one process a GPU, started by torchrun
+    # the machine: one process per GPU, started by torchrun
     rank, world_size, device = join_processes(config.device)
     is_main = rank == 0
     say = tqdm.write if is_main else quiet

@@ -49,7 +49,7 @@ class VGGTConfig:
     dpt_features: int = 256
     dpt_channels: tuple = (256, 512, 1024, 1024)
     dpt_layers: tuple = (4, 11, 17, 23)
-    cells: int = 2                   # the mini's dense heads answer on cells x cells a patch
+    cells: int = 2                   # the mini's dense heads answer on cells x cells per patch
     classes: tuple = ()              # ... and these are the names of its categories
 
 
@@ -106,7 +106,7 @@ class DINOv2(nn.Module):
 
 
 class ConvStem(nn.Module):
-    """The mini's patch embed: three strided convolutions (8 x 8 pixels a patch), and positions.
+    """The mini's patch embed: three strided convolutions (8 x 8 pixels per patch), and positions.
 
     Absolute positions beside RoPE are what DINOv2 brings to the real VGGT.
     """

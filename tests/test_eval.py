@@ -151,7 +151,6 @@ def test_runs_with_the_same_latents_count_as_seeds(tuned, capsys):
     assert 'psfm, 2 seeds' in capsys.readouterr().out
 
 
-@pytest.mark.xfail(raises=KeyError, strict=True, reason='rooms() takes its config.json for ours')
 def test_rooms_command_asks_a_vlm_that_was_not_fine_tuned(vlm, capsys, monkeypatch):
     def few_rooms(split, seed, num_rooms, progress=iter):  # a prior would take 1000
         return RoomQuestions(split, seed, min(num_rooms, 4))
@@ -196,7 +195,6 @@ def test_an_answerer_is_what_was_trained(tuned, vlm):
         load_answerer('nowhere', 'cpu')
 
 
-@pytest.mark.slow
 def test_ablate(vlm, tmp_path, capsys):
     out = tmp_path / 'arms'
     arguments = ['ablate', '--arms', 'psfm', 'none', '--seeds', '0',

@@ -1,11 +1,18 @@
-"""The second teacher. (What is published of Spa3R: test_release_files.py, test_parity.py.)"""
+"""The second teacher, and what is published of Spa3R in miniature."""
+import numpy as np
+from PIL import Image
 import pytest
+from safetensors.torch import save_file
 import torch
 import transformers
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
+from adapter import build_adapter, SceneLatents, SpatialVLM
 from common import InputError
-from release import SemanticTeacher, load_teacher
+from mini_vlm import build_tokenizer, build_vlm
+from psfm import PSFM, PSFMConfig
+from release import load_teacher, open_psfm, open_spatial_vlm, released_adapter, SemanticTeacher
+from vggt import VGGT, VGGTConfig
 
 
 def test_semantic_teacher_from_transformers():
@@ -30,3 +37,113 @@ def test_a_gated_teacher_says_how_to_get_it(monkeypatch):
 
 def test_no_name_is_no_teacher():
     assert load_teacher('') is None
+
+
+QUESTION = 'How many table(s) are there?'
+ADAPTER = [('projector.fc1', 'geometry_projector.0'), ('projector.fc2', 'geometry_projector.2'),
+           ('attention', 'geom_cross_attention'), ('norm', 'ln'),
+           ('mlp.fc1', 'geometry_adaptor.0'), ('mlp.fc2', 'geometry_adaptor.2'),
+           ('gate', 'geometry_gate.0')]
+SPA3R = [('encoder.projection.', 'projection.'), ('encoder.queries', 'query_embed.weight'),
+         ('encoder.transformer.', 'encoder.'), ('decoder.ray_embed.', 'pose_tokenizer.'),
+         ('decoder.transformer.', 'decoder.'), ('backbone.', '')]
+QWEN = [('model.visual.', 'visual.'), ('model.language_model.', 'model.')]
+
+
+def under(name, table):
+    """A name of ours, as the release calls it."""
+    pairs = [pair for pair in table if name.startswith(pair[0])]
+    ours, theirs = pairs[0] if pairs else ('', '')
+    return theirs + name.removeprefix(ours)
+
+
+@pytest.fixture(scope='module')
+def released(tmp_path_factory):
+    """A tiny spa3r.ckpt, and the model it came from."""
+    torch.manual_seed(0)
+    vggt = VGGT(VGGTConfig(width=64, depth=2, num_heads=1, embed_depth=1, embed_heads=1,
+                           position_grid=4, global_qk_norm='rms', camera_depth=1, camera_heads=1,
+                           heads=('camera',)))
+    sizes = PSFMConfig(width=128, encoder_depth=1, decoder_depth=1, num_heads=2, num_latents=6,
+                       standardised=False)
+    psfm = PSFM(vggt, sizes).eval()
+    state = {f'model.{under(name, SPA3R)}': x for name, x in psfm.state_dict().items()
+             if not name.startswith('geo_')}
+    # what only trained it
+    state['model.dino.cls_token'] = torch.zeros(1)
+    state['model.heads.sem.fc1.weight'] = torch.zeros(3, 3)
+    path = str(tmp_path_factory.mktemp('released') / 'spa3r.ckpt')
+    torch.save(dict(state_dict=state, epoch=3), path)
+    return path, psfm
+
+
+@torch.no_grad()
+def test_released_encoder(released):
+    path, psfm = released
+    again, config = open_psfm(path)
+    images = torch.rand(1, 2, 3, 28, 42)
+    assert torch.allclose(again.latents(images), psfm.latents(images), atol=1e-5)
+    assert config.width == 128
+
+    cameras = torch.eye(4)[:3].expand(1, 2, 3, 4), torch.eye(3).expand(1, 2, 3, 3)
+    asked = psfm.latents(images), *cameras, (28, 42), (2, 3)
+    assert torch.allclose(again.decode(*asked), psfm.decode(*asked), atol=1e-5)
+
+
+def test_files_that_are_no_released_encoder(released, tmp_path):
+    path, _ = released
+    torch.save(dict(state_dict={'x': torch.zeros(1)}), tmp_path / 'other.pt')
+    with pytest.raises(InputError, match='holds no released Spa3R'):
+        open_psfm(tmp_path / 'other.pt')
+
+    state = torch.load(path, weights_only=True)['state_dict']
+    del state['model.projection.weight']
+    torch.save(dict(state_dict=state), tmp_path / 'part.ckpt')
+    with pytest.raises(InputError, match='missing encoder.projection.weight'):
+        open_psfm(tmp_path / 'part.ckpt')
+
+
+def test_names_of_the_adapter():
+    state = {'model.geom_cross_attention.q_norm.weight': 1, 'geometry_gate.0.bias': 2,
+             'model.visual.blocks.0.ln.weight': 3, 'model.layers.0.ln.weight': 4,
+             'geometry_encoder.spa3r.model.ln.weight': 5, 'model.ln.bias': 6}
+    assert released_adapter(state) == {'attention.q_norm.weight': 1, 'gate.bias': 2,
+                                       'norm.bias': 6}
+
+
+@torch.no_grad()
+def test_released_vlm(released, tmp_path):
+    path, _ = released
+    torch.manual_seed(0)
+    vlm, chat = build_vlm(build_tokenizer([QUESTION] * 20, ['table']), width=64, depth=1)
+    adapter = build_adapter(vlm, 128)
+    torch.nn.init.normal_(adapter.mlp.fc2.weight)
+    vlm.save_pretrained(tmp_path)
+    chat.save_pretrained(tmp_path)
+    state = {under(name, QWEN): x for name, x in vlm.state_dict().items()
+             if name != 'lm_head.weight'}
+    state.update({under(name, ADAPTER): x for name, x in adapter.state_dict().items()})
+    for name, x in torch.load(path, weights_only=True)['state_dict'].items():
+        state[name.replace('model.', 'geometry_encoder.spa3r.', 1)] = x
+
+    def write():
+        whole = {name: x.contiguous() for name, x in state.items()}
+        save_file(whole, str(tmp_path / 'model.safetensors'), dict(format='pt'))
+
+    write()
+    model, chat, settings = open_spatial_vlm(str(tmp_path))
+    pixels = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    pictures = [Image.fromarray(pixels)]
+    turn = {'from': 'human', 'value': f'<image>{QUESTION}'}
+    batch = chat.batch([chat.encode(dict(images=pictures, conversations=[turn]))])
+    del batch['labels']
+    latents = SceneLatents(settings['latents'], *open_psfm(settings['encoder']))
+    latents.image_width = 56  # for speed
+    z = latents([pictures])
+    expected = SpatialVLM(vlm, adapter).eval()(latents=z, **batch).logits
+    assert torch.equal(model.eval()(latents=z, **batch).logits, expected)
+
+    del state['geom_cross_attention.q_norm.weight']
+    write()
+    with pytest.raises(InputError, match='no adapter of a Spa3-VLM'):
+        open_spatial_vlm(str(tmp_path))
