@@ -16,7 +16,6 @@ import io
 import json
 import os
 import re
-import zlib
 
 import numpy as np
 import torch
@@ -35,7 +34,7 @@ WORD_PROMPT = 'Please answer the question using a single word or phrase.'
 def read_records(path):
     """Yields (number from 1, record, fault) of a .jsonl file, or of a .json file with one list."""
     try:
-        with open(path, encoding='utf-8') as file:
+        with open(path, encoding='utf-8-sig') as file:  # with or without a byte-order mark
             if path.endswith('.jsonl'):
                 lines = [(number, line) for number, line in enumerate(file, 1) if line.strip()]
             else:
@@ -88,19 +87,6 @@ def read_parquet(root, *patterns):
     return rows
 
 
-def download(name):
-    """The id of a data set on the hub -> the folder with its files, fetched once."""
-    if name.count('/') != 1 or name.startswith(('.', '/')):
-        raise InputError(f'no folder {name}')
-    try:
-        from huggingface_hub import snapshot_download
-        return snapshot_download(name, repo_type='dataset')
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f'no folder {name}, and it could not be fetched from the hub '
-                         f'({reason})') from error
-
-
 # -----------------------------------------------------------------------------
 # scores and averages that several share
 
@@ -140,6 +126,7 @@ class VSIBench:
     numerical = ('object_counting', 'object_abs_distance', 'object_size_estimation',
                  'room_size_estimation')
     directions = tuple(f'object_rel_direction_{level}' for level in ('easy', 'medium', 'hard'))
+    choices = (*directions, 'object_rel_distance', 'route_planning', 'obj_appearance_order')
     new_tokens = 16  # as the official evaluators allow
 
     def read(self, root):
@@ -166,8 +153,10 @@ class VSIBench:
         """The first word (up to a space) without full stops: a letter, or a number for float()."""
         answer = output.split(' ')[0].rstrip('.').strip()
         truth = doc['ground_truth']
-        if doc['question_type'] not in self.numerical:
+        if doc['question_type'] in self.choices:
             return float(answer.lower() == str(truth).lower())
+        if doc['question_type'] not in self.numerical:
+            return 0.0
         answer, truth = float(answer), float(truth)
         return relative_accuracy(abs(answer - truth) / truth)
 
@@ -275,13 +264,16 @@ class SPARBench:
             answer = float(numbers[-1 if is_many else 0]) if numbers else -1.0
             error = abs(answer - float(truth))
             return relative_accuracy(error / abs(float(truth)) if float(truth) else error)
-        output, truth = output.lower(), truth.lower()
         if task == 'view_change_infer':
+            output = output.replace(' ', '').lower() if corrected else output
             scores = []
             for gold, answer in zip(self.movements(truth), self.movements(output)):
                 error = abs(gold - answer)
                 scores.append(relative_accuracy(error / abs(answer) if answer else error))
             return mean(scores)
+        if task not in self.medium + self.high:
+            return 0.0
+        output, truth = output.lower(), truth.lower()
         if corrected and not output.strip():
             return 0.0
         return float(output in truth or output[0] == truth)
@@ -314,9 +306,11 @@ class ViewSpatial:
 
     def score(self, doc, output, corrected=False):
         """The first lone letter A to D of the last line ('a' counts). Corrected: of the last line
-        that is not empty."""
-        output = output.rstrip() if corrected else output
-        found = re.search(r'\b([A-D])\b', output.split('\n')[-1], re.IGNORECASE)
+        that is not empty, where the article 'a' does not count."""
+        last = (output.rstrip() if corrected else output).split('\n')[-1]
+        found = re.search(r'\b([A-D])\b', last) if corrected else None
+        if found is None and not (corrected and re.search(r'\ba [a-z]', last)):
+            found = re.search(r'\b([A-D])\b', last, re.IGNORECASE)
         truth = re.search(r'\b([A-D])\b', doc['answer'], re.IGNORECASE)
         return float(found is not None and found[1].upper() == truth[1].upper())
 
@@ -340,7 +334,11 @@ def read_benchmark(name, root):
     one question from another) and `media`: the path of a video, or a list of pictures (paths, or
     bytes as in parquet files)."""
     docs = BENCHMARKS[name].read(root)
+    keys = set()
     for doc in docs:
+        if doc['key'] in keys:
+            raise InputError(f'{root}: two questions of {name} have the id {doc["key"]}')
+        keys.add(doc['key'])
         lacking = [field for field in BENCHMARKS[name].fields if doc.get(field) is None]
         if lacking:
             raise InputError(f'{root}: question {doc["key"]} of {name} has no '
@@ -352,7 +350,16 @@ def prompt(name, doc):
     return BENCHMARKS[name].prompt(doc)
 
 
+def bare(output):
+    """An answer without its thoughts and its wrapping: <think>, <answer>, \\boxed{}, bold."""
+    output = re.sub(r'<think>.*?</think>', '', output, flags=re.DOTALL)
+    output = re.sub(r'</?answer>|\*\*', '', output)
+    return re.sub(r'\\boxed\{(?:\\text\{)?([^{}]*)\}*', r'\1', output).strip(' ')
+
+
 def score(name, doc, output, corrected=False):
+    """0 .. 1. `corrected`: of the bare answer, by a scorer that mends what is plainly wrong."""
+    output = bare(output) if corrected else output
     try:
         return BENCHMARKS[name].score(doc, output, corrected)
     except (ValueError, ZeroDivisionError, IndexError, OverflowError):
@@ -414,13 +421,17 @@ def open_media(media, num_frames):
 
 def read_answers(path):
     """A JSONL file of answers -> {key: output}. A last line that was cut off is passed over."""
-    answers = {}
-    for number, record, fault in read_records(path):
-        if fault:
+    answers, records = {}, list(read_records(path))
+    for number, record, fault in records:
+        if fault and number == records[-1][0]:
             continue
+        if fault:
+            raise InputError(f'{path}, line {number}: {fault}')
         key = record.get('key', record.get('id')) if isinstance(record, dict) else None
         if key is None or 'output' not in record:
             raise InputError(f'{path}, record {number}: an answer has "key" (or "id") and "output"')
+        if answers.get(str(key), str(record['output'])) != str(record['output']):
+            raise InputError(f'{path}, line {number}: a second, other answer to {key}')
         answers[str(key)] = str(record['output'])
     return answers
 
@@ -435,7 +446,9 @@ def ask_benchmark(name, docs, answerer, path, num_frames, batch):
     answers = read_answers(path) if os.path.isfile(path) else {}
     due = [doc for doc in docs if doc['key'] not in answers]
     print(f'{len(due)} questions to ask, {len(docs) - len(due)} answered before, in {path}')
-    with open(path, 'a') as file:
+    with open(path, 'a+') as file:
+        file.seek(max(0, file.tell() - 1))
+        file.write('' if file.read() in ('', '\n') else '\n')  # after a line that was cut off
         for start in tqdm(range(0, len(due), batch), name):
             keys, items = [], []
             for doc in due[start:start + batch]:
@@ -456,18 +469,6 @@ def ask_benchmark(name, docs, answerer, path, num_frames, batch):
                 file.write(json.dumps(dict(key=key, output=output)) + '\n')
             file.flush()
     return answers
-
-
-def answers_file(name, folder, *what):
-    """Where answers are kept: answers of other weights, or to other pictures, in another file."""
-    os.makedirs(folder, exist_ok=True)
-    return os.path.join(folder, f'{name}-{zlib.crc32(repr(what).encode()):08x}.jsonl')
-
-
-def sample(docs, limit):
-    """A sample of `limit` questions, always the same; a larger one holds the smaller."""
-    lot = torch.randperm(len(docs), generator=step_generator(11))[:limit].tolist()
-    return [docs[i] for i in sorted(lot)]
 
 
 def results_table(name, docs, answers, published):

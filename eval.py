@@ -18,25 +18,26 @@ import dataclasses
 import json
 import math
 import os
+import zlib
 
 import torch
 from tqdm import tqdm
 
 import finetune
 from adapter import LATENTS, SceneLatents, SpatialVLM, load_vlm
-from benchmarks import (BENCHMARKS, answers_file, ask_benchmark, download, generate,
-                        leave_out_lost, read_answers, read_benchmark, results_table, sample)
+from benchmarks import (BENCHMARKS, ask_benchmark, generate, leave_out_lost, read_answers,
+                        read_benchmark, results_table)
 from common import (InputError, Parser, autocast_on, find_checkpoint, find_file, number,
-                    pick_device, pick_dtype, read_json, run_script, write_json)
+                    pick_device, pick_dtype, read_json, run_script, step_generator, write_json)
 from data import RoomPool, make_source, open_picture, read_video
 from draw import draw_field, draw_film
 from measure import answer_rooms, evaluate_field, field_table, rooms_table
 from mini_vggt import backbone_table, evaluate_backbone
 from probe import probe_latents, probe_table
 from psfm import load_psfm
-from questions import RoomQuestions
+from questions import KINDS, RoomQuestions, as_prompt
 from release import open_psfm, open_spatial_vlm
-from rooms import check_classes
+from rooms import CATEGORIES, check_classes
 from vggt import VGGT
 
 SHIPPED = 'weights/psfm_small.safetensors'      # the encoder that the repository carries
@@ -204,6 +205,22 @@ def rooms(args):
     print(rooms_table(arms))
 
 
+def in_training_words(question, vlm, chat, settings):
+    """A question as its VLM was trained on it: of rooms, in VSI-Bench's wording.
+
+    Says what a mini VLM can be asked, if it does not know the words.
+    """
+    is_mini = hasattr(vlm.config, 'classes')
+    if settings.get('data', 'rooms' if is_mini else '') != 'rooms':
+        return question
+    question = as_prompt(dict(question_type='', question=question, options=None))
+    tokens = chat.tokenizer(question, add_special_tokens=False).input_ids
+    if is_mini and chat.tokenizer.unk_token_id in tokens:
+        print(f'(This mini VLM knows {len(KINDS)} kinds of questions, as in VSI-Bench, about '
+              f'{", ".join(CATEGORIES)}; your question has words that it never saw.)')
+    return question
+
+
 def ask(args):
     if bool(args.images) == bool(args.video):
         raise InputError('ask takes --images a.jpg b.jpg ... or --video walk.mp4')
@@ -213,7 +230,8 @@ def ask(args):
         pictures = [open_picture(path) for path in args.images]
     else:
         pictures = read_video(args.video, args.frames or settings['num_frames'])
-    turn = {'from': 'human', 'value': '<image>' * len(pictures) + args.question}
+    question = in_training_words(args.question, model.vlm, chat, settings)
+    turn = {'from': 'human', 'value': '<image>' * len(pictures) + question}
     item = dict(images=pictures, conversations=[turn])
     print(generate(model, chat, latents, [item], autocast_on(device, torch.float32), 64)[0])
 
@@ -284,6 +302,31 @@ def ablate(args):
 # -----------------------------------------------------------------------------
 # the four benchmarks
 
+def download(name):
+    """The id of a data set on the hub -> the folder with its files, fetched once."""
+    if name.count('/') != 1 or name.startswith(('.', '/')):
+        raise InputError(f'no folder {name}')
+    try:
+        from huggingface_hub import snapshot_download
+        return snapshot_download(name, repo_type='dataset')
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f'no folder {name}, and it could not be fetched from the hub '
+                         f'({reason})') from error
+
+
+def answers_file(name, folder, *what):
+    """Where answers are kept: answers of other weights, or to other pictures, in another file."""
+    os.makedirs(folder, exist_ok=True)
+    return os.path.join(folder, f'{name}-{zlib.crc32(repr(what).encode()):08x}.jsonl')
+
+
+def sample(docs, limit):
+    """A sample of `limit` questions, always the same; a larger one holds the smaller."""
+    lot = torch.randperm(len(docs), generator=step_generator(11))[:limit].tolist()
+    return [docs[i] for i in sorted(lot)]
+
+
 def select(docs, args):
     """The questions of --tasks, or a sample of --limit."""
     def task(doc):
@@ -320,7 +363,9 @@ def benchmark(args):
         answers = ask_benchmark(name, docs, answerer, path, args.frames, args.batch)
     answered = [doc for doc in docs if doc['key'] in answers]
     if not answered:
-        raise InputError('none of the questions has an answer')
+        theirs = next(iter(answers), 'none at all')
+        raise InputError(f'none of the questions has an answer: they have ids like '
+                         f'{docs[0]["key"]}, the answers have {theirs}')
     if len(answered) < len(docs):
         print(f'{len(docs) - len(answered)} of {len(docs)} questions have no answer and are not '
               'counted')

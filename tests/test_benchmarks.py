@@ -120,8 +120,36 @@ def test_relative_accuracy_at_its_thresholds():
     assert [relative_accuracy(error) for error in errors] == [1.0, 0.6, 0.6, 0.1, 0.0]
 
 
-def test_unknown_types_count_as_letters():
-    assert score('vsibench', dict(question_type='a new type', ground_truth='B'), 'B') == 1
+def test_unknown_types_score_nothing():
+    assert score('vsibench', dict(question_type='a new type', ground_truth='B'), 'B') == 0
+    assert score('sparbench', dict(task='a new task', answer='B'), 'B') == 0
+
+
+def test_movements_are_case_sensitive_officially():
+    doc = dict(task='view_change_infer', answer='move_right:0.5,rotate_up:20')
+    assert score('sparbench', doc, 'move_right:0.5,rotate_up:20') == 1
+    assert score('sparbench', doc, 'Move_Right:0.5,Rotate_Up:20') < 1
+    assert score('sparbench', doc, 'move_right:0.5, rotate_up:20') < 1
+    assert score('sparbench', doc, 'Move_Right:0.5, rotate_up:20', corrected=True) == 1
+
+
+@pytest.mark.parametrize('output', [
+    '<think>A or B? A table is near.</think>C', '<answer>C</answer>', '**C**', r'\boxed{C}',
+    r'<think>x\ny</think><answer>\boxed{\text{C}}</answer>'])
+@pytest.mark.parametrize('name, doc', [
+    ('vsibench', dict(question_type='route_planning', ground_truth='C')),
+    ('cvbench', dict(answer='(C)')),
+    ('sparbench', dict(task='spatial_imagination_oo', answer='C')),
+    ('viewspatial', dict(answer='C. front'))])
+def test_wrapped_answers_count_when_corrected(name, doc, output):
+    assert score(name, doc, output, corrected=True) == 1
+
+
+def test_an_article_is_no_option():
+    doc = dict(answer='A. front')
+    assert score('viewspatial', doc, 'it is a chair') == 1  # officially
+    assert score('viewspatial', doc, 'it is a chair', corrected=True) == 0
+    assert score('viewspatial', doc, 'a', corrected=True) == 1
 
 
 def test_a_last_answer_that_was_cut_off_is_passed_over(tmp_path):
@@ -131,6 +159,26 @@ def test_a_last_answer_that_was_cut_off_is_passed_over(tmp_path):
     path.write_text('{"key": 1}\n')
     with pytest.raises(InputError, match='record 1: an answer has "key" .* and "output"'):
         read_answers(str(path))
+
+
+def test_broken_lines_and_second_answers_are_named(tmp_path):
+    path = tmp_path / 'answers.jsonl'
+    path.write_text('\ufeff{"key": 1, "output": "A"}\n', encoding='utf-8')
+    assert read_answers(str(path)) == {'1': 'A'}  # a byte-order mark is no fault
+    path.write_text('{"key": 1, "out\n{"key": 2, "output": "A"}\n')
+    with pytest.raises(InputError, match='line 1: not JSON'):
+        read_answers(str(path))
+    path.write_text('{"key": 1, "output": "A"}\n{"key": 1, "output": "B"}\n')
+    with pytest.raises(InputError, match='line 2: a second, other answer to 1'):
+        read_answers(str(path))
+
+
+def test_two_questions_with_one_id_are_refused(tmp_path):
+    doc = dict(id=7, dataset='x', scene_name='y', question_type='route_planning', question='q',
+               options=['A. x'], ground_truth='A')
+    (tmp_path / 'test.jsonl').write_text(json.dumps(doc) + '\n' + json.dumps(doc) + '\n')
+    with pytest.raises(InputError, match='two questions of vsibench have the id 7'):
+        read_benchmark('vsibench', str(tmp_path))
 
 
 # -----------------------------------------------------------------------------
