@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import InputError, autocast_on, step_generator
+from common import InputError, autocast_on
 from data import open_picture, read_video
 
 LETTER_PROMPT = "Answer with the option's letter from the given choices directly."

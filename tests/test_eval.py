@@ -287,3 +287,34 @@ def test_bad_input_to_the_script():
                           capture_output=True)
     assert done.returncode == 1
     assert done.stderr == 'error: no finished PSFM run among nowhere\n'
+
+
+def test_ask_uses_the_words_of_training(vlm, tuned, tmp_path, capsys, monkeypatch):
+    """Of rooms: VSI-Bench's wording, as in training. Of other data: the question as it is."""
+    Image.new('RGB', (64, 64), 'red').save(tmp_path / 'a.png')
+    asked = []
+
+    def spy(model, chat, latents, items, autocast, max_new_tokens):
+        asked.append(items[0]['conversations'][0]['value'])
+        return ['2']
+    monkeypatch.setattr(evaluation, 'generate', spy)
+    question = 'How many table(s) are in this room?'
+    wording = RoomQuestions('train', 0, 4).maps[0][0].replace('Where are the objects, in meters to '
+              'the right (x) and ahead (y) of the first camera?', question)
+    command = ['ask', '--images', str(tmp_path / 'a.png'), '--device', 'cpu']
+    main([*command, '--run', str(tuned), '--question', question])
+    assert asked == ['<image>' + wording]
+
+    path = Path(tuned) / 'checkpoint' / 'spatial_vlm.json'
+    settings = json.loads(path.read_text())
+    assert settings['data'] == 'rooms'
+    try:
+        path.write_text(json.dumps(dict(settings, data='a.json')))
+        main([*command, '--run', str(tuned), '--question', question])
+    finally:
+        path.write_text(json.dumps(settings))
+    assert asked[1] == '<image>' + question
+
+    capsys.readouterr()
+    main([*command, '--run', str(tuned), '--question', 'Who painted the Mona Lisa?'])
+    assert 'knows 10 kinds of questions' in capsys.readouterr().out
