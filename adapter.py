@@ -88,7 +88,7 @@ def build_adapter(vlm, latent_width):
 # the VLM
 
 class SpatialVLM(nn.Module):
-    """Any image-text-to-text model of transformers 5, with an adapter behind its image tokens.
+    """Any image-text-to-text model of transformers 5, with an adapter after its image tokens.
 
     `adapter` None: the plain VLM. Which image tokens belong to a sample follows from its
     placeholder tokens, so a sample may have any number of images, or none.

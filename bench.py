@@ -66,7 +66,8 @@ class Clock:
     """Median milliseconds of a call, and its FLOPs."""
 
     def __init__(self, device, repeats):
-        self.device, self.repeats = device, repeats
+        self.device = device
+        self.repeats = repeats
 
     def now(self):
         if self.device.type == 'cuda':
@@ -91,14 +92,14 @@ class Clock:
 def build(config, dtype):
     """An untrained model of a preset's sizes, its backbone frozen in `dtype`."""
     vggt = MINI
-    if not config.backbone.startswith('weights/'):
+    if config.data != 'rooms':
         vggt = VGGTConfig(heads=('camera', 'depth') if config.depth_probe else ('camera',))
     return PSFM(VGGT(vggt).freeze(dtype), config)
 
 
 def batch_shape(config, V):
     """(B, V, 3, H, W) of a batch with V views a scene: square on rooms, else 4 : 3."""
-    is_mini = config.backbone.startswith('weights/')
+    is_mini = config.data == 'rooms'
     p = MINI.patch_size if is_mini else VGGTConfig.patch_size
     width = config.image_width // p * p
     height = width if is_mini else width * 3 // 4 // p * p
@@ -126,7 +127,8 @@ def time_parts(psfm, images, clock, autocast):
     with autocast, torch.no_grad():
         patches, grid = backbone.embed(images)
         special = aggregator.num_special
-        P, C = special + patches.shape[2], patches.shape[3]
+        P = special + patches.shape[2]
+        C = patches.shape[3]
         x = torch.randn(B * V, P, C, device=device)
         y = x.view(B, V * P, C)
         in_frame = RoPE2D(grid, aggregator.head_dim, 1, special, device=device)
@@ -164,7 +166,10 @@ def compare_masks(backbone, images, clock, autocast):
             patches, grid = backbone.embed(images)
             return backbone.attend(patches, grid, mask, num_context)[-1]
 
-    ms, memory, outputs, split = {}, {}, {}, model.split_attention
+    ms = {}
+    memory = {}
+    outputs = {}
+    split = model.split_attention
     try:
         for name, attention in (('split', split), ('dense', dense_mask_attention)):
             model.split_attention = attention
@@ -200,7 +205,8 @@ def bench_step(psfm, config, V, clock, autocast):
         psfm(images)['loss'].backward()
     first = clock.now() - start
     rows = time_parts(psfm, images, clock, autocast)
-    total, flops = sum(ms for _, ms, _ in rows), sum(f for *_, f in rows)
+    total = sum(ms for _, ms, _ in rows)
+    flops = sum(f for *_, f in rows)
     memory = peak_memory(device) / GIGA
     print(f'\n{B} scenes x {V} views of {width} x {height}: the first step took {first:.1f} s; '
           f'after that all parts take {total:.0f} ms, {1e3 * B * V / total:.0f} views/s, peak '
@@ -299,7 +305,8 @@ def count_step(psfm, config, V):
     with FakeTensorMode(allow_non_fake_inputs=True), counter, autocast_on(
             torch.device('cpu'), torch.bfloat16), saved_tensors_hooks(keep, lambda x: x):
         psfm.to_empty(device='cpu')
-        images, depth = torch.rand(batch_shape(config, V)), None
+        images = torch.rand(batch_shape(config, V))
+        depth = None
         with torch.no_grad():
             patches, grid = part('patch embed', lambda: backbone.embed(images))
             layers = (*backbone.depth_layers, -1) if config.depth_probe else (-1,)

@@ -127,6 +127,7 @@ class VSIBench:
                  'room_size_estimation')
     directions = tuple(f'object_rel_direction_{level}' for level in ('easy', 'medium', 'hard'))
     choices = (*directions, 'object_rel_distance', 'route_planning', 'obj_appearance_order')
+    kinds = numerical + choices
     new_tokens = 16  # as the official evaluators allow
 
     def read(self, root):
@@ -307,10 +308,9 @@ class ViewSpatial:
     def score(self, doc, output, corrected=False):
         """The first lone letter A to D of the last line ('a' counts). Corrected: of the last line
         that is not empty, where the article 'a' does not count."""
-        last = (output.rstrip() if corrected else output).split('\n')[-1]
-        found = re.search(r'\b([A-D])\b', last) if corrected else None
-        if found is None and not (corrected and re.search(r'\ba [a-z]', last)):
-            found = re.search(r'\b([A-D])\b', last, re.IGNORECASE)
+        if corrected:
+            output = re.sub(r'\ba (?=[a-z])', '', output.rstrip())
+        found = re.search(r'\b([A-D])\b', output.split('\n')[-1], re.IGNORECASE)
         truth = re.search(r'\b([A-D])\b', doc['answer'], re.IGNORECASE)
         return float(found is not None and found[1].upper() == truth[1].upper())
 
@@ -375,12 +375,11 @@ def aggregate(name, scored):
 # asking
 
 @torch.no_grad()
-def generate(model, chat, latents, items, autocast, max_new_tokens=16):
-    """Greedy answers to items that end with a question. `latents`: SceneLatents, or None."""
+def generate(model, chat, z, items, autocast, max_new_tokens=16):
+    """Greedy answers to items that end with a question. z: their scenes' latents, or None."""
     device = next(model.parameters()).device
     batch = chat.batch([chat.encode(item) for item in items], left=True)
     batch = {name: x.to(device) for name, x in batch.items() if name != 'labels'}
-    z = latents([item['images'] for item in items]) if latents else None
     with autocast:
         ids = model.generate(latents=z, do_sample=False, max_new_tokens=max_new_tokens, **batch)
     new = ids[:, batch['input_ids'].shape[1]:]
@@ -448,7 +447,8 @@ def ask_benchmark(name, docs, answerer, path, num_frames, batch):
     print(f'{len(due)} questions to ask, {len(docs) - len(due)} answered before, in {path}')
     with open(path, 'a+') as file:
         file.seek(max(0, file.tell() - 1))
-        file.write('' if file.read() in ('', '\n') else '\n')  # after a line that was cut off
+        if file.read() not in ('', '\n'):
+            file.write('\n')  # the last line was cut off
         for start in tqdm(range(0, len(due), batch), name):
             keys, items = [], []
             for doc in due[start:start + batch]:
@@ -463,7 +463,8 @@ def ask_benchmark(name, docs, answerer, path, num_frames, batch):
             if not items:
                 continue
             new_tokens = BENCHMARKS[name].new_tokens
-            outputs = generate(model, chat, latents, items, autocast, new_tokens)
+            z = latents([item['images'] for item in items]) if latents else None
+            outputs = generate(model, chat, z, items, autocast, new_tokens)
             for key, output in zip(keys, outputs):
                 answers[key] = output
                 file.write(json.dumps(dict(key=key, output=output)) + '\n')
@@ -473,8 +474,11 @@ def ask_benchmark(name, docs, answerer, path, num_frames, batch):
 
 def results_table(name, docs, answers, published):
     """Scores of the answers, per task, and beside them what others published."""
-    official, mended = [aggregate(name, [(doc, score(name, doc, answers[doc['key']], corrected))
-                                         for doc in docs]) for corrected in (False, True)]
+    def results(corrected):
+        scored = [(doc, score(name, doc, answers[doc['key']], corrected)) for doc in docs]
+        return aggregate(name, scored)
+
+    official, mended = results(corrected=False), results(corrected=True)
     rows = [f'{BENCHMARKS[name].title}, {len(docs)} questions']
     for task, value in official.items():
         if task != 'overall':

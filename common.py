@@ -1,7 +1,6 @@
 """
 What all other files stand on: errors that teach, options, the machine, weights, and what training
-loops share (processes, learning rate, optimizers, checkpoints, logs). Nothing here knows of Spa3R:
-who reads the method needs no more than InputError, read_weights and load_strictly.
+loops share (processes, learning rate, optimizers, checkpoints, logs). The method is not here.
 """
 import argparse
 import contextlib
@@ -125,6 +124,7 @@ def parse_options(argv, doc, Config, presets, default='small'):
     parser = Parser(description=doc)
     parser.add_argument('--config', default=default, metavar='NAME',
                         help=f'a preset: {", ".join(presets)} (default: {default})')
+    own = presets[default]
     for f in dataclasses.fields(Config):
         if f.metadata['group']:
             group = parser.add_argument_group(f.metadata['group'])
@@ -132,11 +132,10 @@ def parse_options(argv, doc, Config, presets, default='small'):
             kind = dict(action=argparse.BooleanOptionalAction)
         else:
             kind = dict(type=f.type, metavar=f.type.__name__)
-        text = f'{f.metadata["help"]} (default: {f.default!r})'.replace('%', '%%')
+        text = f'{f.metadata["help"]} (default: {own.get(f.name, f.default)!r})'.replace('%', '%%')
         group.add_argument('--' + f.name.replace('_', '-'), dest=f.name, help=text,
                            default=argparse.SUPPRESS, **kind)
     given = vars(parser.parse_args(argv))
-    # the preset
     name = given.pop('config')
     if name not in presets:
         near = difflib.get_close_matches(name, presets, 1)
@@ -243,6 +242,10 @@ def without_prefix(state, prefix):
             for name, tensor in state.items() if name.startswith(prefix)}
 
 
+def without(state, beginnings):
+    return {name: x for name, x in state.items() if not name.startswith(tuple(beginnings))}
+
+
 def some(names):
     """A few of many names, for a message."""
     shown = ', '.join(sorted(names)[:4])
@@ -255,8 +258,7 @@ def load_strictly(module, state, source, skip=(), assign=False):
     Raises InputError with the names that are missing or unexpected, or whose shapes differ.
     `source` is what the message calls the weights.
     """
-    own, state = [{name: x for name, x in names.items() if not name.startswith(tuple(skip))}
-                  for names in (module.state_dict(), state)]
+    own, state = without(module.state_dict(), skip), without(state, skip)
     misfit = f'{source} does not fit this {type(module).__name__}'
     missing, unexpected = own.keys() - state.keys(), state.keys() - own.keys()
     if missing or unexpected:
@@ -276,8 +278,7 @@ def learning_rate(step, config):
     if step < warmup:
         return (step + 1) / (warmup + 1)
     start = max(warmup, config.decay_from * config.steps)
-    progress = (step - start) / max(1, config.steps - start)
-    progress = min(1.0, max(0.0, progress))
+    progress = min(1.0, max(0.0, (step - start) / max(1, config.steps - start)))
     cosine = 0.5 * (1 + math.cos(math.pi * progress))
     return config.min_lr + (1 - config.min_lr) * cosine
 
@@ -412,7 +413,7 @@ def write_checkpoint(run, step, optimizers, config, dtype, metrics, save_model):
         shutil.rmtree(new, ignore_errors=True)
         raise InputError(f'could not write the checkpoint of step {step} to {folder} ({error}); '
                          'the one before is still there: make room, then --resume') from error
-    # a run resumed from .old has no `folder`: then .old is the only whole one, and stays until last
+    # without `folder`, .old is the only whole checkpoint: it is deleted last
     if os.path.isdir(folder):
         shutil.rmtree(old, ignore_errors=True)
         os.rename(folder, old)
@@ -426,7 +427,6 @@ def find_checkpoint(run):
         path = os.path.join(run, name)
         if os.path.isdir(path):
             return path
-    return None
 
 
 # options that may change between a run and its continuation
@@ -436,9 +436,7 @@ FREE = {'resume', 'out', 'device', 'eval_every', 'log_every', 'compile', 'steps'
 
 def read_state(config):
     """The state.json to resume from, with 'folder'; without --resume, the state of a new run.
-
-    Refuses a checkpoint of another configuration, and says what differs.
-    """
+    Refuses a finished run, and a checkpoint of another configuration: it says what differs."""
     if not config.resume:
         return dict(step=0, metrics={}, dtype=config.dtype, folder=None)
     folder = find_checkpoint(config.out)
@@ -452,6 +450,8 @@ def read_state(config):
     if differs:
         raise InputError(f'--resume: {folder} was trained with another configuration '
                          f'({"; ".join(differs[:4])}); give the same options, or another --out')
+    if state['step'] >= (config.steps or theirs['steps']):
+        raise InputError(f'--resume: {config.out} is finished, after {state["step"]} steps')
     return dict(state, folder=folder)
 
 
@@ -472,7 +472,7 @@ def load_optimizers(optimizers, folder):
 # logs
 
 def quiet(text):
-    """What all processes but the first say things with. (The first: tqdm.write.)"""
+    """Says nothing: all processes but the first, which has tqdm.write."""
 
 
 def open_log(run, first, is_main):

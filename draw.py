@@ -20,7 +20,7 @@ from data import RoomPool
 from measure import field_batches, knows_rooms, look, map_score, read_map
 from model import invert_pose, take_views
 from questions import corners
-from rooms import (CLASSES, EYE_HEIGHT, FURNITURE, SCENE_UNIT, cameras_at, clearance,
+from rooms import (CLASSES, EYE_HEIGHT, FURNITURE, SCENE_UNIT, STRUCTURE, cameras_at, clearance,
                    make_intrinsics, render, scene_extrinsics)
 
 # floor, ceiling, wall, and the furniture as it is painted
@@ -102,22 +102,22 @@ def field_rows(psfm, source, config, autocast, num_scenes):
     size = batch['images'].shape[-2:]
     scale = None
     with autocast:
-        seen = look(psfm, batch, mask, num_context, config)
-        cameras = seen.extrinsics, seen.intrinsics, size, seen.grid
-        z = psfm.encode(seen.context, seen.grid)
+        context, views = look(psfm, batch, mask, num_context, config)
+        cameras = views.extrinsics, views.intrinsics, size, views.grid
+        z = psfm.encode(context, views.grid)
         predicted = take_views(psfm.decode(z, *cameras), order)
-    features = take_views(seen.features, order)
+    features = take_views(views.features, order)
     basis = color_basis(features)
     error = ((predicted - features) / psfm.geo_std).square().mean(-1)  # (B, V, N)
     variance = ((features - psfm.geo_mean) / psfm.geo_std).square().mean(-1)
     rows = [('picture', take_views(batch['images'], order).permute(0, 1, 3, 4, 2)),
-            ('features seen by\nthe backbone', to_colors(features, basis, seen.grid)),
-            ('features predicted\nfrom the context', to_colors(predicted, basis, seen.grid)),
+            ('features seen by\nthe backbone', to_colors(features, basis, views.grid)),
+            ('features predicted\nfrom the context', to_colors(predicted, basis, views.grid)),
             ('error (white: as\nbad as the mean)',
-             to_grey((error / variance.mean()).unflatten(-1, seen.grid)))]
+             to_grey((error / variance.mean()).unflatten(-1, views.grid)))]
 
     if knows_rooms(psfm, config):
-        read, logits = psfm.backbone.read_out(predicted, seen.grid)
+        read, logits = psfm.backbone.read_out(predicted, views.grid)
         depth = take_views(batch['depth'], order) / SCENE_UNIT
         classes = take_views(batch['classes'], order)
         paint = torch.tensor(PAINT, device=depth.device)
@@ -127,13 +127,14 @@ def field_rows(psfm, source, config, autocast, num_scenes):
                  ('depth read off\nthe prediction', to_grey(1 - read / far)),
                  ('true categories', paint[classes]),
                  ('categories read off\nthe prediction', paint[logits.argmax(-1)])]
-    elif psfm.depth_probe is not None:
+    if psfm.depth_probe is not None:
         with autocast:
             depth = psfm.observe(batch['images'], mask, num_context, with_depth=True)[2]
             read = psfm.read_depth(z, *cameras)
-        depth, read = [take_views(x, order).unflatten(-1, seen.grid) for x in (depth, read)]
-        far = depth.max()
-        scale = far.item(), ''
+        depth, read = [take_views(x, order).unflatten(-1, views.grid) for x in (depth, read)]
+        if scale is None:  # of photographs
+            far = depth.max()
+            scale = far.item(), ''
         rows += [('depth seen by\nthe backbone', to_grey(1 - depth / far)),
                  ('depth read off the\nfield (probe)', to_grey(1 - read / far))]
     psfm.train(was_training)
@@ -144,7 +145,10 @@ def draw_field(psfm, source, config, autocast, path, num_scenes=2, tile=88):
     """Draws a few held-out samples: the context views, and views that the encoder did not see."""
     rows, r2, num_context, scale = field_rows(psfm, source, config, autocast, num_scenes)
     (B, V), (H, W) = r2.shape, rows[0][1].shape[2:4]
-    height, gap, margin, top = tile * H // W, 4, 160, 46
+    height = tile * H // W
+    gap = 4
+    margin = 160
+    top = 46
     block = top + len(rows) * (height + gap) + 24
     footer = 52 if len(rows) > 6 else 0
     canvas, pen, font = blank(margin + V * (tile + gap) + 80, B * block + footer)
@@ -243,7 +247,8 @@ def make_path(rooms, num_views):
     An ellipse at eye height that looks across the room; of a few sizes, the
     one that is clearest of tall furniture.
     """
-    R, V = len(rooms.size), num_views
+    R = len(rooms.size)
+    V = num_views
     angle = 2 * math.pi * torch.arange(V) / V
     circle = torch.stack([angle.cos(), angle.sin()], -1)  # (V, 2)
     shares = torch.linspace(0.8, 0.4, 9)[:, None, None]
@@ -292,7 +297,7 @@ def draw_plan(rooms, room, context, camera, size):
                   'whitesmoke', 'grey')
     outlines = corners(rooms, room)
     for k in rooms.present[room].nonzero()[:, 0].tolist():
-        colour = rgb(PAINT[3 + int(rooms.category[room, k])])
+        colour = rgb(PAINT[len(STRUCTURE) + int(rooms.category[room, k])])
         pen.polygon([place(*corner) for corner in outlines[k].tolist()], colour, 'grey')
     for extrinsics, colour in [*((x, 'black') for x in context), (camera, ACCENT)]:
         x, y, _ = invert_pose(extrinsics)[:, 3].tolist()
@@ -408,9 +413,9 @@ def draw_maps(maps, path, count=8, tile=250):
     rows = -(-len(maps) // columns)
     canvas, pen, font = blank(columns * (tile + 6), top + rows * (tile + 6), 12)
     pen.text((8, 14), 'circle: where it stands; square: where the VLM says it stands; number: '
-             'map_score; cross: the first camera, looking up; grid: one metre', 'black', font,
-             anchor='lm')
-    draw_swatches(pen, font, 8, 40, len(FURNITURE), FURNITURE, PAINT[3:])
+             'map_score; cross: the first camera, looking up; grid: one metre. What shares a '
+             'place is drawn side by side.', 'black', font, anchor='lm')
+    draw_swatches(pen, font, 8, 40, len(FURNITURE), FURNITURE, PAINT[len(STRUCTURE):])
     for i, (truth, answer) in enumerate(maps):
         left = i % columns * (tile + 6)
         y = top + i // columns * (tile + 6)
@@ -443,7 +448,8 @@ def draw_markers(images, spar_info):
             pen = ImageDraw.Draw(images[on])
             size = images[on].size
             x = [value * size[j % 2] / 1000 for j, value in enumerate(mark)]
-            paint, width = MARKER_COLOURS.get(colour, (255, 0, 0)), max(2, round(max(size) / 200))
+            paint = MARKER_COLOURS.get(colour, (255, 0, 0))
+            width = max(2, round(max(size) / 200))
             if kind == 'point':
                 r = 2 * width
                 pen.ellipse([x[0] - r, x[1] - r, x[0] + r, x[1] + r], fill=paint)

@@ -44,8 +44,8 @@ SHIPPED = 'weights/psfm_small.safetensors'      # the encoder that the repositor
 
 
 def folder_beside(run):
-    """Where findings about a run go: into its folder; of a file of weights, into out/<its name>."""
-    if not os.path.isdir(run) or 'weights' in os.path.basename(os.path.dirname(run)):
+    """Where findings about a run go: into its folder; of weights alone, into out/<their name>."""
+    if not find_checkpoint(run):
         run = os.path.join('out', os.path.splitext(os.path.basename(run.rstrip('/')))[0])
     os.makedirs(run, exist_ok=True)
     return run
@@ -164,19 +164,20 @@ def runs(args):
 def load_answerer(run, device, max_pixels=None):
     """-> (SpatialVLM, Chat, SceneLatents or None), settings; ready to answer.
 
-    `run`: a folder of finetune.py, a Spa3-VLM folder of the release, or a plain VLM.
+    `run`: a run of finetune.py or mini_vlm.py, a mini VLM, or a Spa3-VLM folder of the release.
     """
     run = find_file(run)
-    checkpoint = find_checkpoint(run) or run
-    is_plain = (os.path.isfile(os.path.join(checkpoint, 'sight.safetensors')))
     if not os.path.isdir(run):
         raise InputError(f'no folder {run}: fine-tune first (python finetune.py --config small)')
-    if is_plain:                                  # a mini VLM that was not fine-tuned
-        vlm, chat = load_vlm(run)
+    folder = find_checkpoint(run) or run
+    if os.path.isfile(os.path.join(folder, 'sight.safetensors')):  # a mini VLM, not fine-tuned
+        vlm, chat = load_vlm(folder)
         model = SpatialVLM(vlm)
-        settings = dict(vlm=run, latents='none', num_frames=8)
+        settings = dict(vlm=folder, latents='none', num_frames=8)
     else:
-        model, chat, settings = open_spatial_vlm(checkpoint, max_pixels)
+        model, chat, settings = open_spatial_vlm(folder, max_pixels)
+    if hasattr(model.vlm.config, 'classes'):
+        check_classes(model.vlm.config.classes, run, 'python mini_vlm.py')
     latents = None
     if settings['latents'] != 'none':
         psfm, config = open_psfm(settings['encoder'])
@@ -233,7 +234,8 @@ def ask(args):
     question = in_training_words(args.question, model.vlm, chat, settings)
     turn = {'from': 'human', 'value': '<image>' * len(pictures) + question}
     item = dict(images=pictures, conversations=[turn])
-    print(generate(model, chat, latents, [item], autocast_on(device, torch.float32), 64)[0])
+    z = latents([pictures]) if latents else None
+    print(generate(model, chat, z, [item], autocast_on(device, torch.float32), 64)[0])
 
 
 def check_finished(folder, config):

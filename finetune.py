@@ -210,8 +210,7 @@ def turns_fault(turns):
         if turn.get('from') not in ('human', 'gpt'):
             return f'turn {i + 1} is from {turn.get("from")!r}, not "human" or "gpt"'
         if turn['from'] != ('human', 'gpt')[i % 2]:
-            return (f'turn {i + 1} is from {turn["from"]!r}; human and gpt take turns, human '
-                    'first')
+            return f'turn {i + 1} is from {turn["from"]!r}; human and gpt take turns, human first'
         if not isinstance(turn.get('value'), str):
             return f'turn {i + 1} has no text under "value"'
         if turn['from'] == 'gpt' and not turn['value'].strip():
@@ -274,9 +273,8 @@ def epoch_order(n, epoch, seed):
 
 class Encoded(torch.utils.data.Dataset):
     """Batch `number` -> (tensors for the VLM, items); depends on nothing that came before it.
-    The first `map_steps` steps only ask for the room's map, for twice as many rooms per batch: the
-    model learns where things are before it answers questions about it.
-    """
+    The first `map_steps` steps only ask for maps, of twice as many rooms per batch: the model
+    learns where things are before it answers questions about it."""
 
     def __init__(self, data, chat, config, rank=0, world_size=1):
         self.data, self.chat, self.config = data, chat, config
@@ -286,10 +284,11 @@ class Encoded(torch.utils.data.Dataset):
     def samples(self, number):
         """Indices of batch `number`: one random order an epoch, dealt out to the processes."""
         B, n, seed = self.config.batch, len(self.data), self.config.seed
-        dealt = self.num_maps * self.world_size * B  # map batches take 2 B: skip their other B
+        turn = number * self.world_size + self.rank  # batches dealt out before this one
         if number < self.num_maps:
-            B, dealt = 2 * B, 0
-        first = dealt + (number * self.world_size + self.rank) * B
+            B, first = 2 * B, 2 * B * turn
+        else:
+            first = B * (turn + self.num_maps * self.world_size)  # each map batch took 2 B
         return [epoch_order(n, i // n, seed)[i % n] for i in range(first, first + B)]
 
     def __getitem__(self, number):
@@ -375,11 +374,12 @@ def train(name, config, data=None, held_out=None):
     model, chat, latents = build_model(config)
     if config.resume:  # replaces the model just built; `latents` stays
         model, chat, _ = load_spatial_vlm(state['folder'])
-    if config.data == 'rooms' and hasattr(model.vlm.config, 'classes'):  # a mini VLM
-        check_classes(model.vlm.config.classes, config.vlm)
+    if config.data == 'rooms' and hasattr(model.vlm.config, 'classes'):
+        check_classes(model.vlm.config.classes, config.vlm, 'python mini_vlm.py')
     model.trainable(config.train).to(device)
     if latents:
-        latents.to(device).say = say
+        latents.to(device)
+        latents.say = say
     os.makedirs(config.out, exist_ok=True)
     if is_main:
         write_json(os.path.join(config.out, 'config.json'), dataclasses.asdict(config))

@@ -3,11 +3,13 @@ A lesson in Predictive Spatial Field Modeling, step by step: three minutes on tw
 
 Run it as a script (`python lesson.py`), or open it in an editor that shows `# %%` cells as a
 notebook and step through it. Pictures go to out/lesson/. It needs nothing but the method (model.py,
-vggt.py, psfm.py) and the procedural rooms. The exercises are at the end.
+vggt.py, psfm.py), its optimizers (common.py) and the procedural rooms (rooms.py). The exercises are
+at the end.
 """
 # %% Before we start
 import os
 import sys
+from types import SimpleNamespace
 
 import torch
 from PIL import Image
@@ -81,13 +83,16 @@ save('2-features', held_out[0].permute(0, 2, 3, 1), paint(views.features[0]))
 # True is a target: a view to predict. The first view is always context, because its camera
 # defines the frame of the world.
 
-images = held_out[:, :6]
-mask, num_context = random_view_mask(4, 6, 0.5, torch.Generator().manual_seed(0))
+VIEWS = 6         # of the eight pictures
+MASK_RATIO = 0.5  # share of them that are targets
+
+images = held_out[:, :VIEWS]
+mask, num_context = random_view_mask(4, VIEWS, MASK_RATIO, torch.Generator().manual_seed(0))
 print('3. targets of the first room', mask[0].tolist())
 
 # The backbone's global attention mixes views. If context views could see targets, their features
 # would leak what is to be predicted. So context attends to context alone, and targets to all.
-psfm = PSFM(backbone, PSFMConfig())
+psfm = PSFM(backbone, PSFMConfig(mask_ratio=MASK_RATIO))
 psfm.set_statistics('geo', views.features)
 context, views, _ = psfm.observe(images, mask, num_context)
 
@@ -113,20 +118,16 @@ losses = psfm(images, view_mask=mask)
 print('6. losses before training', {name: round(loss.item(), 3) for name, loss in losses.items()})
 
 # %% 7. Train
-# 120 rooms in memory, four scenes of six views per step.
+# 120 rooms in memory, four of them per step.
 
-
-class Recipe:
-    lr, muon_lr, weight_decay, beta2 = 2e-3, 4e-3, 1e-2, 0.98
-
-
+recipe = SimpleNamespace(lr=2e-3, muon_lr=4e-3, weight_decay=1e-2, beta2=0.98)
 print(f'7. {STEPS} steps')
 world = torch.cat([look_at_rooms(40, room_seed('train', 0, i)) for i in range(3)])
-optimizers = make_optimizers(psfm, Recipe, torch.device('cpu'))
+optimizers = make_optimizers(psfm, recipe, torch.device('cpu'))
 psfm.train()
 for step in range(STEPS):
     rooms = torch.randint(len(world), (4,))
-    order = torch.rand(4, 8).argsort(1)[:, :6]                             # any six views
+    order = torch.rand(4, 8).argsort(1)[:, :VIEWS]  # any views, in any order
     losses = psfm(take_views(world[rooms], order))
     losses['loss'].backward()
     torch.nn.utils.clip_grad_norm_(psfm.parameters(), 1.0)
@@ -150,8 +151,9 @@ def show(model, name):
         context, views, _ = model.observe(images, mask, num_context)
         z = model.encode(context, views.grid)
         cameras = views.extrinsics, views.intrinsics, images.shape[-2:], views.grid
-        ours, other = model.decode(z, *cameras), model.decode(z.roll(1, 0), *cameras)
-    unseen = context_index(~mask, 6 - num_context)
+        ours = model.decode(z, *cameras)
+        other = model.decode(z.roll(1, 0), *cameras)
+    unseen = context_index(~mask, VIEWS - num_context)
     pictures, seen, ours, other = [take_views(x, unseen)
                                    for x in (images, views.features, ours, other)]
 

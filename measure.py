@@ -19,7 +19,6 @@ import collections
 import functools
 import itertools
 import re
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,30 +26,21 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from adapter import answer_loss
-from benchmarks import aggregate, generate, relative_accuracy, score
+from benchmarks import BENCHMARKS, aggregate, generate, relative_accuracy, score
 from common import step_generator
 from model import take_views
 from psfm import context_index, random_view_mask
-from questions import KINDS, as_prompt, to_turns
-from rooms import SCENE_UNIT, check_classes, scene_extrinsics
+from questions import KINDS, as_prompt
+from rooms import SCENE_UNIT, STRUCTURE, check_classes, scene_extrinsics
 
 # -----------------------------------------------------------------------------
 # the field
 
-class Seen(NamedTuple):
-    """What the backbone sees of a batch, as in training."""
-    context: torch.Tensor     # (B, Vc, N, 2C)
-    features: torch.Tensor    # (B, V, N, 2C)
-    extrinsics: torch.Tensor  # (B, V, 3, 4)
-    intrinsics: torch.Tensor  # (B, V, 3, 3)
-    grid: tuple
-
-
 def field_batches(psfm, source, config, num_scenes, first=0):
     """The evaluation's samples: the same scenes, views and masks every time.
 
-    Yields (batch, view_mask, num_context) on the model's device. `first`: the source's batch to
-    begin with. (Of training rooms, only those of the present step are in memory.)
+    Yields (batch, view_mask, num_context) on the model's device, from the source's batch `first`
+    on: of training rooms, only those of the present step are in memory.
     """
     device = psfm.geo_mean.device
     num_views = (config.min_views + config.max_views) // 2
@@ -64,11 +54,12 @@ def field_batches(psfm, source, config, num_scenes, first=0):
 
 
 def look(psfm, batch, view_mask, num_context, config):
+    """What the backbone sees of a batch, as in training. -> features of context views, Views"""
     context, views, _ = psfm.observe(batch['images'], view_mask, num_context)
-    extrinsics, intrinsics = views.extrinsics, views.intrinsics
     if config.cameras == 'given':
-        extrinsics, intrinsics = scene_extrinsics(batch['extrinsics']), batch['intrinsics']
-    return Seen(context, views.features, extrinsics, intrinsics, views.grid)
+        views = views._replace(extrinsics=scene_extrinsics(batch['extrinsics']),
+                               intrinsics=batch['intrinsics'])
+    return context, views
 
 
 def knows_rooms(psfm, config):
@@ -93,8 +84,8 @@ class Score:
         centred = F.cosine_similarity(predicted - self.mean, target - self.mean, dim=-1)
         count = torch.tensor(float(cos.numel()), device=cos.device)
         error, variance = (p - t).square().sum(), t.square().sum()
-        sums = torch.stack([cos.sum(), centred.sum(), error, variance, count])
-        self.sums += sums.cpu().double()
+        sums = [cos.sum(), centred.sum(), error, variance, count]
+        self.sums += torch.stack(sums).cpu().double()
 
     def result(self):
         cos, centred, error, variance, count = self.sums.tolist()
@@ -102,10 +93,8 @@ class Score:
 
 
 class ReadOut:
-    """Running quality of what the backbone's own frozen heads read off features.
-
-    R2 alone hides forgotten furniture, which covers few patches.
-    """
+    """Running quality of what the backbone's own frozen heads read off features: R2 alone hides
+    forgotten furniture, which covers few patches."""
 
     def __init__(self):
         self.sums = torch.zeros(5, dtype=torch.float64)
@@ -116,7 +105,7 @@ class ReadOut:
         classes = take_views(batch['classes'], index)
         error = (depth - true_depth).abs() / true_depth
         is_right = logits.argmax(-1) == classes
-        is_furniture = classes >= 3
+        is_furniture = classes >= len(STRUCTURE)
         count = torch.tensor(float(classes.numel()), device=classes.device)
         sums = [error.sum(), is_right.sum(), count, (is_right & is_furniture).sum(),
                 is_furniture.sum()]
@@ -132,13 +121,12 @@ def training_averages(psfm, source, step, config):
     """-> latents of training scenes (scenes, Q, D), mean features at each place (1, 2C, h, w)."""
     latents, sums, counts = [], {}, collections.Counter()
     for batch, mask, num_context in field_batches(psfm, source, config, config.val_scenes, step):
-        seen = look(psfm, batch, mask, num_context, config)
-        latents.append(psfm.encode(seen.context, seen.grid).float())
-        sums[seen.grid] = sums.get(seen.grid, 0) + seen.features.float().sum((0, 1))
-        counts[seen.grid] += mask.numel()
+        context, views = look(psfm, batch, mask, num_context, config)
+        latents.append(psfm.encode(context, views.grid).float())
+        sums[views.grid] = sums.get(views.grid, 0) + views.features.float().sum((0, 1))
+        counts[views.grid] += mask.numel()
     grid, count = counts.most_common(1)[0]  # of the commonest shape of images
-    position = (sums[grid] / count).T.unflatten(1, grid)[None]
-    return torch.cat(latents), position
+    return torch.cat(latents), (sums[grid] / count).T.unflatten(1, grid)[None]
 
 
 @torch.no_grad()
@@ -163,13 +151,13 @@ def evaluate_field(psfm, train_source, held_out, step, config, autocast):
         seen_index = context_index(mask, num_context)
         unseen_index = context_index(~mask, V - num_context)
         with autocast:
-            seen = look(psfm, batch, mask, num_context, config)
-            z = psfm.encode(seen.context, seen.grid)
+            context, views = look(psfm, batch, mask, num_context, config)
+            z = psfm.encode(context, views.grid)
 
             def predict(z, index):
-                extrinsics = take_views(seen.extrinsics, index)
-                intrinsics = take_views(seen.intrinsics, index)
-                return psfm.decode(z, extrinsics, intrinsics, size, seen.grid)
+                extrinsics = take_views(views.extrinsics, index)
+                intrinsics = take_views(views.intrinsics, index)
+                return psfm.decode(z, extrinsics, intrinsics, size, views.grid)
 
             other = (torch.arange(len(z)) + i * len(z)) % len(latents)
             average = latents.mean(0).to(z.dtype).expand_as(z)
@@ -179,20 +167,20 @@ def evaluate_field(psfm, train_source, held_out, step, config, autocast):
             of_seen = predict(z, seen_index)
 
         # the baselines that need no decoder
-        target = take_views(seen.features, unseen_index)
-        rotation = seen.extrinsics[..., :3]
+        target = take_views(views.features, unseen_index)
+        rotation = views.extrinsics[..., :3]
         alike = torch.einsum('bvij,bwij->bvw', take_views(rotation, unseen_index),
                              take_views(rotation, seen_index)).argmax(-1)
-        per_place = F.interpolate(position, seen.grid, mode='bilinear').flatten(2).transpose(1, 2)
+        per_place = F.interpolate(position, views.grid, mode='bilinear').flatten(2).transpose(1, 2)
         baselines = dict(mean=psfm.geo_mean.expand_as(target),
                          position=per_place.expand_as(target),
-                         nearest=take_views(seen.context, alike))
+                         nearest=take_views(context, alike))
         for name, prediction in {**predicted, **baselines}.items():
             scores[name].add(prediction, target)
-        scores['context'].add(of_seen, take_views(seen.features, seen_index))
+        scores['context'].add(of_seen, take_views(views.features, seen_index))
         for name, read_out in read_outs.items():
             features = target if name == 'true' else predicted[name]
-            read_out.add(psfm.backbone, features, seen.grid, batch, unseen_index)
+            read_out.add(psfm.backbone, features, views.grid, batch, unseen_index)
     psfm.train(was_training)
 
     metrics = {name: running.result() for name, running in scores.items()}
@@ -340,6 +328,14 @@ def map_prior(maps):
 # -----------------------------------------------------------------------------
 # a VLM's answers about rooms
 
+def score_answer(record, output):
+    """VSI-Bench's score; of a kind that VSI-Bench does not have, as of a choice or of a number."""
+    if record['question_type'] not in BENCHMARKS['vsibench'].kinds:
+        kind = 'route_planning' if record['options'] else 'object_counting'
+        record = dict(record, question_type=kind)
+    return score('vsibench', record, output)
+
+
 def answer_rooms(model, chat, latents, held_out, train_data, autocast, shuffled=False,
                  maps_only=False, batch=32):
     """Asks every question about the held-out rooms, on its own, and for the map of each room.
@@ -358,12 +354,12 @@ def answer_rooms(model, chat, latents, held_out, train_data, autocast, shuffled=
         for start in tqdm(range(0, len(questions), batch), 'asking', leave=False, disable=None):
             items, scenes = [], []
             for room, text in questions[start:start + batch]:
-                turns = to_turns('<image>' * held_out.VIEWS, [(text, '')])[:1]
-                items.append(dict(images=held_out.pictures(room), conversations=turns))
+                turn = {'from': 'human', 'value': '<image>' * held_out.VIEWS + text}
+                items.append(dict(images=held_out.pictures(room), conversations=[turn]))
                 other = (room + 1) % len(held_out) if shuffled else room
                 scenes.append(held_out.pictures(other))
-            chosen = (lambda _: latents(scenes)) if latents else None
-            answers += generate(model, chat, chosen, items, autocast, max_new_tokens)
+            z = latents(scenes) if latents else None
+            answers += generate(model, chat, z, items, autocast, max_new_tokens)
         return answers
 
     records = [] if maps_only else held_out.records
@@ -372,8 +368,8 @@ def answer_rooms(model, chat, latents, held_out, train_data, autocast, shuffled=
     model.train(was_training)
 
     def score_all(records, answers):
-        return [(record, score('vsibench', record, answer))
-                for record, answer in zip(records, answers)]
+        return [(record, score_answer(record, answer)) for record, answer in zip(records, answers)]
+
     scored = score_all(records, answers)
     maps = [(truth, answer) for (_, truth), answer in zip(held_out.maps, drawn)]
     map_scores = [map_score(truth, answer) for truth, answer in maps]
@@ -404,16 +400,14 @@ def overall_scores(runs, rival=None, draws=1000):
     scores = np.array([[value for *_, value in run['scores']] for run in runs])
     if rival:
         scores = scores - np.array([[value for *_, value in run['scores']] for run in rival])
-    names = sorted(set(types))
-    kind = np.array([names.index(name) for name in types])  # (questions,)
+    names, kind = np.unique(types, return_inverse=True)  # kind: (questions,)
     room = np.unique(rooms, return_inverse=True)[1]  # (questions,)
     num_rooms = room.max() + 1
 
-    def average(values, weight):
-        """(questions,), (questions,) -> as aggregate('vsibench'), and 'map'"""
+    def average(values, weight):  # (questions,) both -> as aggregate('vsibench'), and 'map'
         sums = np.bincount(kind, weight * values, len(names))
         counts = np.bincount(kind, weight, len(names))
-        means = {name: s / c for name, s, c in zip(names, sums, counts) if c}
+        means = {name: s / c for name, s, c in zip(names.tolist(), sums, counts) if c}
         of_maps = means.pop('map', None)
         tasks = [(dict(question_type=name), mean) for name, mean in means.items()]
         result = aggregate('vsibench', tasks) if tasks else {}
@@ -440,8 +434,10 @@ def rooms_line(metrics):
 
 def rooms_table(arms):
     """{arm: metrics of `answer_rooms` of several seeds} -> VSI-Bench's columns, with intervals."""
-    columns = {kind.split('direction')[0] + 'direction' * ('direction' in kind): title
-               for kind, (title, _) in KINDS.items()}
+    columns = {}
+    for kind, (title, _) in KINDS.items():
+        task = 'object_rel_direction' if 'direction' in kind else kind  # its levels are one task
+        columns[task] = title
     rows = [f'{"":28s}' + ''.join(f'{title:>10s}' for title in columns.values())
             + f'{"overall":>22s}{"map":>22s}']
 
@@ -487,10 +483,13 @@ def held_out_loss(model, chat, latents, data, autocast):
         total += answer_loss(logits, labels).item()
 
         # an answer is a run of tokens that have labels
-        is_right = (logits[0, :-1].argmax(-1) == labels[0, 1:]).tolist()
-        is_answer = (labels[0, 1:] != -100).tolist()
-        answers = [all(right for _, right in run) for answer, run in
-                   itertools.groupby(zip(is_answer, is_right), key=lambda pair: pair[0]) if answer]
+        said, true = logits[0, :-1].argmax(-1).tolist(), labels[0, 1:].tolist()
+        answers = []
+        for t, token in enumerate(true):
+            if token != -100 and (t == 0 or true[t - 1] == -100):
+                answers.append(True)
+            if token != -100 and said[t] != token:
+                answers[-1] = False
         kinds = item.get('kinds', ['all'] * len(answers))
         for kind, answer in zip(kinds, answers, strict=True):
             hits[kind].append(answer)

@@ -31,7 +31,7 @@ from common import (autocast_on, check_finite, learning_rate, load_optimizers, l
 from data import RoomPool
 from model import (MLP, camera_rays, full_precision, invert_pose, pose_encoding_to_cameras,
                    relative_pose)
-from rooms import CLASSES, SCENE_UNIT, check_classes, scene_extrinsics
+from rooms import CLASSES, SCENE_UNIT, STRUCTURE, check_classes, scene_extrinsics
 from vggt import VGGT, CellHead, VGGTConfig
 
 # patch 8, 64 x 64 pixels, 3.7 M parameters. No layer scale: it has to learn in minutes.
@@ -45,7 +45,7 @@ WEIGHTS = dict(translation=1.7, rotation=3.0, field_of_view=1.0, depth=1.0, poin
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """What both minis can be told about their training (see `fit`)."""
+    """The options of the training loop that both minis share (`fit`)."""
     steps: int = opt(8000, 'optimiser steps', low=1, group='training')
     lr: float = opt(1e-3, 'peak learning rate of AdamW', low=0)
     muon_lr: float = opt(2e-3, "peak rate of Muon for the blocks' matrices", low=0)
@@ -253,7 +253,7 @@ def evaluate_backbone(vggt, pool, num_scenes, autocast):
             true_depth = batch['depth'] / SCENE_UNIT
             constant = true_depth.log().median().exp()
             is_right = logits.argmax(-1) == batch['classes']
-            is_furniture = batch['classes'] >= 3
+            is_furniture = batch['classes'] >= len(STRUCTURE)
             means.append(torch.stack([((depth - true_depth).abs() / true_depth).mean(),
                                       ((constant - true_depth).abs() / true_depth).mean(),
                                       is_right.float().mean(),
@@ -308,7 +308,10 @@ def fit(name, config, first, optimizers, parameters, losses_of, evaluate, save):
     `losses_of(step)` -> losses, with 'loss'; `evaluate()` -> metrics, a line
     about them; `save(steps done, metrics)` writes a checkpoint.
     """
-    began, busy, logged, metrics = time.time(), 0.0, first, {}
+    began = time.time()
+    busy = 0.0
+    logged = first
+    metrics = {}
     log = open_log(config.out, first, is_main=True)
     for step in tqdm(range(first, config.steps), name, initial=first, total=config.steps,
                      leave=False, disable=None):
@@ -333,7 +336,8 @@ def fit(name, config, first, optimizers, parameters, losses_of, evaluate, save):
             parts = ' '.join(f'{key} {x:.3f}' for key, x in values.items() if key != 'loss')
             tqdm.write(f'{progress} | loss {values["loss"]:.4f} {parts} | gnorm '
                        f'{norm.item():.2f} | {record["step_ms"]:.0f} ms')
-            busy, logged = 0.0, done
+            busy = 0.0
+            logged = done
 
         # evaluate and save
         if is_evaluated:

@@ -325,7 +325,7 @@ def load_sight(folder, width):
         raise InputError(f'{folder} has no sight.safetensors, by which the adapter is grounded: '
                          'take a mini VLM, or --ground-steps 0')
     state, metadata = read_weights(path)
-    check_classes(json.loads(metadata.get('classes', '[]')), path)
+    check_classes(json.loads(metadata.get('classes', '[]')), path, 'python mini_vlm.py')
     sight = Sight(width)
     load_strictly(sight, {name: x.float() for name, x in state.items()}, path)
     return sight

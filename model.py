@@ -103,7 +103,8 @@ def pose_encoding_to_cameras(pose, size):
     fov = pose[..., 7:].clamp(0.02, 3.1)
     fy = (H / 2) / (fov[..., 0] / 2).tan()
     fx = (W / 2) / (fov[..., 1] / 2).tan()
-    zero, one = torch.zeros_like(fx), torch.ones_like(fx)
+    zero = torch.zeros_like(fx)
+    one = torch.ones_like(fx)
     entries = [fx, zero, one * (W / 2),
                zero, fy, one * (H / 2),
                zero, zero, one]
@@ -151,7 +152,8 @@ class RoPE2D:
         frequency = base ** -exponent  # (d/4,)
         angle = place[:, :, None] * frequency  # (tokens, 2, d/4)
         angle = torch.cat([angle, angle], dim=-1).flatten(1)  # (tokens, d)
-        self.cos, self.sin = angle.cos(), angle.sin()
+        self.cos = angle.cos()
+        self.sin = angle.sin()
 
     def turn(self, x):
         """x (B, nh, tokens, d), anticlockwise."""
@@ -213,7 +215,8 @@ class Attention(nn.Module):
         # of bf16 is up to six times slower.
         dtype = torch.float32 if x.device.type == 'cpu' else v.dtype
         if self.q_norm is not None:
-            q, k = self.q_norm(q.float()), self.k_norm(k.float())
+            q = self.q_norm(q.float())
+            k = self.k_norm(k.float())
         if position is not None:
             q, k, v = position.rotate(q, k, v)
 

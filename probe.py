@@ -101,7 +101,8 @@ def ridge_probe(x, y, x_test):
     y = y.double()
     mean = x.mean(0)
     scale = (x.std(0) + 1e-6) * x.shape[1] ** 0.5
-    x, x_test = (x - mean) / scale, (x_test - mean) / scale
+    x = (x - mean) / scale
+    x_test = (x_test - mean) / scale
     kernel = x @ x.T  # (n, n)
     cross = x_test @ x.T
     answers = torch.empty(len(x_test), y.shape[1], dtype=torch.float64)
@@ -179,13 +180,18 @@ class AttentiveProbe(nn.Module):
 def attentive_probe(x, y, x_test, epochs=30, batch=128, lr=2e-3):
     """As ridge_probe, for tokens x (n, L, C). A tenth of the rooms chooses the epoch."""
     torch.manual_seed(0)
-    mean, std = x.mean((0, 1)), x.std((0, 1)) + 1e-6
-    x, x_test = (x - mean) / std, (x_test - mean) / std
+    mean = x.mean((0, 1))
+    std = x.std((0, 1)) + 1e-6
+    x = (x - mean) / std
+    x_test = (x_test - mean) / std
     center = y.nanmean(0)
     spread = (y - center).square().nanmean(0).sqrt().clamp(min=1e-6)
     y = (y - center) / spread
     tenth = len(x) // 10
-    x_choose, y_choose, x, y = x[:tenth], y[:tenth], x[tenth:], y[tenth:]
+    x_choose = x[:tenth]
+    y_choose = y[:tenth]
+    x = x[tenth:]
+    y = y[tenth:]
 
     probe = AttentiveProbe(x.shape[2], y.shape[1])
     optimizer = torch.optim.AdamW(probe.parameters(), lr, weight_decay=0.1)

@@ -88,7 +88,8 @@ def context_index(view_mask, num_context):
 
 def lift(fx, fy, cx, cy):
     """Focal lengths and principal points (n,) -> (n, 4, 4), intrinsics that act on (x, y, z, 1)."""
-    zero, one = torch.zeros_like(fx), torch.ones_like(fx)
+    zero = torch.zeros_like(fx)
+    one = torch.ones_like(fx)
     rows = [fx, zero, cx, zero,
             zero, fy, cy, zero,
             zero, zero, one, zero,
@@ -141,7 +142,8 @@ class PRoPE:
         frequency = base ** (-torch.arange(head_dim // 8, device=fx.device) / (head_dim // 8))
         angle = place[..., None] * frequency  # (N, 4, d/8)
         angle = angle.flatten(1)  # (N, d/2)
-        self.cos, self.sin = angle.cos(), angle.sin()
+        self.cos = angle.cos()
+        self.sin = angle.sin()
 
     def transform(self, x, matrix, sin):
         """x (n, nh, tokens, d) -> the same shape, in fp32. World tokens stay as they are."""
@@ -232,7 +234,8 @@ class PSFM(nn.Module):
         self.mask_ratio = config.mask_ratio
         self.context = config.context
         self.standardised = config.standardised
-        D, C2 = config.width, backbone.feature_dim
+        D = config.width
+        C2 = backbone.feature_dim
         self.encoder = Encoder(C2, D, config.encoder_depth, config.num_heads, config.num_latents,
                                config.num_registers)
         self.decoder = FieldDecoder(D, config.decoder_depth, config.num_heads,
@@ -272,7 +275,8 @@ class PSFM(nn.Module):
         with_depth = self.depth_probe is not None
         context, views, depth = self.observe(images, view_mask, num_context, with_depth)
         if extrinsics is None:
-            extrinsics, intrinsics = views.extrinsics, views.intrinsics
+            extrinsics = views.extrinsics
+            intrinsics = views.intrinsics
 
         # 3. encode the context
         z = self.encode(context, views.grid)  # (B, Q, D)
@@ -399,7 +403,8 @@ def untrained_like(psfm, config, seed=0):
     with torch.random.fork_rng(devices=[]):  # the caller's own random numbers go on
         torch.default_generator.manual_seed(seed)
         twin = PSFM(psfm.backbone, config)
-    twin.geo_mean, twin.geo_std = psfm.geo_mean, psfm.geo_std
+    twin.geo_mean = psfm.geo_mean
+    twin.geo_std = psfm.geo_std
     return twin.to(psfm.geo_mean.device).eval()
 
 

@@ -199,7 +199,7 @@ def find_directions(level, scene):
             continue
         # the release's boxes have eight corners, two above each of ours: at most two may stray
         strays = sum(find_sector(sectors, corner) != answer for corner in triple.corners)
-        if 2 * strays <= 2:
+        if strays <= 1:
             ahead = f'If I am standing by the {triple.a} and facing the {triple.b}, '
             question = ahead + DIRECTIONS[level].format(b=triple.b, c=triple.c)
             yield Candidate(answer, question, [name for name, _, _ in sectors], answer)

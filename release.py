@@ -196,7 +196,8 @@ class SemanticTeacher(nn.Module):
 
     def __init__(self, model, width=224, dtype=torch.float32):
         super().__init__()
-        self.model, self.width = model.requires_grad_(False).eval(), width
+        self.model = model.requires_grad_(False).eval()
+        self.width = width
         cast_matrices(self.model, dtype)
         for name, value in IMAGE_STATISTICS.items():
             self.register_buffer(name, torch.tensor(value).view(3, 1, 1), persistent=False)

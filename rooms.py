@@ -41,7 +41,8 @@ FURNITURE = {
     'bin':     ('cylinder',  ((0.15, 0.25), None,         (0.20, 0.30)), (0.30, 0.75, 0.80)),
 }
 CATEGORIES = list(FURNITURE)
-CLASSES = ['floor', 'ceiling', 'wall'] + CATEGORIES          # what a pixel can show
+STRUCTURE = ['floor', 'ceiling', 'wall']
+CLASSES = STRUCTURE + CATEGORIES                             # what a pixel can show
 SLOTS = [('box', 4), ('ellipsoid', 3), ('cylinder', 3)]      # the furniture slots of every room
 K = sum(count for _, count in SLOTS)
 FIELD_OF_VIEW = math.radians(80)
@@ -105,7 +106,8 @@ class Dice:
 
 def make_rooms(num_rooms, seed):
     """`num_rooms` random rooms, a pure function of the arguments. -> Rooms on the CPU"""
-    dice, R = Dice(seed), num_rooms
+    dice = Dice(seed)
+    R = num_rooms
     sides = dice.uniform(R, low=3.5, high=8.0), dice.uniform(R, low=3.5, high=8.0)
     size = torch.stack([*sides, dice.uniform(R, low=2.4, high=3.2)], -1)
 
@@ -189,11 +191,14 @@ def make_walk(rooms, num_views, seed):
     height.
     """
     dice = Dice(seed + 2 ** 40)  # not the room's own: the walk must not tell its size
-    R, V, tries = len(rooms.size), num_views, 8
+    R = len(rooms.size)
+    V = num_views
+    tries = 8
     limit = rooms.size[:, :2] / 2 - 0.35  # (R, 2)
 
     # where: along a loop; of a few radii the first that is clear of tall furniture
-    start, sign = dice.uniform(R, 1, high=2 * math.pi), dice.sign(R, 1)
+    start = dice.uniform(R, 1, high=2 * math.pi)
+    sign = dice.sign(R, 1)
     steps = dice.uniform(R, V, low=math.radians(15), high=math.radians(60))
     angle = start + sign * steps.cumsum(1)  # (R, V)
     direction = torch.stack([angle.cos(), angle.sin()], -1)[:, :, None]  # (R, V, 1, 2)
@@ -239,7 +244,8 @@ def cameras_at(position, yaw, pitch, roll):
     up = torch.tensor([0., 0., 1.]).expand_as(forward)
     right = F.normalize(torch.cross(forward, up, dim=-1), dim=-1)
     down = torch.cross(forward, right, dim=-1)
-    cos, sin = roll.cos()[..., None], roll.sin()[..., None]
+    cos = roll.cos()[..., None]
+    sin = roll.sin()[..., None]
     axes = [cos * right + sin * down, cos * down - sin * right, forward]
     rotation = torch.stack(axes, -2)  # rows: the camera's axes
     return torch.cat([rotation, -rotation @ position[..., None]], -1)
@@ -280,12 +286,13 @@ def hit_box(o, d):
         inverse = 1 / away_from_zero(di)
         middle = -oi * inverse
         reach = inverse.abs()
-        near, far = (middle - reach).clamp(min=near), (middle + reach).clamp(max=far)
+        near = (middle - reach).clamp(min=near)
+        far = (middle + reach).clamp(max=far)
     return torch.where((near < far) & (near > 0), near, FAR)
 
 
 def hit_round(o, d):
-    """... with the unit sphere (three coordinates), or an endless upright tube (two)."""
+    """First hit with the unit sphere (three coordinates), or an endless upright tube (two)."""
     a = sum(di * di for di in d)
     b = sum(di * oi for di, oi in zip(d, o))
     c = sum(oi * oi for oi in o) - 1
@@ -295,7 +302,7 @@ def hit_round(o, d):
 
 
 def hit_cylinder(o, d):
-    """... with the upright cylinder of radius 1 and height [-1, 1], at its side or its top."""
+    """First hit with the upright cylinder of radius 1 and height [-1, 1], its side or its top."""
     side = hit_round(o[:2], d[:2])
     side = torch.where((o[2] + side * d[2]).abs() < 1, side, FAR)
     top = (1 - o[2]) / away_from_zero(d[2])
@@ -336,8 +343,10 @@ def render(rooms, extrinsics, intrinsics, size):
     surface = torch.where(t == tx, on_x, torch.where(t == ty, on_y, on_z))
 
     # the furniture: a piece sees the rays in its own frame, as a unit shape. t stays the same.
-    cos, sin = rooms.yaw.cos(), rooms.yaw.sin()
-    zero, one = torch.zeros_like(cos), torch.ones_like(cos)
+    cos = rooms.yaw.cos()
+    sin = rooms.yaw.sin()
+    zero = torch.zeros_like(cos)
+    one = torch.ones_like(cos)
     turn = torch.stack([cos, sin, zero, -sin, cos, zero, zero, zero, one], -1).view(R, K, 3, 3)
     to_unit = (turn / rooms.half[..., None]).transpose(0, 1)  # (K, R, 3, 3)
     shapes = [shape for shape, count in SLOTS for _ in range(count)]
@@ -378,8 +387,10 @@ def shade(rooms, surface, point, depth):
     # the pattern: checks, stripes along u or v, or soft
     fu, fv, pu, pv = look_up(rooms.texture, surface)
     pattern, = look_up(rooms.pattern[..., None], surface)
-    wave_u, wave_v = (u * fu + pu).sin(), (v * fv + pv).sin()
-    stripe_u, stripe_v = (4 * wave_u).clamp(-1, 1), (4 * wave_v).clamp(-1, 1)
+    wave_u = (u * fu + pu).sin()
+    wave_v = (v * fv + pv).sin()
+    stripe_u = (4 * wave_u).clamp(-1, 1)
+    stripe_v = (4 * wave_v).clamp(-1, 1)
     mix = 0.5 * (wave_u + wave_v)
     for kind, values in enumerate((stripe_u * stripe_v, stripe_u, stripe_v)):
         mix = torch.where(pattern == kind, values, mix)
@@ -451,16 +462,16 @@ def surface_classes(rooms, surface):
     """Surface ids (R, ...) -> indices into CLASSES, long."""
     flat = surface.flatten(1).long()
     category = rooms.category.to(flat.device).gather(1, (flat - 6).clamp(min=0))
-    room = torch.where(flat == 4, 0, torch.where(flat == 5, 1, 2))  # floor, ceiling, wall
-    return torch.where(flat >= 6, category + 3, room).view(surface.shape)
+    room = torch.where(flat == 4, 0, torch.where(flat == 5, 1, 2))  # indices into STRUCTURE
+    return torch.where(flat >= 6, category + len(STRUCTURE), room).view(surface.shape)
 
 
-def check_classes(classes, source):
+def check_classes(classes, source, command='python mini_vggt.py'):
     """Raises InputError if `source` was made for other categories than those of this world."""
     if list(classes) != CLASSES:
         names = ", ".join(classes) or "nothing that it names"
         raise InputError(f'{source} tells apart {names}, but the rooms have {", ".join(CLASSES)}: '
-                         'make it anew (RESULTS.md has the commands)')
+                         f'make it anew with {command}')
 
 
 def main():

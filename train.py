@@ -31,7 +31,7 @@ from common import (InputError, autocast_on, check_finite, join_processes, learn
                     run_script, set_rates, step_generator, take_step, write_checkpoint, write_json)
 from data import RoomPool, make_source
 from draw import draw_curve, draw_field
-from measure import evaluate_field, field_line, field_table
+from measure import evaluate_field, field_line, field_table, knows_rooms
 from model import compile_blocks
 from psfm import (FROZEN, PSFMConfig, build_psfm, check_psfm_config, fingerprint,
                   random_view_mask)
@@ -172,6 +172,7 @@ VIEWS, MASKS, STATISTICS = 1, 3, 4    # one stream of random numbers each (step_
 def build_model(config, dtype, device):
     """-> PSFM on the device, with the weights of --init"""
     psfm = build_psfm(config, dtype, load_teacher(config.teacher, dtype))
+    knows_rooms(psfm, config)  # other categories are refused now, not after the training
     if config.init and not config.resume:
         load_strictly(psfm, read_weights(config.init)[0], config.init, skip=FROZEN)
     return psfm.to(device)
@@ -331,7 +332,10 @@ def train(name, config):
     psfm.train()  # not the frozen backbone: see VGGT.freeze
 
     log = open_log(config.out, first, is_main)
-    metrics, busy, views_done, logged = state['metrics'], 0.0, 0, first
+    metrics = state['metrics']
+    busy = 0.0
+    views_done = 0
+    logged = first
     steps = tqdm(range(first, config.steps), name, initial=first, total=config.steps,
                  leave=False, disable=None if is_main else True)
     for step in steps:
@@ -372,7 +376,9 @@ def train(name, config):
             mfu = record['views_per_second'] / world_size * flops / peak if peak else None
             say(log_line(record, values, config, mfu))
             log.write(json.dumps(record) + '\n')
-            busy, views_done, logged = 0.0, 0, done
+            busy = 0.0
+            views_done = 0
+            logged = done
 
         # evaluate (the baselines' averages come from `source`) and save
         if is_evaluated:

@@ -78,7 +78,7 @@ def resize_positions(positions, grid):
 
 
 class DINOv2(nn.Module):
-    """ViT with registers (arXiv 2304.07193, 2309.16588). Only its patch tokens leave."""
+    """ViT with registers (arXiv 2304.07193, 2309.16588). Returns the patch tokens."""
 
     def __init__(self, config):
         super().__init__()

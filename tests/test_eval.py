@@ -294,7 +294,7 @@ def test_ask_uses_the_words_of_training(vlm, tuned, tmp_path, capsys, monkeypatc
     Image.new('RGB', (64, 64), 'red').save(tmp_path / 'a.png')
     asked = []
 
-    def spy(model, chat, latents, items, autocast, max_new_tokens):
+    def spy(model, chat, z, items, autocast, max_new_tokens):
         asked.append(items[0]['conversations'][0]['value'])
         return ['2']
     monkeypatch.setattr(evaluation, 'generate', spy)

@@ -78,6 +78,11 @@ def test_resume_continues_with_the_same_losses(vlm, cached, tmp_path):
 
     with pytest.raises(InputError, match='batch 2 there, 4 here'):
         finetune.main(options(vlm, tmp_path / 'half', '--batch', '4', '--resume'))
+    metrics = tmp_path / 'half' / 'run' / 'metrics.json'
+    before = metrics.read_text()
+    with pytest.raises(InputError, match='half/run is finished, after 4 steps'):
+        finetune.main(options(vlm, tmp_path / 'half', '--steps', '4', *more, '--resume'))
+    assert metrics.read_text() == before
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""How well a map in words agrees with the true one."""
+"""What is measured: of a field, of answers about rooms, of maps in words."""
 import contextlib
 
 import numpy as np
@@ -9,8 +9,9 @@ from adapter import load_vlm
 from data import make_source
 from eval import SHIPPED
 import measure
+from benchmarks import score
 from measure import (answer_rooms, evaluate_field, held_out_loss, language_prior, map_prior,
-                     map_score, overall_scores, rooms_table)
+                     map_score, overall_scores, rooms_table, score_answer)
 from psfm import load_psfm
 from questions import as_prompt, RoomQuestions
 from tiny import save_tiny_vlm
@@ -103,6 +104,15 @@ def rooms():
     return RoomQuestions('train', 0, 8), RoomQuestions('val', 0, 4)
 
 
+def test_a_new_kind_of_question_is_scored_by_its_form():
+    number = dict(question_type='object_shade', options=None, ground_truth='4')
+    assert score_answer(number, '4') == 1
+    assert 0 < score_answer(number, '5') < 1
+    choice = dict(question_type='object_shade', options=['A. dark', 'B. light'], ground_truth='B')
+    assert [score_answer(choice, answer) for answer in ('A', 'B')] == [0, 1]
+    assert score('vsibench', number, '4') == 0      # the official score knows ten kinds
+
+
 def test_right_answers_score_in_full_and_wrong_ones_do_not(rooms, monkeypatch):
     train, held_out = rooms
     truths = {(record['room'], as_prompt(record)): record['ground_truth']
@@ -114,10 +124,10 @@ def test_right_answers_score_in_full_and_wrong_ones_do_not(rooms, monkeypatch):
     def room_of(pictures):
         return looked_at.index([image.tobytes() for image in pictures])
 
-    def generate(model, chat, latents, items, autocast, max_new_tokens):
+    def generate(model, chat, z, items, autocast, max_new_tokens):
         """What is true of the room that the latents are of."""
         answers = []
-        for item, scene in zip(items, latents(None), strict=True):
+        for item, scene in zip(items, z, strict=True):
             text = item['conversations'][0]['value'].replace('<image>', '')
             given.append((room_of(item['images']), room_of(scene)))
             answers.append(truths.get((room_of(scene), text), ''))

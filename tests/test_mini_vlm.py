@@ -12,6 +12,7 @@ import finetune
 import mini_vlm
 from adapter import load_vlm, to_device
 from common import InputError
+from eval import load_answerer
 from finetune import Encoded, build_model
 from mini_vlm import (RoomPictures, Sight, build_tokenizer, build_vlm, ground, load_sight,
                       save_mini_vlm, token_categories, truth_of)
@@ -181,6 +182,9 @@ def test_training_resumes_with_the_same_losses(vlm, tmp_path):
     assert [step for step, _ in losses(half)] == [step for step, _ in losses(whole)] == [1, 2]
     assert [x for _, x in losses(half)] == pytest.approx([x for _, x in losses(whole)], abs=1e-4)
     assert torch.allclose(weight_of(half / 'mini_vlm'), weight_of(whole / 'mini_vlm'), atol=1e-4)
+    (model, _, latents), settings = load_answerer(str(half), torch.device('cpu'))  # of a run
+    assert latents is None
+    assert settings['vlm'] == str(half / 'checkpoint')
 
 
 @pytest.mark.slow

@@ -361,6 +361,22 @@ def test_bad_checkpoints(tmp_path, capsys):
         refuse(f'{path} does not hold the optimizers of this run', main, resume, capsys)
 
 
+def test_a_finished_run_is_not_resumed(tmp_path, capsys):
+    out = tmp_path / 'out'
+    main([*TINY, '--out', str(out), '--steps', '1'])
+    before = (out / 'metrics.json').read_text()
+    refuse(f'--resume: {out} is finished, after 1 steps', main,
+           [*TINY, '--out', str(out), '--steps', '1', '--resume'], capsys)
+    assert (out / 'metrics.json').read_text() == before
+
+
+def test_other_categories_are_refused_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr('rooms.CLASSES', ['floor', 'ceiling', 'wall', 'stool'])
+    with pytest.raises(InputError, match='the rooms have .*stool: make it anew with python mini_v'):
+        main([*TINY, '--out', str(tmp_path / 'out')])
+    assert not (tmp_path / 'out').exists()
+
+
 def test_unwritable_output(tmp_path, capsys):
     (tmp_path / 'file').write_text('')
     refuse('Not a directory', main, [*TINY, '--out', str(tmp_path / 'file' / 'out')], capsys)
