@@ -13,12 +13,12 @@ import os
 import pickle
 import shutil
 import sys
-import time
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
+from torch.utils.benchmark import Timer
 
 
 class InputError(Exception):
@@ -177,13 +177,9 @@ def pick_dtype(name, device):
     # median time of a matrix product of the size that `small` spends its time in
     median = {}
     for dtype in (torch.float32, torch.bfloat16):
-        a, b = torch.randn(2048, 128, dtype=dtype), torch.randn(128, 512, dtype=dtype)
-        times = []
-        for _ in range(20):
-            start = time.perf_counter()
-            a @ b
-            times.append(time.perf_counter() - start)
-        median[dtype] = sorted(times)[10]
+        tensors = dict(a=torch.randn(2048, 128, dtype=dtype), b=torch.randn(128, 512, dtype=dtype))
+        timer = Timer('a @ b', globals=tensors, num_threads=torch.get_num_threads())
+        median[dtype] = timer.blocked_autorange(min_run_time=0.05).median
     ratio = median[torch.float32] / median[torch.bfloat16]
     dtype = torch.bfloat16 if ratio > 1.3 else torch.float32
     return dtype, f'measured: bf16 matrices are {ratio:.1f} x as fast as fp32 here'
@@ -338,7 +334,7 @@ def make_optimizers(model, config, device, rate_of=None, fused=True):
     """AdamW and, if config.muon_lr > 0, Muon for the matrices of MUON_PLACES. -> list
 
     `rate_of`: name of a parameter -> its peak learning rate under AdamW (default: config.lr).
-    Weight decay is for matrices only. Every group keeps its peak rate as 'peak'.
+    Weight decay is for matrices only.
     """
     adam_groups, matrices = {}, []
     for name, p in model.named_parameters():
@@ -358,9 +354,6 @@ def make_optimizers(model, config, device, rate_of=None, fused=True):
         optimizers.append(torch.optim.AdamW(groups, betas=(0.9, config.beta2), fused=fused))
     if matrices:
         optimizers.append(Muon(matrices, config.muon_lr, config.weight_decay))
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group['peak'] = group['lr']
     return optimizers
 
 
@@ -368,7 +361,7 @@ def set_rates(optimizers, share):
     """Every group of parameters gets `share` of its peak learning rate."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group['lr'] = share * group['peak']
+            group['lr'] = share * group.setdefault('peak', group['lr'])
 
 
 def take_step(optimizers, parameters, clip):
@@ -423,10 +416,8 @@ def write_checkpoint(run, step, optimizers, config, dtype, metrics, save_model):
 
 def find_checkpoint(run):
     """The newest whole checkpoint of a run's folder, or None."""
-    for name in ('checkpoint', 'checkpoint.old'):
-        path = os.path.join(run, name)
-        if os.path.isdir(path):
-            return path
+    paths = os.path.join(run, 'checkpoint'), os.path.join(run, 'checkpoint.old')
+    return next(filter(os.path.isdir, paths), None)
 
 
 # options that may change between a run and its continuation
@@ -475,18 +466,28 @@ def quiet(text):
     """Says nothing: all processes but the first, which has tqdm.write."""
 
 
-def open_log(run, first, is_main):
-    """log.jsonl of a run, for writing, with only the readable records up to step `first`."""
+def open_run(config, first, is_main):
+    """A run's folder, with config.json, and log.jsonl with only the readable records up to step
+    `first`. -> the log, open for writing. Refuses a folder that another run is writing to."""
     if not is_main:
         return open(os.devnull, 'w')
-    path, kept = os.path.join(run, 'log.jsonl'), []
-    if first and os.path.isfile(path):
-        with open(path) as file:
-            for line in file:
-                with contextlib.suppress(ValueError, KeyError, TypeError):
-                    kept += [line] if json.loads(line)['step'] <= first else []
-    log = open(path, 'w', buffering=1)
+    os.makedirs(config.out, exist_ok=True)
+    log = open(os.path.join(config.out, 'log.jsonl'), 'a+', 1, encoding='utf-8', errors='replace')
+    try:
+        import fcntl
+        fcntl.lockf(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # as long as this process lives
+    except (BlockingIOError, PermissionError) as error:
+        raise InputError(f'another run is writing to {config.out}: take another --out') from error
+    except ImportError:               # Windows
+        pass
+    kept = []
+    log.seek(0)
+    for line in log:
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            kept += [line] if json.loads(line)['step'] <= first else []
+    log.truncate(0)
     log.writelines(kept)
+    write_json(os.path.join(config.out, 'config.json'), dataclasses.asdict(config))
     return log
 
 
@@ -494,7 +495,6 @@ def check_finite(losses, norm, step, config):
     """-> the losses as numbers. Stops before broken weights can replace good ones."""
     values = {key: value.item() for key, value in losses.items()}
     if not math.isfinite(values['loss'] + norm.item()):
-        raise InputError(f'the loss is {values["loss"]} and the gradient norm {norm.item()} at '
-                         f'step {step}: try a lower --lr, or --dtype float32; what was saved '
-                         f'before is in {config.out}/checkpoint')
+        raise InputError(f'loss {values["loss"]}, gradient norm {norm.item()} at step {step}: try '
+                         f'a lower --lr, or --dtype float32; {config.out}/checkpoint is as it was')
     return values

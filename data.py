@@ -24,7 +24,7 @@ from PIL import Image, ImageOps
 
 from common import InputError, Parser, run_script, step_generator
 from model import full_precision
-from psfm import fit_picture
+from psfm import fit_picture, to_one_height
 from rooms import make_intrinsics, make_rooms, make_walk, render, room_seed, surface_classes
 
 CELL = 4                            # pixels a side: depth and classes have this resolution
@@ -406,11 +406,8 @@ class PhotoFolder:
         num_views = min(num_views, self.most_views)
         samples = [self.sample(num_views, g) for _ in range(num_scenes)]
         pictures = [picture for sample in samples for picture in sample]
-        height = min(map(len, pictures))
-        pictures = [picture[(len(picture) - height) // 2:][:height] for picture in pictures]
-        images = torch.from_numpy(np.stack(pictures))  # (B V, H, W, 3)
-        images = images.unflatten(0, (num_scenes, num_views))
-        return dict(images=images.permute(0, 1, 4, 2, 3).float() / 255)
+        images = to_one_height(pictures)  # (B V, 3, H, W)
+        return dict(images=images.unflatten(0, (num_scenes, num_views)).float() / 255)
 
     def sample(self, num_views, g):
         """Views of one scene: a random start, random gaps. -> list of (H, W, 3) arrays"""

@@ -30,7 +30,7 @@ from adapter import (LATENTS, SceneLatents, SpatialVLM, add_lora, answer_loss, b
                      load_spatial_vlm, load_vlm, save_spatial_vlm, to_device)
 from benchmarks import read_records
 from common import (InputError, autocast_on, check_finite, join_processes, learning_rate,
-                    load_optimizers, make_optimizers, open_log, opt, parse_options, peak_memory,
+                    load_optimizers, make_optimizers, open_run, opt, parse_options, peak_memory,
                     pick_dtype, quiet, read_state, run_script, set_rates, step_generator,
                     take_step, write_checkpoint, write_json)
 from data import open_picture, read_video
@@ -380,9 +380,7 @@ def train(name, config, data=None, held_out=None):
     if latents:
         latents.to(device)
         latents.say = say
-    os.makedirs(config.out, exist_ok=True)
-    if is_main:
-        write_json(os.path.join(config.out, 'config.json'), dataclasses.asdict(config))
+    log = open_run(config, first, is_main)
     if config.checkpointing:
         model.vlm.gradient_checkpointing_enable(dict(use_reentrant=False))
         model.vlm.enable_input_require_grads()
@@ -417,7 +415,6 @@ def train(name, config, data=None, held_out=None):
     parameters = [p for p in model.parameters() if p.requires_grad]
     model.train()
 
-    log = open_log(config.out, first, is_main)
     metrics, busy, logged = state['metrics'], 0.0, first
     for step in tqdm(range(first, config.steps), name, initial=first, total=config.steps,
                      leave=False, disable=None if is_main else True):
@@ -441,7 +438,7 @@ def train(name, config, data=None, held_out=None):
         # update
         norm = take_step(optimizers, parameters, config.clip)
         done = step + 1
-        is_logged = step == first or done % config.log_every == 0
+        is_logged = step == 0 or done % config.log_every == 0
         is_evaluated = done == config.steps or done % config.eval_every == 0
         if is_logged or is_evaluated:
             values = check_finite(dict(loss=loss), norm, done, config)

@@ -25,9 +25,9 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from common import (autocast_on, check_finite, learning_rate, load_optimizers, load_strictly,
-                    make_optimizers, open_log, opt, parse_options, pick_device, pick_dtype,
+                    make_optimizers, open_run, opt, parse_options, pick_device, pick_dtype,
                     read_state, read_weights, run_script, set_rates, step_generator, take_step,
-                    write_checkpoint, write_json)
+                    write_checkpoint)
 from data import RoomPool
 from model import (MLP, camera_rays, full_precision, invert_pose, pose_encoding_to_cameras,
                    relative_pose)
@@ -312,7 +312,7 @@ def fit(name, config, first, optimizers, parameters, losses_of, evaluate, save):
     busy = 0.0
     logged = first
     metrics = {}
-    log = open_log(config.out, first, is_main=True)
+    log = open_run(config, first, is_main=True)
     for step in tqdm(range(first, config.steps), name, initial=first, total=config.steps,
                      leave=False, disable=None):
         # one step
@@ -328,7 +328,7 @@ def fit(name, config, first, optimizers, parameters, losses_of, evaluate, save):
         done = step + 1
         progress = f'step {done:05d}/{config.steps:05d}'
         is_evaluated = done == config.steps or done % config.eval_every == 0
-        if step == first or done % config.log_every == 0 or is_evaluated:
+        if step == 0 or done % config.log_every == 0 or is_evaluated:
             values = check_finite(losses, norm, done, config)
             record = dict(step=done, **values, lr=share * config.lr, grad_norm=norm.item(),
                           step_ms=1e3 * busy / (done - logged), seconds=time.time() - began)
@@ -371,8 +371,6 @@ def train(config, command):
     size = 8 * MINI.patch_size, 8 * MINI.patch_size
     pool = RoomPool('train', config.seed, config.num_rooms, config.new_rooms, size, device)
     held_out = RoomPool('val', 0, config.val_scenes, 0, size, device)
-    os.makedirs(config.out, exist_ok=True)
-    write_json(os.path.join(config.out, 'config.json'), dataclasses.asdict(config))
     count = sum(p.numel() for p in model.parameters()) / 1e6
     tqdm.write(f'mini VGGT: {config.steps} steps, {count:.2f} M parameters | {device}, {dtype} '
                f'({reason}) | writing to {config.out}/')

@@ -32,7 +32,7 @@ from adapter import Chat, SpatialVLM, answer_loss, load_vlm, to_device
 from common import (InputError, autocast_on, find_file, learning_rate, load_optimizers,
                     load_strictly, make_optimizers, opt, parse_options, pick_device, pick_dtype,
                     read_state, read_weights, run_script, set_rates, step_generator, take_step,
-                    write_checkpoint, write_json)
+                    write_checkpoint)
 from measure import held_out_loss
 from mini_vggt import LoopConfig, fit
 from questions import (ANSWER_WORDS, RoomQuestions, as_prompt, as_record, ask, ask_map, ask_order,
@@ -455,8 +455,6 @@ def train(config, command):
         load_optimizers(optimizers, state['folder'])
     held_out = RoomPictures('val', 0, config.val_scenes)
     category_of = token_categories(chat.tokenizer)
-    os.makedirs(config.out, exist_ok=True)
-    write_json(os.path.join(config.out, 'config.json'), dataclasses.asdict(config))
     count = sum(p.numel() for p in model.parameters()) / 1e6
     tqdm.write(f'mini VLM: {config.steps} steps, {count:.2f} M parameters | {device}, {dtype} '
                f'({reason}) | writing to {config.out}/')

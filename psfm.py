@@ -384,12 +384,29 @@ def fit_picture(picture, width, multiple):
     return np.asarray(picture)[top:top + keep]
 
 
+def to_one_height(arrays):
+    """Arrays (h, W, 3) of any heights -> uint8 tensor (V, 3, H, W).
+
+    All are cropped, above and below, to the height of the lowest. But one that is less than 0.6 as
+    high as most (a panorama among photographs) would make strips of all others: it is enlarged to
+    their height, and loses its sides.
+    """
+    usual = np.median([len(array) for array in arrays])
+    H = min(len(array) for array in arrays if len(array) >= 0.6 * usual)
+    W = arrays[0].shape[1]
+    tiles = []
+    for array in arrays:
+        if len(array) < H:
+            wide = W * H // len(array)
+            array = np.asarray(Image.fromarray(array).resize((wide, H), Image.Resampling.BICUBIC))
+            array = array[:, (wide - W) // 2:][:, :W]
+        tiles.append(array[(len(array) - H) // 2:][:H])
+    return torch.from_numpy(np.stack(tiles)).permute(0, 3, 1, 2).contiguous()
+
+
 def fit_pictures(pictures, width, multiple):
-    """PIL images of one scene -> uint8 tensor (V, 3, H, W), cropped to the lowest one's height."""
-    arrays = [fit_picture(picture, width, multiple) for picture in pictures]
-    height = min(len(array) for array in arrays)
-    arrays = [array[(len(array) - height) // 2:][:height] for array in arrays]
-    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
+    """PIL images of one scene -> uint8 tensor (V, 3, H, W), of one height (see to_one_height)."""
+    return to_one_height([fit_picture(picture, width, multiple) for picture in pictures])
 
 
 def build_psfm(config, dtype=torch.float32, teacher=None):

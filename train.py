@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from common import (InputError, autocast_on, check_finite, join_processes, learning_rate,
-                    load_optimizers, load_strictly, make_optimizers, open_log, opt,
+                    load_optimizers, load_strictly, make_optimizers, open_run, opt,
                     parse_options, peak_memory, pick_dtype, quiet, read_state, read_weights,
                     run_script, set_rates, step_generator, take_step, write_checkpoint, write_json)
 from data import RoomPool, make_source
@@ -304,9 +304,7 @@ def train(name, config):
     multiple = psfm.backbone.config.patch_size
     source = make_source(config, 'train', multiple, device, rank, world_size, say)
     held_out = make_source(config, 'val', multiple, device, say=quiet)
-    os.makedirs(config.out, exist_ok=True)
-    if is_main:
-        write_json(os.path.join(config.out, 'config.json'), dataclasses.asdict(config))
+    log = open_run(config, first, is_main)
     optimizers = make_optimizers(psfm, config, device)
     if config.resume:
         weights, _ = read_weights(os.path.join(state['folder'], 'model.safetensors'))
@@ -331,7 +329,6 @@ def train(name, config):
     trained = [p for p in psfm.parameters() if p.requires_grad]
     psfm.train()  # not the frozen backbone: see VGGT.freeze
 
-    log = open_log(config.out, first, is_main)
     metrics = state['metrics']
     busy = 0.0
     views_done = 0
@@ -359,7 +356,7 @@ def train(name, config):
         # update
         norm = take_step(optimizers, trained, config.clip)
         done = step + 1
-        is_logged = step == first or done % config.log_every == 0
+        is_logged = step == 0 or done % config.log_every == 0
         is_evaluated = done == config.steps or done % config.eval_every == 0
         if is_logged or is_evaluated:
             # of the last batch of this process; a GPU sync

@@ -12,6 +12,7 @@ import data
 from common import InputError, step_generator
 from data import (PICTURES, PhotoFolder, RoomPool, check, extract_frames, find_scenes, list_files,
                   make_source, natural_order, read_picture, read_video)
+from psfm import fit_pictures
 from train import parse_config
 
 
@@ -168,6 +169,22 @@ def test_batches_of_photographs(tmp_path):
     picture(tmp_path / 'scene0' / '3.jpg', size=(80, 40))  # mixed shapes: cropped to the lowest
     mixed = source(tmp_path, gap=(1, 1))[0]
     assert mixed.batch(0, 8, 5)['images'].shape[-2:] == (16, 32)
+
+
+def test_a_panorama_does_not_cut_its_neighbours(tmp_path):
+    make_folder(tmp_path, scenes=1, frames=16)
+    alone = source(tmp_path, gap=(1, 1))[0].batch(0, 2, 12)['images']
+    picture(tmp_path / 'scene0' / '5.jpg', size=(300, 75))
+    beside = source(tmp_path, gap=(1, 1))[0].batch(0, 2, 12)['images']
+    assert beside.shape == alone.shape == (2, 12, 3, 24, 32)
+    assert torch.equal(beside[:, :5], alone[:, :5])
+    assert torch.equal(beside[:, 6:], alone[:, 6:])
+    ramp = np.tile(np.arange(300, dtype=np.uint8)[None, :, None] // 2 + 50, (75, 1, 3))
+    tall, wide = Image.new('RGB', (300, 225), 'red'), Image.fromarray(ramp)
+    images = fit_pictures([tall, tall, wide, tall], 32, 8)
+    assert images.shape == (4, 3, 24, 32)
+    left, right = images[2, 0, 12, [0, -1]].tolist()
+    assert 95 < left < right < 155                  # its middle third, not squeezed
 
 
 def test_one_flat_folder_is_one_scene(tmp_path):

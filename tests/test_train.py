@@ -361,6 +361,29 @@ def test_bad_checkpoints(tmp_path, capsys):
         refuse(f'{path} does not hold the optimizers of this run', main, resume, capsys)
 
 
+def test_two_runs_do_not_share_a_folder(tmp_path, capsys):
+    out = tmp_path / 'out'
+    hold = ('import sys; from train import *; '
+            'log = open_run(Config(out=sys.argv[1]), 0, True); print(1, flush=True); input()')
+    other = subprocess.Popen([sys.executable, '-c', hold, str(out)], cwd=ROOT, text=True,
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert other.stdout.readline() == '1\n'
+    refuse(f'another run is writing to {out}', main, [*TINY, '--out', str(out)], capsys)
+    other.kill()                        # leaves nothing behind
+    other.wait()
+    main([*TINY, '--out', str(out), '--steps', '1'])
+
+
+def test_a_spoiled_log_does_not_stop_a_resume(tmp_path):
+    out = tmp_path / 'out'
+    main([*TINY, '--out', str(out), '--steps', '1'])
+    with open(out / 'log.jsonl', 'ab') as log:
+        log.write(b'\xff\xfe broken\n{"step": "one"}\n[]\n{"step": 2, "lo')
+    main([*TINY, '--out', str(out), '--steps', '2', '--resume'])
+    lines = (out / 'log.jsonl').read_text().splitlines()
+    assert [json.loads(line)['step'] for line in lines] == [1, 1, 2, 2]
+
+
 def test_a_finished_run_is_not_resumed(tmp_path, capsys):
     out = tmp_path / 'out'
     main([*TINY, '--out', str(out), '--steps', '1'])
@@ -388,7 +411,7 @@ def test_broken_numbers_never_replace_a_checkpoint():
     config = SimpleNamespace(out='x')
     assert train.check_finite({'loss': fine}, fine, 3, config) == {'loss': 1.0}
     for loss, norm in ((broken, fine), (fine, broken)):
-        with pytest.raises(InputError, match='at step 3: .* in x/checkpoint'):
+        with pytest.raises(InputError, match='at step 3: .* x/checkpoint is as it was'):
             train.check_finite({'loss': loss}, norm, 3, config)
 
 
