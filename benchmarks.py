@@ -41,7 +41,7 @@ def read_records(path):
                 records = json.load(file)
     except FileNotFoundError as error:
         raise InputError(f'no file {path}') from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f'{path} cannot be read as JSON: {error}') from error
     if not path.endswith('.jsonl'):
         if not isinstance(records, list):
@@ -51,7 +51,7 @@ def read_records(path):
     for number, line in lines:
         try:
             yield number, json.loads(line), None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             yield number, None, f'not JSON ({error})'
 
 
@@ -122,7 +122,7 @@ def mean_of_groups(means, groups):
 
 class VSIBench:
     title = 'VSI-Bench'
-    fields = 'question_type', 'question', 'ground_truth'
+    fields = 'dataset', 'scene_name', 'question_type', 'question', 'ground_truth'
     numerical = ('object_counting', 'object_abs_distance', 'object_size_estimation',
                  'room_size_estimation')
     directions = tuple(f'object_rel_direction_{level}' for level in ('easy', 'medium', 'hard'))
@@ -133,16 +133,12 @@ class VSIBench:
     def read(self, root):
         path = os.path.join(root, 'test.jsonl')
         if os.path.isfile(path):
-            docs = read_lines(path)
-        else:
-            docs = read_parquet(root, 'test-*.parquet', 'test*.parquet')
-        for i, doc in enumerate(docs):
-            for field in ('dataset', 'scene_name'):
-                if field not in doc:
-                    raise InputError(f'{root}: question {i} has no {field}')
-            doc['key'] = str(doc.get('id', i))
-            doc['media'] = os.path.join(root, doc['dataset'], f'{doc["scene_name"]}.mp4')
-        return docs
+            return read_lines(path)
+        return read_parquet(root, 'test-*.parquet', 'test*.parquet')
+
+    def place(self, doc, i, root):
+        doc['key'] = str(doc.get('id', i))
+        doc['media'] = os.path.join(root, doc['dataset'], f'{doc["scene_name"]}.mp4')
 
     def prompt(self, doc):
         lines = ['These are frames of a video.', doc['question']]
@@ -183,12 +179,13 @@ class CVBench:
             docs = [doc for path in paths if os.path.isfile(path) for doc in read_lines(path)]
         if not docs:
             raise InputError(f'neither test*.parquet nor test_2d.jsonl and test_3d.jsonl in {root}')
-        for i, doc in enumerate(docs):
-            picture = doc.pop('image', None)
-            path = os.path.join(root, doc.get('filename', ''))
-            doc['key'] = f'{doc.get("type", "")}{doc.get("idx", i)}'
-            doc['media'] = [picture['bytes'] if picture else path]
         return docs
+
+    def place(self, doc, i, root):
+        picture = doc.pop('image', None)
+        path = os.path.join(root, doc.get('filename', ''))
+        doc['key'] = f'{doc.get("type", "")}{doc.get("idx", i)}'
+        doc['media'] = [picture['bytes'] if picture else path]
 
     def prompt(self, doc):
         letters = ', '.join('ABCDEF'[:len(doc['choices'])])
@@ -224,13 +221,12 @@ class SPARBench:
              ('rotate_up', 'rotate_down')]
 
     def read(self, root):
-        docs = read_parquet(root, 'data/test-*.parquet', 'test-*.parquet')
-        for i, doc in enumerate(docs):
-            pictures = doc.pop('image', None) or []
-            doc['key'] = str(doc.get('id', i))
-            doc['media'] = [picture['bytes'] if isinstance(picture, dict) else picture
-                            for picture in pictures]
-        return docs
+        return read_parquet(root, 'data/test-*.parquet', 'test-*.parquet')
+
+    def place(self, doc, i, root):
+        doc['key'] = str(doc.get('id', i))
+        doc['media'] = [picture['bytes'] if isinstance(picture, dict) else picture
+                        for picture in doc.pop('image', None) or []]
 
     def prompt(self, doc):
         task, question = doc['task'], doc['question']
@@ -294,12 +290,12 @@ class ViewSpatial:
     new_tokens = 128
 
     def read(self, root):
-        docs = read_lines(os.path.join(root, 'ViewSpatial-Bench.json'))
-        for i, doc in enumerate(docs):
-            doc['key'] = str(i)
-            doc['media'] = [os.path.join(root, path.removeprefix('ViewSpatial-Bench/'))
-                            for path in doc.get('image_path') or []]
-        return docs
+        return read_lines(os.path.join(root, 'ViewSpatial-Bench.json'))
+
+    def place(self, doc, i, root):
+        doc['key'] = str(i)
+        doc['media'] = [os.path.join(root, path.removeprefix('ViewSpatial-Bench/'))
+                        for path in doc.get('image_path') or []]
 
     def prompt(self, doc):
         return (f'{doc["question"]}{doc["choices"]}\nReply only to the corresponding option.\n'
@@ -325,24 +321,29 @@ class ViewSpatial:
         return dict(result, overall=100 * mean(value for _, value in scored))
 
 
-BENCHMARKS = {'vsibench': VSIBench(), 'cvbench': CVBench(), 'sparbench': SPARBench(),
-              'viewspatial': ViewSpatial()}
+BENCHMARKS = dict(vsibench=VSIBench(), cvbench=CVBench(), sparbench=SPARBench(),
+                  viewspatial=ViewSpatial())
 
 
 def read_benchmark(name, root):
     """Questions from a folder with the hub's files: the documents' own fields, `key` (which tells
-    one question from another) and `media`: the path of a video, or a list of pictures (paths, or
-    bytes as in parquet files)."""
+    one question from another) and `media`: the path of a video, or a list of paths or bytes."""
     docs = BENCHMARKS[name].read(root)
     keys = set()
-    for doc in docs:
+    for i, doc in enumerate(docs):
+        where = f'{root}: question {i} of {name}'
+        lacking = [field for field in BENCHMARKS[name].fields if doc.get(field) is None]
+        if lacking:
+            raise InputError(f'{where} has no {" nor ".join(lacking)}; it has {", ".join(doc)}')
+        try:  # what is done with it later
+            BENCHMARKS[name].place(doc, i, root)
+            prompt(name, doc)
+            aggregate(name, [(doc, score(name, doc, output)) for output in ('A', '1')])
+        except (TypeError, AttributeError, LookupError, ArithmeticError) as error:
+            raise InputError(f'{where} cannot be asked or scored ({error})') from error
         if doc['key'] in keys:
             raise InputError(f'{root}: two questions of {name} have the id {doc["key"]}')
         keys.add(doc['key'])
-        lacking = [field for field in BENCHMARKS[name].fields if doc.get(field) is None]
-        if lacking:
-            raise InputError(f'{root}: question {doc["key"]} of {name} has no '
-                             f'{" nor ".join(lacking)}; it has {", ".join(map(str, doc))}')
     return docs
 
 

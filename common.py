@@ -58,7 +58,7 @@ def read_json(path):
     try:
         with open(path, encoding='utf-8') as file:
             return json.load(file)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f'{path} cannot be read as JSON ({error})') from error
 
 
@@ -109,7 +109,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         if message.startswith('unrecognized arguments: '):
-            word = message.split()[2].split('=')[0]
+            word = message.removeprefix('unrecognized arguments: ').split(' ')[0].split('=')[0]
             near = difflib.get_close_matches(word, self._option_string_actions, 3)
             hint = f'did you mean {" or ".join(near)}?' if near else 'see --help'
             message = f'no option {word}; {hint}'
@@ -238,10 +238,6 @@ def without_prefix(state, prefix):
             for name, tensor in state.items() if name.startswith(prefix)}
 
 
-def without(state, beginnings):
-    return {name: x for name, x in state.items() if not name.startswith(tuple(beginnings))}
-
-
 def some(names):
     """A few of many names, for a message."""
     shown = ', '.join(sorted(names)[:4])
@@ -254,7 +250,8 @@ def load_strictly(module, state, source, skip=(), assign=False):
     Raises InputError with the names that are missing or unexpected, or whose shapes differ.
     `source` is what the message calls the weights.
     """
-    own, state = without(module.state_dict(), skip), without(state, skip)
+    own = {name: x for name, x in module.state_dict().items() if not name.startswith(skip)}
+    state = {name: x for name, x in state.items() if not name.startswith(skip)}
     misfit = f'{source} does not fit this {type(module).__name__}'
     missing, unexpected = own.keys() - state.keys(), state.keys() - own.keys()
     if missing or unexpected:
@@ -386,9 +383,7 @@ def flush_to_disk(folder):
 
 def write_checkpoint(run, step, optimizers, config, dtype, metrics, save_model):
     """Writes `run`/checkpoint beside the one before, then swaps them: a whole one always exists.
-
-    `save_model(folder)` writes the weights. `optimizers` None: not kept (a sharded run).
-    """
+    `save_model(folder)` writes the weights. `optimizers` None: not kept (a sharded run)."""
     folder = os.path.join(run, 'checkpoint')
     new, old = folder + '.new', folder + '.old'
     state = dict(step=step, dtype=str(dtype).removeprefix('torch.'),
@@ -434,6 +429,9 @@ def read_state(config):
     if folder is None:
         raise InputError(f'--resume: no checkpoint in {config.out}; leave --resume out to begin')
     state = read_json(os.path.join(folder, 'state.json'))
+    kinds = dict(step=int, dtype=str, config=dict, metrics=dict)
+    if type(state) is not dict or any(type(state.get(key)) is not kinds[key] for key in kinds):
+        raise InputError(f'--resume: {folder}/state.json is not the state of a run')
     theirs = state['config']
     differs = [f'{key} {theirs.get(key)} there, {ours} here'
                for key, ours in dataclasses.asdict(config).items()
@@ -491,10 +489,12 @@ def open_run(config, first, is_main):
     return log
 
 
-def check_finite(losses, norm, step, config):
+def check_finite(losses, norm, parameters, step, config):
     """-> the losses as numbers. Stops before broken weights can replace good ones."""
     values = {key: value.item() for key, value in losses.items()}
-    if not math.isfinite(values['loss'] + norm.item()):
-        raise InputError(f'loss {values["loss"]}, gradient norm {norm.item()} at step {step}: try '
-                         f'a lower --lr, or --dtype float32; {config.out}/checkpoint is as it was')
+    weights = sum(p.detach().float().sum() for p in parameters).item()
+    if not math.isfinite(values['loss'] + norm.item() + weights):
+        raise InputError(f'step {step}: loss {values["loss"]}, gradient norm {norm.item()}, weights '
+                         f'that add up to {weights}: try a lower --lr, or --dtype float32 '
+                         f'({config.out}/checkpoint is as it was)')
     return values

@@ -197,7 +197,7 @@ class Conversations(torch.utils.data.Dataset):
 
 def media_paths(record):
     paths = record.get('images') or record.get('image') or []
-    return [paths] if isinstance(paths, str) else list(paths)
+    return paths if isinstance(paths, list) else [paths]
 
 
 def turns_fault(turns):
@@ -241,8 +241,10 @@ def record_fault(record, media, exists=os.path.exists):
     if record.get('spar_info'):
         try:
             draw_markers([Image.new('RGB', (8, 8))] * max(1, len(paths)), record['spar_info'])
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, LookupError) as error:
             return f'"spar_info" cannot be read ({error})'
+    if not all(isinstance(path, str) for path in paths):
+        return '"images" holds what is not a path'
     lost = [path for path in paths if not exists(os.path.join(media, path))]
     if lost:
         more = f' and {len(lost) - 1} more' if len(lost) > 1 else ''
@@ -441,7 +443,7 @@ def train(name, config, data=None, held_out=None):
         is_logged = step == 0 or done % config.log_every == 0
         is_evaluated = done == config.steps or done % config.eval_every == 0
         if is_logged or is_evaluated:
-            values = check_finite(dict(loss=loss), norm, done, config)
+            values = check_finite(dict(loss=loss), norm, parameters, done, config)
         busy += time.time() - start
 
         # log

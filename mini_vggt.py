@@ -329,7 +329,7 @@ def fit(name, config, first, optimizers, parameters, losses_of, evaluate, save):
         progress = f'step {done:05d}/{config.steps:05d}'
         is_evaluated = done == config.steps or done % config.eval_every == 0
         if step == 0 or done % config.log_every == 0 or is_evaluated:
-            values = check_finite(losses, norm, done, config)
+            values = check_finite(losses, norm, parameters, done, config)
             record = dict(step=done, **values, lr=share * config.lr, grad_norm=norm.item(),
                           step_ms=1e3 * busy / (done - logged), seconds=time.time() - began)
             log.write(json.dumps(record) + '\n')

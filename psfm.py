@@ -344,6 +344,9 @@ class PSFM(nn.Module):
     @torch.no_grad()
     def latents(self, images):
         """Images (B, V, 3, H, W) in [0, 1] -> z (B, Q, D). All views are context."""
+        if images.ndim != 5 or images.amin() < 0 or images.amax() > 1:
+            raise InputError('latents takes images (B, V, 3, H, W) from 0 to 1, not '
+                             f'{tuple(images.shape)} from {images.amin()} to {images.amax()}')
         views = self.backbone(images)
         return self.encode(views.features, views.grid)
 
@@ -377,6 +380,9 @@ def fit_picture(picture, width, multiple):
 
     H is a multiple of `multiple`; the excess is cropped evenly above and below.
     """
+    excess = picture.height - 4 * picture.width
+    if excess > 0:  # a strip: most of it is not even resized
+        picture = picture.crop((0, excess // 2, picture.width, picture.height - excess // 2))
     height = max(multiple, round(picture.height * width / picture.width))
     keep = min(height, width) // multiple * multiple
     top = (height - keep) // 2

@@ -66,7 +66,7 @@ def load_released(psfm, state, source, assign=False):
     for head in ('depth', 'point'):
         if head not in psfm.backbone.config.heads:
             skip.append(f'backbone.{head}_head.')
-    load_strictly(psfm, rename(state, PSFM_NAMES), source, skip, assign)
+    load_strictly(psfm, rename(state, PSFM_NAMES), source, tuple(skip), assign)
 
 
 def read_folder(folder):

@@ -360,7 +360,7 @@ def train(name, config):
         is_evaluated = done == config.steps or done % config.eval_every == 0
         if is_logged or is_evaluated:
             # of the last batch of this process; a GPU sync
-            values = check_finite(losses, norm, done, config)
+            values = check_finite(losses, norm, trained, done, config)
         busy += time.time() - start
 
         # log

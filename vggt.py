@@ -468,7 +468,7 @@ class VGGT(nn.Module):
                  if head not in self.config.heads]
         if 'cells' not in self.config.heads:
             skip += ['depth_cells.', 'class_cells.']
-        load_strictly(self, state, source, skip, assign)
+        load_strictly(self, state, source, tuple(skip), assign)
 
 
 def read_config(text, path):

@@ -1,10 +1,16 @@
-"""What training loops share: the learning rate and the optimizers."""
+"""What training loops share: the learning rate, the optimizers, checkpoints."""
+import itertools
+import os
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from common import Muon, learning_rate, make_optimizers, orthogonalise, set_rates
+import common
+from common import (Muon, find_checkpoint, learning_rate, make_optimizers, orthogonalise, read_json,
+                    set_rates, write_checkpoint)
 from psfm import build_psfm
 from train import Config
 
@@ -69,3 +75,86 @@ def test_groups_keep_their_peaks_and_vectors_do_not_decay():
             found[name] = group['lr'], group['weight_decay']
     assert found == {'layers.weight': (1e-3, 0.1), 'layers.bias': (5e-4, 0.0),
                      'head.weight': (2.5e-3, 0.1), 'head.bias': (5e-4, 0.0)}
+
+
+# -----------------------------------------------------------------------------
+# checkpoints
+
+class Killed(BaseException):
+    """As SIGKILL: nothing is tidied up."""
+
+
+class Clock:
+    """Kills at call `due` of what write_checkpoint does to the disk: before, halfway or after."""
+
+    def __init__(self, monkeypatch, due):
+        self.left = due
+        for owner, name in ((os, 'rename'), (os, 'makedirs'), (torch, 'save'),
+                            (common, 'write_json'), (common, 'flush_to_disk')):
+            monkeypatch.setattr(owner, name, self.around(getattr(owner, name)))
+        monkeypatch.setattr(shutil, 'rmtree', self.around(shutil.rmtree, self.half_removed))
+
+    def tick(self):
+        self.left -= 1
+        if self.left == 0:
+            raise Killed
+
+    def around(self, function, halfway=None):
+        def killable(*args, **options):
+            self.tick()
+            if halfway:
+                halfway(*args)
+            function(*args, **options)
+            self.tick()
+        return killable
+
+    def half_removed(self, folder, **_):
+        """Killed while a folder is being removed: it stays, without its weights."""
+        if self.left == 1 and os.path.isdir(folder):
+            Path(folder, 'weights').unlink(missing_ok=True)
+        self.tick()
+
+
+def write(run, step):
+    """-> was it written to the end?"""
+    def save_model(folder):
+        Path(folder, 'weights').write_text(str(step))
+    try:
+        write_checkpoint(str(run), step, [], Config(), torch.float32, {}, save_model)
+    except Killed:
+        return False
+    return True
+
+
+def step_of(run):
+    """The step of the checkpoint that --resume finds, which must be whole."""
+    folder = Path(find_checkpoint(str(run)))
+    step = read_json(folder / 'state.json')['step']
+    assert (folder / 'weights').read_text() == str(step)
+    assert (folder / 'optimizer.pt').exists()
+    return step
+
+
+def test_no_two_kills_lose_the_last_whole_checkpoint(tmp_path, monkeypatch):
+    """Killed at any point of writing step 2, then at any point of writing step 3."""
+    monkeypatch.setattr(os, 'fsync', lambda file: None)  # so many would take a minute
+    pairs = 0
+    for first, second in itertools.product(range(1, 40), repeat=2):
+        run = tmp_path / f'{first}-{second}'
+        assert write(run, 1)
+        with monkeypatch.context() as patch:
+            Clock(patch, first)
+            if write(run, 2):
+                break
+        reached = step_of(run)
+        assert reached in (1, 2)
+        with monkeypatch.context() as patch:
+            Clock(patch, second)
+            is_written = write(run, 3)
+        assert step_of(run) in (reached, 3)
+        pairs += 1
+        if is_written:
+            continue
+        assert write(run, 4)
+        assert step_of(run) == 4
+    assert pairs > 400

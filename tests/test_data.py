@@ -1,6 +1,7 @@
 """Rooms, photographs, videos, and miniatures of real data sets in exactly their layouts."""
 import os
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -185,6 +186,15 @@ def test_a_panorama_does_not_cut_its_neighbours(tmp_path):
     assert images.shape == (4, 3, 24, 32)
     left, right = images[2, 0, 12, [0, -1]].tolist()
     assert 95 < left < right < 155                  # its middle third, not squeezed
+
+
+def test_a_strip_one_pixel_wide_takes_no_gigabyte():
+    tracemalloc.start()
+    images = fit_pictures([Image.new('RGB', (1, 20_000), 'red')], 518, 14)
+    assert images.shape == (1, 3, 518, 518)
+    assert (images == torch.tensor([255, 0, 0]).view(3, 1, 1)).all()
+    assert tracemalloc.get_traced_memory()[1] < 1e8
+    tracemalloc.stop()
 
 
 def test_one_flat_folder_is_one_scene(tmp_path):

@@ -409,10 +409,16 @@ def test_broken_numbers_never_replace_a_checkpoint():
     fine = torch.tensor(1.0)
     broken = torch.tensor(float('nan'))
     config = SimpleNamespace(out='x')
-    assert train.check_finite({'loss': fine}, fine, 3, config) == {'loss': 1.0}
-    for loss, norm in ((broken, fine), (fine, broken)):
-        with pytest.raises(InputError, match='at step 3: .* x/checkpoint is as it was'):
-            train.check_finite({'loss': loss}, norm, 3, config)
+    assert train.check_finite({'loss': fine}, fine, [fine], 3, config) == {'loss': 1.0}
+    for loss, norm, weight in ((broken, fine, fine), (fine, broken, fine), (fine, fine, broken)):
+        with pytest.raises(InputError, match='step 3: loss .*x/checkpoint is as it was'):
+            train.check_finite({'loss': loss}, norm, [fine, weight], 3, config)
+
+
+def test_a_run_that_breaks_its_weights_fails_and_saves_nothing(tmp_path, capsys):
+    out = tmp_path / 'out'
+    refuse('step 1: loss ', main, [*TINY, '--out', str(out), '--lr', '1e38', '--warmup', '0'], capsys)
+    assert {path.name for path in out.iterdir()} == {'config.json', 'log.jsonl'}
 
 
 def test_no_room_on_the_disk_keeps_what_was_saved(tmp_path):
