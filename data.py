@@ -43,6 +43,7 @@ class RoomPool:
     Rendering stays a small part of a step, and no room is seen often enough to be memorised.
     """
     held_out = 'rooms that training never shows'
+    kept = None  # held out by their seeds
     BLOCK = 4  # rooms are made and rendered so many at a time
     VIEWS = 8
 
@@ -320,15 +321,16 @@ class PhotoFolder:
     """Scenes of photographs, in any layout of `find_scenes`.
 
     Where the data set has lists of its splits, they decide, and a scene on no list is not used.
-    Else a tenth of the scenes is held out; of a single scene, its last quarter, if that is
-    enough. Pictures that cannot be read and scenes with fewer than `min_views` pictures are left
-    out, by name. (Beyond CHECKED pictures only names are looked at beforehand.)
+    Else a tenth of the scenes is held out; of a single scene, its last quarter, if that is enough;
+    or what `kept` names, which a run held out before the folder grew. Pictures that cannot be read
+    and scenes with fewer than `min_views` pictures are left out, by name. (Beyond CHECKED pictures
+    only names are looked at beforehand.)
     """
     CHECKED = 5000
 
     def __init__(self, root, split, seed, width, multiple, min_views, gap=(1, 4), rank=0,
-                 say=print):
-        self.split, self.seed, self.rank = split, seed, rank
+                 say=print, kept=None):
+        self.split, self.seed, self.rank, self.kept = split, seed, rank, kept
         self.width, self.multiple, self.gap = width, multiple, gap
         if not os.path.isdir(root):
             raise InputError(f'no folder {root}: --data takes a folder of pictures, of sub-folders '
@@ -382,20 +384,23 @@ class PhotoFolder:
 
     def split_by_scenes(self, scenes):
         names = sorted(scenes, key=natural_order)
-        held_out = names[::-1][::10]  # the last one, and every tenth before it
+        # the last one, and every tenth before it
+        self.kept = held_out = self.kept or names[::-1][::10]
         few = len(held_out) < 4
         self.held_out = f'scene {", ".join(held_out)}' if few else f'{len(held_out)} scenes'
         is_val = self.split == 'val'
         return [scenes[name] for name in names if (name in held_out) == is_val]
 
     def split_pictures(self, pictures, min_views):
-        cut = len(pictures) * 3 // 4
-        if len(pictures) - cut < min_views:
+        last = pictures[len(pictures) * 3 // 4:]
+        if len(last) < min_views:
             self.held_out = (f'nothing, for the one scene has fewer than {4 * min_views} pictures: '
                              'this is measured on training views')
             return [pictures]
-        self.held_out = f'the last {len(pictures) - cut} pictures of the only scene'
-        return [pictures[cut:] if self.split == 'val' else pictures[:cut]]
+        self.kept = self.kept or [os.path.basename(path) for path in last]
+        self.held_out = f'the last {len(self.kept)} pictures of the only scene'
+        is_val = self.split == 'val'
+        return [[path for path in pictures if (os.path.basename(path) in self.kept) == is_val]]
 
     def advance(self, step, progress=iter):
         """Nothing to prepare: pictures are read when they are asked for."""
@@ -424,11 +429,9 @@ class PhotoFolder:
         return [read_picture(scene[i], self.width, self.multiple) for i in frames]
 
 
-def make_source(config, split, multiple, device='cpu', rank=0, world_size=1, say=print):
-    """The source that a configuration names, for split 'train' or 'val'.
-
-    Pictures' sides are multiples of `multiple`.
-    """
+def make_source(config, split, multiple, device='cpu', rank=0, world_size=1, say=print, kept=None):
+    """The source that a configuration names, for split 'train' or 'val'. Pictures' sides are
+    multiples of `multiple`; `kept` as in PhotoFolder."""
     width = config.image_width
     if width < multiple or width % multiple:
         below = max(1, width // multiple) * multiple
@@ -440,7 +443,7 @@ def make_source(config, split, multiple, device='cpu', rank=0, world_size=1, say
     if config.data == 'rooms':
         return RoomPool(split, 0, config.val_scenes, 0, (width, width), device)
     return PhotoFolder(config.data, split, config.seed, width, multiple, config.min_views,
-                       (config.min_gap, config.max_gap), rank if split == 'train' else 0, say)
+                       (config.min_gap, config.max_gap), rank if split == 'train' else 0, say, kept)
 
 
 def check_pictures(scenes, sample=3):

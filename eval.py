@@ -68,7 +68,8 @@ def field(args):
                          'reads depth off predicted features; it takes a run on the mini VGGT')
     out = folder_beside(args.run)
     multiple = psfm.backbone.config.patch_size
-    train_source, held_out = [make_source(config, split, multiple, device)
+    kept = getattr(config, 'kept', None)    # weights may be older than this setting
+    train_source, held_out = [make_source(config, split, multiple, device, kept=kept)
                               for split in ('train', 'val')]
     autocast = autocast_on(device, torch.float32)
     step = config.steps * config.accumulate

@@ -451,6 +451,17 @@ def weights_of_run(run):
     return file
 
 
+def read_psfm(path):
+    """Weights of train.py -> state, metadata, the options of the run. InputError if not theirs."""
+    state, metadata = read_weights(path)
+    try:
+        config = SimpleNamespace(**json.loads(metadata['config']))
+        state['encoder.queries'], config.backbone
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(f'{path} does not hold a PSFM') from error
+    return state, metadata, config
+
+
 def load_psfm(run, device='cpu'):
     """A trained PSFM in eval mode, without a teacher, and the options it was trained with.
 
@@ -458,10 +469,7 @@ def load_psfm(run, device='cpu'):
     What hustvl/Spa3R published is opened by release.open_psfm.
     """
     path = weights_of_run(run)
-    state, metadata = read_weights(path)
-    if 'encoder.queries' not in state or 'config' not in metadata:
-        raise InputError(f'{path} does not hold a PSFM')
-    config = SimpleNamespace(**json.loads(metadata['config']))
+    state, metadata, config = read_psfm(path)
     psfm = build_psfm(config)
     if metadata.get('backbone') not in (None, fingerprint(psfm.backbone)):
         raise InputError(f'{path} was trained on another backbone than the one in '

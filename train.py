@@ -34,7 +34,7 @@ from draw import draw_curve, draw_field
 from measure import evaluate_field, field_line, field_table, knows_rooms
 from model import compile_blocks
 from psfm import (FROZEN, PSFMConfig, build_psfm, check_psfm_config, fingerprint,
-                  random_view_mask)
+                  random_view_mask, read_psfm)
 from release import load_teacher
 from rooms import scene_extrinsics
 
@@ -241,9 +241,10 @@ def make_inputs(batch, config, number, rank, device):
     return inputs
 
 
-def save_checkpoint(psfm, optimizers, step, config, dtype, metrics):
-    """<out>/checkpoint: what is trained, never what is frozen."""
-    metadata = {'config': json.dumps(dataclasses.asdict(config)), 'step': str(step),
+def save_checkpoint(psfm, optimizers, step, config, dtype, metrics, kept):
+    """<out>/checkpoint: what is trained, never what is frozen. `kept`: what is held out."""
+    settings = dict(dataclasses.asdict(config), kept=kept)
+    metadata = {'config': json.dumps(settings), 'step': str(step),
                 'backbone': fingerprint(psfm.backbone)}
 
     def save_model(folder):
@@ -302,12 +303,15 @@ def train(name, config):
     # model and data
     psfm = build_model(config, dtype, device)
     multiple = psfm.backbone.config.patch_size
-    source = make_source(config, 'train', multiple, device, rank, world_size, say)
-    held_out = make_source(config, 'val', multiple, device, say=quiet)
+    kept = None
+    if config.resume:
+        weights, _, options = read_psfm(os.path.join(state['folder'], 'model.safetensors'))
+        kept = options.kept
+    source = make_source(config, 'train', multiple, device, rank, world_size, say, kept)
+    held_out = make_source(config, 'val', multiple, device, say=quiet, kept=kept)
     log = open_run(config, first, is_main)
     optimizers = make_optimizers(psfm, config, device)
     if config.resume:
-        weights, _ = read_weights(os.path.join(state['folder'], 'model.safetensors'))
         load_strictly(psfm, weights, state['folder'], skip=FROZEN)
         load_optimizers(optimizers, state['folder'])
     say(banner(name, config, psfm, source, held_out, device, dtype, reason))
@@ -384,7 +388,7 @@ def train(name, config):
             say(f'step {done:05d}/{config.steps:05d} | {field_line(metrics)}')
             log.write(json.dumps(dict(step=done, metrics=metrics)) + '\n')
             if is_main:
-                save_checkpoint(psfm, optimizers, done, config, dtype, metrics)
+                save_checkpoint(psfm, optimizers, done, config, dtype, metrics, held_out.kept)
 
     # results
     if is_main:

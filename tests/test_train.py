@@ -361,6 +361,35 @@ def test_bad_checkpoints(tmp_path, capsys):
         refuse(f'{path} does not hold the optimizers of this run', main, resume, capsys)
 
 
+@pytest.mark.parametrize('scenes', [1, 3])
+def test_what_is_held_out_stays_so_when_the_folder_grows(scenes, tmp_path, monkeypatch):
+    photos = make_folder(tmp_path / 'photos', scenes=scenes, frames=16)
+    sources = {}
+
+    def spy(config, split, *args, **options):
+        sources[split] = make_source(config, split, *args, **options)
+        return sources[split]
+
+    def names(split):
+        return {path for scene in sources[split].scenes for path in scene}
+
+    monkeypatch.setattr(train, 'make_source', spy)
+    monkeypatch.setattr(evaluation, 'make_source', spy)
+    options = [*TINY, '--data', str(photos), '--image-width', '32', '--out', str(tmp_path / 'out'),
+               '--min-views', '3', '--max-views', '4', '--workers', '0']
+    main([*options, '--steps', '1'])
+    held_out = names('val')
+    assert held_out and not held_out & names('train')
+    make_folder(photos, scenes=scenes + (scenes > 1), frames=20)    # it has grown
+    main([*options, '--steps', '2', '--resume'])
+    assert held_out <= names('val')
+    assert not held_out & names('train')
+    assert len(names('train')) >= 16
+    before = names('val')
+    evaluation.main(['field', '--run', str(tmp_path / 'out'), '--device', 'cpu'])
+    assert names('val') == before
+
+
 def test_two_runs_do_not_share_a_folder(tmp_path, capsys):
     out = tmp_path / 'out'
     hold = ('import sys; from train import *; '
