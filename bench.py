@@ -113,7 +113,9 @@ def time_parts(psfm, images, clock, autocast):
     """-> list of (part, ms, FLOPs) for one training step on images (B, V, 3, H, W)."""
     backbone = psfm.backbone
     aggregator = psfm.backbone.aggregator
-    (B, V), size, device = images.shape[:2], images.shape[-2:], images.device
+    B, V = images.shape[:2]
+    size = images.shape[-2:]
+    device = images.device
     mask, num_context = random_view_mask(B, V, psfm.mask_ratio, device=device)
     rows = []
 
@@ -176,7 +178,8 @@ def compare_masks(backbone, images, clock, autocast):
             if device.type == 'cuda':
                 torch.cuda.reset_peak_memory_stats(device)
             ms[name], _ = clock.measure(attend)
-            outputs[name], memory[name] = attend(), peak_memory(device)
+            outputs[name] = attend()
+        memory[name] = peak_memory(device)
     finally:
         model.split_attention = split
     difference = (outputs['split'] - outputs['dense']).abs().max() / outputs['dense'].abs().max()

@@ -494,7 +494,7 @@ def check_finite(losses, norm, parameters, step, config):
     values = {key: value.item() for key, value in losses.items()}
     weights = sum(p.detach().float().sum() for p in parameters).item()
     if not math.isfinite(values['loss'] + norm.item() + weights):
-        raise InputError(f'step {step}: loss {values["loss"]}, gradient norm {norm.item()}, weights '
-                         f'that add up to {weights}: try a lower --lr, or --dtype float32 '
+        raise InputError(f'step {step}: loss {values["loss"]}, gradient norm {norm.item()}, sum of '
+                         f'the weights {weights}: try a lower --lr, or --dtype float32 '
                          f'({config.out}/checkpoint is as it was)')
     return values

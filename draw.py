@@ -238,7 +238,8 @@ def draw_curve(log, path):
 # -----------------------------------------------------------------------------
 # path.gif
 
-FILM_CONTEXT, FILM_FRAMES = 4, 36
+FILM_CONTEXT = 4
+FILM_FRAMES = 36
 
 
 def make_path(rooms, num_views):

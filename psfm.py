@@ -230,7 +230,8 @@ class PSFM(nn.Module):
 
     def __init__(self, backbone, config=PSFMConfig(), teacher=None):
         super().__init__()
-        self.backbone, self.teacher = backbone, teacher
+        self.backbone = backbone
+        self.teacher = teacher
         self.mask_ratio = config.mask_ratio
         self.context = config.context
         self.standardised = config.standardised

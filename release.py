@@ -212,7 +212,8 @@ class SemanticTeacher(nn.Module):
     @torch.no_grad()
     def forward(self, images, grid):
         """Images (B, V, 3, H, W) in [0, 1] -> features (B, V, N, S) on the backbone's grid."""
-        p, (B, V) = self.model.config.patch_size, images.shape[:2]
+        p = self.model.config.patch_size
+        B, V = images.shape[:2]
         w = self.width // p
         h = max(1, round(w * images.shape[-2] / images.shape[-1]))
         x = F.interpolate(images.flatten(0, 1), (h * p, w * p), mode='bilinear', antialias=True)
