@@ -415,7 +415,7 @@ def leave_out_lost(docs, root):
 def open_media(media, num_frames):
     """`media` of a question -> PIL images: all pictures, or `num_frames` of a video."""
     if isinstance(media, str):
-        return read_video(media, num_frames)
+        return list(read_video(media, num_frames))
     return [open_picture(io.BytesIO(x) if isinstance(x, bytes) else x) for x in media]
 
 

@@ -175,21 +175,15 @@ def open_picture(path, width=None):
                 picture = Image.alpha_composite(white, picture.convert('RGBA'))
             return picture.convert('RGB')
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        is_none = isinstance(error, Image.UnidentifiedImageError)
-        reason = 'not a picture' if is_none else error
+        reason = 'not a picture' if isinstance(error, Image.UnidentifiedImageError) else error
         raise InputError(f'{path} cannot be read: {reason}') from error
-
-
-def read_picture(path, width, multiple):
-    """A picture file -> uint8 array (H, W, 3), as the backbone wants it."""
-    return fit_picture(open_picture(path, width), width, multiple)
 
 
 @functools.lru_cache(maxsize=None)
 def reading_fault(path, changed):
     """Why a picture cannot be read, or None. Asked once of a file, until it is `changed`."""
     try:
-        read_picture(path, 32, 1)
+        open_picture(path, 32)
     except InputError as error:
         return str(error)
 
@@ -201,7 +195,7 @@ def even_frames(count, num_frames):
 
 
 def read_video(path, num_frames, every=None):
-    """Frames of a video file, or of a folder of frames (taken as one a second). -> PIL images
+    """Yields frames of a video file, or of a folder of frames (taken as one a second), PIL images.
 
     `num_frames` are spread evenly over the video. With `every`: one frame in so many seconds, at
     least 4 and at most num_frames. Files need PyAV (pip install av). InputError with the path.
@@ -210,15 +204,16 @@ def read_video(path, num_frames, every=None):
         n = min(num_frames, max(4, round(seconds / every))) if every else num_frames
         return even_frames(count, n)
     if not os.path.isdir(path):
-        return decode_video(path, choose)
+        yield from decode_video(path, choose)
+        return
     pictures = list_files(path, PICTURES)
     if not pictures:
         raise InputError(f'no frames in the folder {path} ({" ".join(PICTURES)})')
-    return [open_picture(pictures[i]) for i in choose(len(pictures), len(pictures))]
+    yield from (open_picture(pictures[i]) for i in choose(len(pictures), len(pictures)))
 
 
 def decode_video(path, choose):
-    """`choose(number of frames, seconds)` -> indices; these frames of a video file, upright."""
+    """`choose(number of frames, seconds)` -> indices. Yields these frames of a file, upright."""
     if not os.path.isfile(path):
         raise InputError(f'no video at {path}')
     try:
@@ -230,28 +225,29 @@ def decode_video(path, choose):
     def upright(frame):  # phones store how they were held
         return frame.to_image().rotate(getattr(frame, 'rotation', 0), expand=True)
 
-    frames, i = {}, -1
+    i, done = -1, 0
     try:
         with av.open(path) as container:  # headers are often wrong: count first
             stream = container.streams.video[0]
-            count = sum(1 for packet in container.demux(stream) if packet.size)
+            shown = [packet.size and not packet.is_discard for packet in container.demux(stream)]
+            count = sum(map(bool, shown))  # a trimmed clip has packets that no player shows
             rate = float(stream.average_rate or 30)
         wanted = choose(count, count / rate)
         with av.open(path) as container:
             container.streams.video[0].thread_type = 'AUTO'
             for i, last in enumerate(container.decode(video=0)):
-                if i in wanted:
-                    frames[i] = upright(last)
+                if i == wanted[done]:
+                    yield upright(last)
+                    done += 1
                 if i >= wanted[-1]:
                     break
     except (av.error.FFmpegError, IndexError, ValueError) as error:
         raise InputError(f'{path} cannot be read as a video, or not to its end: {error}') from error
 
-    if i >= 0.9 * wanted[-1]:  # there may be a few more packets than frames: the last stands in
-        frames = {j: frames[j] if j in frames else upright(last) for j in wanted}
-    if len(frames) < len(wanted):
-        raise InputError(f'{path} ends early: {len(frames)} of {len(wanted)} frames were read')
-    return [frames[j] for j in wanted]
+    if not wanted or i < 0.9 * wanted[-1]:
+        raise InputError(f'{path} ends early: {done} of {len(wanted)} frames were read')
+    for _ in wanted[done:]:  # there may be a few more packets than frames: the last stands in
+        yield upright(last)
 
 
 def extract_frames(path, per_second=2, height=518):
@@ -306,7 +302,10 @@ def find_scenes(root):
         scenes['(its own pictures)'] = list_files(root, PICTURES)
         for path in list_files(root, VIDEOS):
             layout = 'videos'
-            scenes[os.path.basename(path)] = list_files(extract_frames(path), PICTURES)
+            try:
+                scenes[os.path.basename(path)] = list_files(extract_frames(path), PICTURES)
+            except InputError as error:
+                print(f'{error}; left out')
     splits = {}
     for split, name in lists.items():
         for folder in (root, base):
@@ -426,7 +425,8 @@ class PhotoFolder:
         gaps = [random(min(self.gap[0], most), most) for _ in range(num_views - 1)]
         frame = random(0, len(scene) - 1 - sum(gaps))
         frames = [frame + sum(gaps[:i]) for i in range(num_views)]
-        return [read_picture(scene[i], self.width, self.multiple) for i in frames]
+        pictures = [open_picture(scene[i], self.width) for i in frames]
+        return [fit_picture(picture, self.width, self.multiple) for picture in pictures]
 
 
 def make_source(config, split, multiple, device='cpu', rank=0, world_size=1, say=print, kept=None):

@@ -231,7 +231,7 @@ def ask(args):
     if args.images:
         pictures = [open_picture(path) for path in args.images]
     else:
-        pictures = read_video(args.video, args.frames or settings['num_frames'])
+        pictures = list(read_video(args.video, args.frames or settings['num_frames']))
     question = in_training_words(args.question, model.vlm, chat, settings)
     turn = {'from': 'human', 'value': '<image>' * len(pictures) + question}
     item = dict(images=pictures, conversations=[turn])

@@ -177,7 +177,8 @@ class Conversations(torch.utils.data.Dataset):
         record, video = self.records[i], self.records[i].get('video')
         try:
             if video:
-                images = read_video(os.path.join(self.media, video), self.num_frames, every=2.0)
+                path = os.path.join(self.media, video)
+                images = list(read_video(path, self.num_frames, every=2.0))
             else:
                 paths = media_paths(record)
                 images = [open_picture(os.path.join(self.media, path)) for path in paths]

@@ -12,9 +12,13 @@ from PIL import Image
 import data
 from common import InputError, step_generator
 from data import (PICTURES, PhotoFolder, RoomPool, check, extract_frames, find_scenes, list_files,
-                  make_source, natural_order, read_picture, read_video)
-from psfm import fit_pictures
+                  make_source, natural_order, open_picture, read_video)
+from psfm import fit_picture, fit_pictures
 from train import parse_config
+
+
+def read_picture(path, width, multiple):
+    return fit_picture(open_picture(path, width), width, multiple)
 
 
 @pytest.fixture(autouse=True)
@@ -147,9 +151,9 @@ def test_gaps_are_drawn_without_touching_the_settings(tmp_path, monkeypatch):
 
     def note(path, *_):
         frames.append(int(os.path.basename(path)[:-4]))
-        return np.zeros((8, 8, 3), np.uint8)
+        return Image.new('RGB', (8, 8))
 
-    monkeypatch.setattr(data, 'read_picture', note)
+    monkeypatch.setattr(data, 'open_picture', note)
     photos.scenes = [scene for scene in photos.scenes if len(scene) == 60]
     for step in range(40):
         photos.sample(4, step_generator(step))
@@ -396,7 +400,7 @@ def test_check_prints_the_report(tmp_path, capsys):
 
 def test_videos(tmp_path):
     path = str(make_video(tmp_path / 'v' / 'walk.mp4'))
-    frames = read_video(path, 5)
+    frames = list(read_video(path, 5))
     first, last = frames[0].getpixel((30, 20))[0], frames[-1].getpixel((30, 20))[0]
     assert len(frames) == 5 and first < 20 < 200 < last
     make_video(tmp_path / 'v' / 'other.mp4')
@@ -423,7 +427,7 @@ def test_two_processes_take_frames_out_of_the_same_video(tmp_path, monkeypatch):
     shutil.rmtree(folder)
 
     def read(*arguments, **options):
-        frames = read_video(*arguments, **options)
+        frames = list(read_video(*arguments, **options))
         folder.mkdir()  # the other one is ready first
         (folder / '000000.jpg').touch()
         return frames
@@ -437,4 +441,36 @@ def test_truncated_video(tmp_path):
     path = make_video(tmp_path / 'walk.mp4')
     path.write_bytes(path.read_bytes()[:len(path.read_bytes()) // 2])
     with pytest.raises(InputError, match='walk.mp4'):
-        read_video(str(path), 5)
+        list(read_video(str(path), 5))
+
+
+def test_a_broken_video_is_left_out_by_name(tmp_path, capsys):
+    for name in ('a.mp4', 'c.mp4'):
+        make_video(tmp_path / name)
+    (tmp_path / 'b.mp4').write_bytes(b'no video')
+    assert list(find_scenes(str(tmp_path))[1]) == ['a.mp4', 'c.mp4']
+    assert f'{tmp_path}/b.mp4 cannot be read as a video' in capsys.readouterr().out
+
+
+def test_a_trimmed_video_has_the_frames_that_a_player_shows(tmp_path):
+    """Packets before the trim are decoded, but not shown: an edit list hides them."""
+    av = pytest.importorskip('av')
+    whole, trimmed = make_video(tmp_path / 'whole.mp4', frames=20), tmp_path / 'trimmed.mp4'
+    with av.open(str(whole)) as source, av.open(str(trimmed), 'w') as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.pts -= 12 * packet.duration      # the first twelve lie before zero
+                packet.dts -= 12 * packet.duration
+                packet.stream = stream
+                target.mux(packet)
+    shown = [image.getpixel((30, 20))[0] for image in read_video(str(trimmed), 5)]
+    assert len(shown) == 5
+    assert shown == sorted(shown)
+    assert abs(shown[0] - 12 * 12) < 20 and shown[-1] > 200
+
+
+def test_frames_come_one_by_one(tmp_path):
+    frames = read_video(str(make_video(tmp_path / 'walk.mp4')), 5)
+    assert iter(frames) is frames
+    assert next(frames).size == (64, 48)
