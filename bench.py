@@ -179,7 +179,7 @@ def compare_masks(backbone, images, clock, autocast):
                 torch.cuda.reset_peak_memory_stats(device)
             ms[name], _ = clock.measure(attend)
             outputs[name] = attend()
-        memory[name] = peak_memory(device)
+            memory[name] = peak_memory(device)
     finally:
         model.split_attention = split
     difference = (outputs['split'] - outputs['dense']).abs().max() / outputs['dense'].abs().max()

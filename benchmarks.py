@@ -306,7 +306,9 @@ class ViewSpatial:
         that is not empty, where the article 'a' does not count."""
         if corrected:
             output = re.sub(r'\ba (?=[a-z])', '', output.rstrip())
-        found = re.search(r'\b([A-D])\b', output.split('\n')[-1], re.IGNORECASE)
+        last = output.split('\n')[-1]
+        found = corrected and re.search(r'\b([A-D])\b', last)
+        found = found or re.search(r'\b([A-D])\b', last, re.IGNORECASE)
         truth = re.search(r'\b([A-D])\b', doc['answer'], re.IGNORECASE)
         return float(found is not None and found[1].upper() == truth[1].upper())
 
@@ -331,16 +333,16 @@ def read_benchmark(name, root):
     docs = BENCHMARKS[name].read(root)
     keys = set()
     for i, doc in enumerate(docs):
-        where = f'{root}: question {i} of {name}'
         lacking = [field for field in BENCHMARKS[name].fields if doc.get(field) is None]
         if lacking:
-            raise InputError(f'{where} has no {" nor ".join(lacking)}; it has {", ".join(doc)}')
+            raise InputError(f'{root}: question {i} of {name} has no {" nor ".join(lacking)}')
         try:  # what is done with it later
             BENCHMARKS[name].place(doc, i, root)
             prompt(name, doc)
-            aggregate(name, [(doc, score(name, doc, output)) for output in ('A', '1')])
-        except (TypeError, AttributeError, LookupError, ArithmeticError) as error:
-            raise InputError(f'{where} cannot be asked or scored ({error})') from error
+            [score(name, doc, output) for output in ('A', '1')]
+            {doc.get(field) for field in ('question_type', 'task', 'source')}  # names of groups
+        except (TypeError, AttributeError, LookupError) as error:
+            raise InputError(f'{root}: question {i} of {name} is unusable ({error})') from error
         if doc['key'] in keys:
             raise InputError(f'{root}: two questions of {name} have the id {doc["key"]}')
         keys.add(doc['key'])
@@ -463,9 +465,8 @@ def ask_benchmark(name, docs, answerer, path, num_frames, batch):
                 keys.append(doc['key'])
             if not items:
                 continue
-            new_tokens = BENCHMARKS[name].new_tokens
             z = latents([item['images'] for item in items]) if latents else None
-            outputs = generate(model, chat, z, items, autocast, new_tokens)
+            outputs = generate(model, chat, z, items, autocast, BENCHMARKS[name].new_tokens)
             for key, output in zip(keys, outputs):
                 answers[key] = output
                 file.write(json.dumps(dict(key=key, output=output)) + '\n')
@@ -492,8 +493,7 @@ def results_table(name, docs, answers, published):
         rows.append(f'{model:24s}{source:16s}' + ''.join(cells))
 
     columns = published['columns']
-    rows.append('')
-    rows.append(' ' * 40 + ''.join(f'{title:>10s}' for title in columns.values()))
+    rows += ['', ' ' * 40 + ''.join(f'{title:>10s}' for title in columns.values())]
     for model, source, values in published['rows']:
         row(model, source, values + [None] * (len(columns) - len(values)))
     row('this run', 'measured', [official.get(task) for task in columns])

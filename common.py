@@ -80,11 +80,9 @@ def check_value(option, value, low=None, high=None, choices=None):
     """Raises InputError if `value` is not one of `choices`, or not a number in low .. high."""
     if choices and value not in choices:
         raise InputError(f'{option} takes {" or ".join(choices)}, not {value}')
-    if low is None:
-        return
-    if not value >= low:  # also true of NaN
+    if low is not None and not value >= low:  # also true of NaN
         raise InputError(f'{option} must be at least {low}, not {value}')
-    if value > (sys.float_info.max if high is None else high):
+    if low is not None and value > (sys.float_info.max if high is None else high):
         raise InputError(f'{option} must be at most {high or "a finite number"}, not {value}')
 
 
@@ -358,7 +356,7 @@ def set_rates(optimizers, share):
     """Every group of parameters gets `share` of its peak learning rate."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group['lr'] = share * group.setdefault('peak', group['lr'])
+            group['lr'] = share * group.setdefault('peak', group['lr'])  # kept in checkpoints too
 
 
 def take_step(optimizers, parameters, clip):
@@ -440,7 +438,7 @@ def read_state(config):
         raise InputError(f'--resume: {folder} was trained with another configuration '
                          f'({"; ".join(differs[:4])}); give the same options, or another --out')
     if state['step'] >= (config.steps or theirs['steps']):
-        raise InputError(f'--resume: {config.out} is finished, after {state["step"]} steps')
+        raise InputError(f'--resume: {config.out} is finished, after {state["step"]} steps: add more')
     return dict(state, folder=folder)
 
 
@@ -461,7 +459,7 @@ def load_optimizers(optimizers, folder):
 # logs
 
 def quiet(text):
-    """Says nothing: all processes but the first, which has tqdm.write."""
+    """Says nothing: `say` of all processes but the first, whose is tqdm.write."""
 
 
 def open_run(config, first, is_main):
@@ -473,16 +471,17 @@ def open_run(config, first, is_main):
     log = open(os.path.join(config.out, 'log.jsonl'), 'a+', 1, encoding='utf-8', errors='replace')
     try:
         import fcntl
-        fcntl.lockf(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # as long as this process lives
+        fcntl.lockf(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process closes log.jsonl
     except (BlockingIOError, PermissionError) as error:
         raise InputError(f'another run is writing to {config.out}: take another --out') from error
-    except ImportError:               # Windows
+    except (ImportError, OSError):    # Windows, or a file system without locks
         pass
     kept = []
     log.seek(0)
     for line in log:
         with contextlib.suppress(ValueError, KeyError, TypeError):
-            kept += [line] if json.loads(line)['step'] <= first else []
+            if json.loads(line)['step'] <= first:
+                kept.append(line)
     log.truncate(0)
     log.writelines(kept)
     write_json(os.path.join(config.out, 'config.json'), dataclasses.asdict(config))
@@ -492,9 +491,10 @@ def open_run(config, first, is_main):
 def check_finite(losses, norm, parameters, step, config):
     """-> the losses as numbers. Stops before broken weights can replace good ones."""
     values = {key: value.item() for key, value in losses.items()}
-    weights = sum(p.detach().float().sum() for p in parameters).item()
-    if not math.isfinite(values['loss'] + norm.item() + weights):
+    weights = sum(p.detach().float().sum() for p in parameters)
+    weights = weights.full_tensor() if hasattr(weights, 'full_tensor') else weights  # of all shards
+    if not math.isfinite(values['loss'] + norm.item() + weights.item()):
         raise InputError(f'step {step}: loss {values["loss"]}, gradient norm {norm.item()}, sum of '
-                         f'the weights {weights}: try a lower --lr, or --dtype float32 '
+                         f'the weights {weights.item()}: try a lower --lr, or --dtype float32 '
                          f'({config.out}/checkpoint is as it was)')
     return values

@@ -219,18 +219,16 @@ def decode_video(path, choose):
     try:
         import av
     except ImportError as error:
-        raise InputError(f'{path}: reading video files needs PyAV (pip install av); a folder of '
-                         'frames does without') from error
+        raise InputError(f'{path}: video files need PyAV (pip install av)') from error
 
     def upright(frame):  # phones store how they were held
         return frame.to_image().rotate(getattr(frame, 'rotation', 0), expand=True)
 
     i, done = -1, 0
     try:
-        with av.open(path) as container:  # headers are often wrong: count first
+        with av.open(path) as container:  # headers are often wrong: count what a player shows
             stream = container.streams.video[0]
-            shown = [packet.size and not packet.is_discard for packet in container.demux(stream)]
-            count = sum(map(bool, shown))  # a trimmed clip has packets that no player shows
+            count = sum(x.size > 0 and not x.is_discard for x in container.demux(stream))
             rate = float(stream.average_rate or 30)
         wanted = choose(count, count / rate)
         with av.open(path) as container:
@@ -350,6 +348,8 @@ class PhotoFolder:
             self.scenes = self.split_by_scenes(scenes)
         else:
             self.scenes = self.split_pictures(next(iter(scenes.values())), min_views)
+        if not any(self.scenes):
+            raise InputError(f'{root} lacks what this run held out, or all else; use another --out')
         self.most_views = max(map(len, self.scenes))
 
     def leave_out(self, root, scenes, min_views, say):
@@ -387,17 +387,17 @@ class PhotoFolder:
         self.kept = held_out = self.kept or names[::-1][::10]
         few = len(held_out) < 4
         self.held_out = f'scene {", ".join(held_out)}' if few else f'{len(held_out)} scenes'
-        is_val = self.split == 'val'
-        return [scenes[name] for name in names if (name in held_out) == is_val]
+        return [scenes[name] for name in names if (name in held_out) == (self.split == 'val')]
 
     def split_pictures(self, pictures, min_views):
         last = pictures[len(pictures) * 3 // 4:]
-        if len(last) < min_views:
+        if len(last) < min_views or self.kept == []:
+            self.kept = []
             self.held_out = (f'nothing, for the one scene has fewer than {4 * min_views} pictures: '
                              'this is measured on training views')
             return [pictures]
         self.kept = self.kept or [os.path.basename(path) for path in last]
-        self.held_out = f'the last {len(self.kept)} pictures of the only scene'
+        self.held_out = f'{len(self.kept)} pictures of the only scene, from {self.kept[0]} on'
         is_val = self.split == 'val'
         return [[path for path in pictures if (os.path.basename(path) in self.kept) == is_val]]
 
@@ -405,7 +405,7 @@ class PhotoFolder:
         """Nothing to prepare: pictures are read when they are asked for."""
 
     def batch(self, step, num_scenes, num_views):
-        """Batch `step`: samples x views in the order of their names, cropped to one height."""
+        """Batch `step`: samples x views in the order of their names, of one height."""
         g = step_generator(self.seed, step, self.rank, self.split != 'train')
         num_views = min(num_views, self.most_views)
         samples = [self.sample(num_views, g) for _ in range(num_scenes)]

@@ -45,8 +45,9 @@ SHIPPED = 'weights/psfm_small.safetensors'      # the encoder that the repositor
 
 def folder_beside(run):
     """Where findings about a run go: into its folder; of weights alone, into out/<their name>."""
+    run = run.rstrip('/').removesuffix('/checkpoint')
     if not find_checkpoint(run):
-        run = os.path.join('out', os.path.splitext(os.path.basename(run.rstrip('/')))[0])
+        run = os.path.join('out', os.path.splitext(os.path.basename(run))[0])
     os.makedirs(run, exist_ok=True)
     return run
 

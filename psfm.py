@@ -457,9 +457,10 @@ def read_psfm(path):
     state, metadata = read_weights(path)
     try:
         config = SimpleNamespace(**json.loads(metadata['config']))
-        state['encoder.queries'], config.backbone
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
+    except (KeyError, ValueError, TypeError) as error:
         raise InputError(f'{path} does not hold a PSFM') from error
+    if 'encoder.queries' not in state or not hasattr(config, 'backbone'):
+        raise InputError(f'{path} does not hold a PSFM')
     return state, metadata, config
 
 

@@ -306,7 +306,7 @@ def train(name, config):
     kept = None
     if config.resume:
         weights, _, options = read_psfm(os.path.join(state['folder'], 'model.safetensors'))
-        kept = options.kept
+        kept = getattr(options, 'kept', None)  # weights may be older than this setting
     source = make_source(config, 'train', multiple, device, rank, world_size, say, kept)
     held_out = make_source(config, 'val', multiple, device, say=quiet, kept=kept)
     log = open_run(config, first, is_main)

@@ -149,6 +149,9 @@ def test_an_article_is_no_option():
     doc = dict(answer='A. front')
     assert score('viewspatial', doc, 'it is a chair') == 1  # officially
     assert score('viewspatial', doc, 'it is a chair', corrected=True) == 0
+    right = dict(doc, answer='B. left')
+    for said in ("I'd say B", 'the answer is a B', 'Option b, a chair', '(b)'):
+        assert score('viewspatial', right, said, corrected=True) == 1
     assert score('viewspatial', doc, 'a', corrected=True) == 1
 
 

@@ -206,7 +206,7 @@ def test_one_flat_folder_is_one_scene(tmp_path):
         picture(tmp_path / f'{frame}.jpg')
     train, val = source(tmp_path)[0], source(tmp_path, 'val')[0]
     assert (len(train.scenes[0]), len(val.scenes[0])) == (12, 4)
-    assert 'last 4 pictures' in val.held_out
+    assert val.held_out == '4 pictures of the only scene, from 12.jpg on'
     assert not set(train.scenes[0]) & set(val.scenes[0])
 
 

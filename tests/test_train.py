@@ -388,6 +388,10 @@ def test_what_is_held_out_stays_so_when_the_folder_grows(scenes, tmp_path, monke
     before = names('val')
     evaluation.main(['field', '--run', str(tmp_path / 'out'), '--device', 'cpu'])
     assert names('val') == before
+    photos.rename(tmp_path / 'gone')
+    make_folder(photos / 'other', scenes=5, frames=5)           # nothing that was held out
+    with pytest.raises(InputError, match='lacks what this run held out'):
+        main([*options, '--steps', '3', '--resume'])
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path, capsys):
