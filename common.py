@@ -438,7 +438,7 @@ def read_state(config):
         raise InputError(f'--resume: {folder} was trained with another configuration '
                          f'({"; ".join(differs[:4])}); give the same options, or another --out')
     if state['step'] >= (config.steps or theirs['steps']):
-        raise InputError(f'--resume: {config.out} is finished, after {state["step"]} steps: add more')
+        raise InputError(f'--resume: {config.out} has had all {state["step"]} steps; add more')
     return dict(state, folder=folder)
 
 

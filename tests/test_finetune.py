@@ -80,7 +80,7 @@ def test_resume_continues_with_the_same_losses(vlm, cached, tmp_path):
         finetune.main(options(vlm, tmp_path / 'half', '--batch', '4', '--resume'))
     metrics = tmp_path / 'half' / 'run' / 'metrics.json'
     before = metrics.read_text()
-    with pytest.raises(InputError, match='half/run is finished, after 4 steps'):
+    with pytest.raises(InputError, match='half/run has had all 4 steps'):
         finetune.main(options(vlm, tmp_path / 'half', '--steps', '4', *more, '--resume'))
     assert metrics.read_text() == before
 

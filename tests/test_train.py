@@ -1,5 +1,6 @@
 """train.py as a user runs it, and that what he gives wrong is one clear sentence."""
 import dataclasses
+import itertools
 import json
 import multiprocessing
 import os
@@ -389,7 +390,8 @@ def test_what_is_held_out_stays_so_when_the_folder_grows(scenes, tmp_path, monke
     evaluation.main(['field', '--run', str(tmp_path / 'out'), '--device', 'cpu'])
     assert names('val') == before
     photos.rename(tmp_path / 'gone')
-    make_folder(photos / 'other', scenes=5, frames=5)           # nothing that was held out
+    for scene, frame in itertools.product('xyz', range(5)):      # nothing that was held out
+        picture(photos / scene / f'{frame}.jpg')
     with pytest.raises(InputError, match='lacks what this run held out'):
         main([*options, '--steps', '3', '--resume'])
 
@@ -421,7 +423,7 @@ def test_a_finished_run_is_not_resumed(tmp_path, capsys):
     out = tmp_path / 'out'
     main([*TINY, '--out', str(out), '--steps', '1'])
     before = (out / 'metrics.json').read_text()
-    refuse(f'--resume: {out} is finished, after 1 steps', main,
+    refuse(f'--resume: {out} has had all 1 steps', main,
            [*TINY, '--out', str(out), '--steps', '1', '--resume'], capsys)
     assert (out / 'metrics.json').read_text() == before
 
