@@ -388,7 +388,8 @@ def draw_map(truth, answer, width):
     for k in range(-reach, reach + 1):
         pen.line((*place(k, -reach), *place(k, reach)), 'gainsboro')
         pen.line((*place(-reach, k), *place(reach, k)), 'gainsboro')
-    (x, y), size = place(0, 0), 6
+    x, y = place(0, 0)
+    size = 6
     pen.line((x - size, y, x + size, y), 'black', 2)
     pen.line((x, y - 2 * size, x, y + size), 'black', 2)
     taken = {}  # places with several things fan out

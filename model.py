@@ -221,7 +221,9 @@ class Attention(nn.Module):
             q, k, v = position.rotate(q, k, v)
 
         with torch.autocast(x.device.type, enabled=False):  # it would cast q, k, v back to bf16
-            q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+            q = q.to(dtype)
+            k = k.to(dtype)
+            v = v.to(dtype)
             if num_context is None:
                 out = F.scaled_dot_product_attention(q, k, v)
             else:

@@ -1,5 +1,5 @@
-"""Spoiled inputs at every door. There are three outcomes: success, one clear sentence (InputError, or
-argparse's), or a skip that names what was skipped. Never another exception.
+"""Spoiled inputs at every door. There are three outcomes: success, one clear sentence (InputError,
+or argparse's), or a skip that names what was skipped. Never another exception.
 
     python tests/test_fuzz.py 5000         # more cases
 """
@@ -29,7 +29,8 @@ from psfm import fit_pictures, load_psfm  # noqa: E402
 from tiny import TINY_PSFM  # noqa: E402
 
 ODD = [None, True, 0, -1, 1.5, 1e308, float('nan'), '', 'x', 'nan', '\ud800', '<image>', '<video>',
-       '<|image_pad|>', [], {}, [[]], ['x'], [None], {'x': 1}, 'A', '0', '../..', '\0', 'x' * 10_000]
+       '<|image_pad|>', [], {}, [[]], ['x'], [None], {'x': 1}, 'A', '0', '../..', '\0',
+       'x' * 10_000]
 
 
 def spoil_json(value, dice):
@@ -74,8 +75,8 @@ def spoil_bytes(content, dice):
 # -----------------------------------------------------------------------------
 # the doors: each takes dice and an empty folder
 
-VALUES = ['', '-1', '0', '1', '3', '1e-30', '1e30', '-1e3', 'nan', 'inf', '-inf', 'x', 'None', 'auto',
-          '9' * 30, '\0', 'é', '/dev/null', '0.5', 'True', 'cuda:99', 'rooms', 'bfloat16']
+VALUES = ['', '-1', '0', '1', '3', '1e-30', '1e30', '-1e3', 'nan', 'inf', '-inf', 'x', 'None',
+          'auto', '9' * 30, '\0', 'é', '/dev/null', '0.5', 'True', 'cuda:99', 'rooms', 'bfloat16']
 
 
 def options(dice, folder):
@@ -91,7 +92,8 @@ def options(dice, folder):
         parse_options(argv, script.__doc__, script.Config, presets, default='mini')
 
 
-RECORD = {'images': ['a.png', 'b.png'], 'spar_info': {'red_point': [[1, 2]], 'point_img_idx': [[0]]},
+RECORD = {'images': ['a.png', 'b.png'],
+          'spar_info': {'red_point': [[1, 2]], 'point_img_idx': [[0]]},
           'conversations': [{'from': 'human', 'value': '<image><image>What is it?'},
                             {'from': 'gpt', 'value': 'red'}]}
 
@@ -174,7 +176,8 @@ def pictures(dice, folder):
 def folders(dice, folder):
     said = []
     for scene in range(dice.randrange(4)):
-        inside = dice.choice(['', f's{scene}', f's{scene}/color', f'scans/s{scene}/color', '.hidden'])
+        inside = dice.choice(['', f's{scene}', f's{scene}/color', f'scans/s{scene}/color',
+                              '.hidden'])
         (folder / inside).mkdir(parents=True, exist_ok=True)
         for i in range(dice.randrange(7)):
             path = folder / inside / dice.choice([f'{i}.jpg', f'{i}.PNG', f'.{i}.jpg', f'{i}.txt'])

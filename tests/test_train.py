@@ -452,7 +452,8 @@ def test_broken_numbers_never_replace_a_checkpoint():
 
 def test_a_run_that_breaks_its_weights_fails_and_saves_nothing(tmp_path, capsys):
     out = tmp_path / 'out'
-    refuse('step 1: loss ', main, [*TINY, '--out', str(out), '--lr', '1e38', '--warmup', '0'], capsys)
+    broken = [*TINY, '--out', str(out), '--lr', '1e38', '--warmup', '0']
+    refuse('step 1: loss ', main, broken, capsys)
     assert {path.name for path in out.iterdir()} == {'config.json', 'log.jsonl'}
 
 
