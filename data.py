@@ -446,8 +446,8 @@ def make_source(config, split, multiple, device='cpu', rank=0, world_size=1, say
                        (config.min_gap, config.max_gap), rank if split == 'train' else 0, say, kept)
 
 
-def check_pictures(scenes, sample=3):
-    """Looks at a few pictures of each scene. -> Counter of their sizes, faults"""
+def check_pictures(scenes, sample):
+    """Looks at `sample` pictures of each scene. -> Counter of their sizes, faults"""
     sizes, faults = collections.Counter(), []
     for pictures in list(scenes.values())[:500]:
         for i in even_frames(len(pictures), sample):
@@ -468,7 +468,7 @@ def check(root):
         raise InputError(f'no pictures in {root}: it takes <scene>/color/ (ScanNet), data/<scene>/'
                          'dslr/undistorted_images/ (ScanNet++), sub-folders, or videos')
     counts = sorted(map(len, scenes.values()))
-    sizes, faults = check_pictures(scenes)
+    sizes, faults = check_pictures(scenes, 1000 if sum(counts) <= 1000 else 3)
     common = [f'{w} x {h} ({n} of those looked at)' for (w, h), n in sizes.most_common(3)]
     lines = [f'{root}: layout {layout}, {len(scenes)} scenes, {sum(counts)} pictures ({counts[0]} '
              f'to {counts[-1]} a scene, median {counts[len(counts) // 2]})',

@@ -8,7 +8,7 @@ What has been learned? One command for each question.
     python eval.py backbone                         # how good the mini VGGT is
     python eval.py rooms --run out/vlm-small        # fine-tuned VLMs on held-out rooms' questions
     python eval.py ablate                           # do the latents help? every kind, three seeds
-    python eval.py ask --images a.jpg --question "How many table(s) are in this room?"
+    python eval.py ask --images a.png --question "How many table(s) are in this room?"
     python eval.py vsibench --data VSI-Bench/ --run out/vlm-base      # also cvbench, sparbench,
                                                                       # viewspatial
 
@@ -129,8 +129,10 @@ def runs(args):
     left_out = []
     for folder in args.folders:
         try:
-            config = read_json(os.path.join(folder, 'config.json'))
-            metrics = read_json(os.path.join(folder, 'metrics.json'))
+            files = [os.path.join(folder, name) for name in ('config.json', 'metrics.json')]
+            config, metrics = [read_json(path) for path in files]
+            if os.path.getmtime(files[0]) > os.path.getmtime(files[1]):
+                raise InputError('a later run began in this folder, and is not finished')
             read_out = metrics.get('read_out', {}).get('psfm', {})
             values = [metrics['psfm']['r2'], metrics['camera']['r2'],
                       read_out.get('object_recall', math.nan),
@@ -414,7 +416,8 @@ def make_parser():
     c.add_argument('--maps', action='store_true', help='ask for the maps alone')
     c.add_argument('--rooms', type=number(int, 2), default=96, help='held-out rooms (96)')
 
-    c = command(ablate, 'do the latents help? every kind, fine-tuned from the same start')
+    c = command(ablate, 'do the latents help? every kind, fine-tuned from the same start; takes '
+                        'the options of finetune.py too')
     c.add_argument('--config', default='small')
     c.add_argument('--arms', nargs='+', default=LATENTS, choices=LATENTS)
     c.add_argument('--seeds', nargs='+', type=number(int, 0), default=[0, 1, 2])

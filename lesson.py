@@ -163,6 +163,7 @@ def show(model, name):
         return 1 - (error / ((seen - model.geo_mean) / model.geo_std).square().sum()).item()
 
     print(f'    R2 of unseen views: this room\'s z {r2(ours):.2f}, another room\'s {r2(other):.2f}')
+    print('    rows: picture, backbone, predicted from this room\'s z, from another room\'s z')
     save(name, pictures[0].permute(0, 2, 3, 1), paint(seen[0]), paint(ours[0]), paint(other[0]))
 
 

@@ -124,7 +124,10 @@ def open_psfm(path, device='cpu'):
     path = os.fspath(path)
     is_folder = os.path.isdir(path) and not find_checkpoint(path) and read_folder(path)
     if not is_folder and not path.endswith(('.ckpt', '.pt')):
-        return load_psfm(path, device)
+        psfm, config = load_psfm(path, device)
+        if config.num_latents == 0:
+            raise InputError(f'{path} has no latents (--num-latents 0) that a VLM could be given')
+        return psfm, config
     state = read_released(path)
     if 'query_embed.weight' not in state:
         raise InputError(f'{path} holds no released Spa3R (no query_embed.weight)')

@@ -13,7 +13,7 @@ World: metres, z up, the origin on the floor in the middle of the room. Cameras
 as in model.py. The same seed gives the same rooms; training and validation
 seeds never meet (`room_seed`). A new category is a new line of FURNITURE.
 
-    python rooms.py            # draws out/rooms.png: what the world looks like
+    python rooms.py            # draws out/rooms.png: what the world looks like, and one room alone
 
 R rooms    V views    K furniture slots per room    n = H W rays per view
 S = 6 + K surfaces of a room: walls at x-, x+, y-, y+, floor, ceiling, furniture
@@ -475,18 +475,21 @@ def check_classes(classes, source, command='python mini_vggt.py'):
 
 
 def main():
-    """Draws five rooms, eight views each, and lists the furniture of the first."""
+    """Draws five rooms, eight views each; of the first, six views alone, and its furniture."""
     rooms = make_rooms(5, seed=room_seed('val', 0, 0))
     size = 128, 128
     views = render(rooms, make_walk(rooms, 8, seed=1), make_intrinsics(size, 5, 8), size)
     picture = views['image'].permute(0, 3, 1, 4, 2).reshape(5 * 128, 8 * 128, 3)
     os.makedirs('out', exist_ok=True)
     Image.fromarray(picture.numpy()).save('out/rooms.png')
+    for i, view in enumerate(views['image'][0, :6].permute(0, 2, 3, 1)):
+        Image.fromarray(view.numpy()).save(f'out/room-{i}.png')
     for piece in rooms.objects(0):
         x, y, _ = piece['center']
         size = ' x '.join(f'{side:.2f}' for side in piece['size'])
         print(f'{piece["category"]:8s} at {x:5.2f} {y:5.2f}  size {size} m')
-    print('room 0 is the first row of out/rooms.png: a row is a walk through one room')
+    print('a row of out/rooms.png is a walk through one room, the first through this one; '
+          'out/room-0.png to room-5.png are its views')
 
 
 if __name__ == '__main__':

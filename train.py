@@ -2,7 +2,7 @@
 Trains PSFM (Spa3R, arXiv 2602.21186).
 
     python train.py --config small                        # any laptop: rooms, mini backbone
-    python train.py --config small --data photos/         # the same on your own pictures
+    python train.py --config small --data photos/ --out out/photos    # your own pictures
     python train.py --config medium --data scenes/        # one GPU, VGGT-1B
     torchrun --nproc_per_node 8 train.py --config base --data scenes/  # the paper
 
@@ -34,7 +34,7 @@ from draw import draw_curve, draw_field
 from measure import evaluate_field, field_line, field_table, knows_rooms
 from model import compile_blocks
 from psfm import (FROZEN, PSFMConfig, build_psfm, check_psfm_config, fingerprint,
-                  random_view_mask, read_psfm)
+                  random_view_mask, read_psfm, weights_of_run)
 from release import load_teacher
 from rooms import scene_extrinsics
 
@@ -61,7 +61,7 @@ class Config(PSFMConfig):
     new_rooms: float = opt(1.0, 'rooms that are replaced at each step', low=0)
     val_scenes: int = opt(96, 'held-out samples to evaluate on', low=1)
     # optimisation
-    init: str = opt('', '.safetensors file of a run of the same sizes to start from',
+    init: str = opt('', 'a run of the same sizes to start from, or its file of weights',
                     group='optimisation')
     steps: int = opt(2000, 'optimiser steps', low=1)
     accumulate: int = opt(1, 'batches per step', low=1)
@@ -166,7 +166,10 @@ def compile_if_possible(psfm, config, device, say):
 # -----------------------------------------------------------------------------
 # before the first step. A `number` is that of a batch, a step has `accumulate` of them.
 
-VIEWS, MASKS, STATISTICS = 1, 3, 4    # one stream of random numbers each (step_generator)
+# one stream of random numbers each (step_generator)
+VIEWS = 1
+MASKS = 3
+STATISTICS = 4
 
 
 def build_model(config, dtype, device):
@@ -174,7 +177,8 @@ def build_model(config, dtype, device):
     psfm = build_psfm(config, dtype, load_teacher(config.teacher, dtype))
     knows_rooms(psfm, config)  # other categories are refused now, not after the training
     if config.init and not config.resume:
-        load_strictly(psfm, read_weights(config.init)[0], config.init, skip=FROZEN)
+        path = weights_of_run(config.init)
+        load_strictly(psfm, read_weights(path)[0], path, skip=FROZEN)
     return psfm.to(device)
 
 

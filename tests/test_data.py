@@ -392,7 +392,7 @@ def test_check_prints_the_report(tmp_path, capsys):
     data.main(['check', str(make_folder(tmp_path / 'photos'))])
     said = capsys.readouterr().out
     assert 'layout folders, 3 scenes, 18 pictures (6 to 6 a scene, median 6)' in said
-    assert 'sizes: 80 x 60 (9 of those looked at)' in said and 'unreadable: 0 of 9' in said
+    assert 'sizes: 80 x 60 (18 of those looked at)' in said and 'unreadable: 0 of 18' in said
 
 
 # -----------------------------------------------------------------------------

@@ -139,6 +139,20 @@ def test_runs_of_one_configuration_share_a_row(tmp_path, capsys):
 # -----------------------------------------------------------------------------
 # a Spa3-VLM and its answers
 
+def test_a_run_that_was_begun_anew_is_left_out(tmp_path, capsys):
+    for name in ('whole', 'stale'):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'config.json').write_text('{"width": 1}')
+        metrics = dict(psfm=dict(r2=0.5), camera=dict(r2=0.4), seconds=60)
+        (tmp_path / name / 'metrics.json').write_text(json.dumps(metrics))
+    later = os.path.getmtime(tmp_path / 'stale' / 'metrics.json') + 10
+    os.utime(tmp_path / 'stale' / 'config.json', (later, later))
+    main(['runs', str(tmp_path / 'whole'), str(tmp_path / 'stale')])
+    said = capsys.readouterr().out
+    assert said.count('(the first)') == 1
+    assert f'left out, not a finished PSFM run: {tmp_path}/stale' in said
+
+
 def test_rooms_command(tuned, capsys):
     on_cpu('rooms', '--run', tuned, '--rooms', '2')
     assert 'psfm, 1 seed' in capsys.readouterr().out

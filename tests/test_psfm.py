@@ -4,9 +4,10 @@ import os
 import pytest
 import torch
 
-from common import make_optimizers
+from common import InputError, make_optimizers
 from model import to_4x4
-from psfm import PSFM, FieldDecoder, PRoPE, PSFMConfig, context_index, random_view_mask
+from psfm import (PSFM, FieldDecoder, PRoPE, PSFMConfig, context_index, load_psfm,
+                  random_view_mask)
 from test_model import random_extrinsics
 from test_vggt import MASK, TINY, make
 from train import PRESETS, Config
@@ -205,3 +206,13 @@ def test_a_step_of_base_at_full_size():
     assert 'depth_probe' in losses and all(x.isfinite() for x in losses.values())
     assert all(not torch.equal(p, before[name]) for name, p in trained.items())
     assert all(p.grad is None for p in backbone.parameters())
+
+
+@pytest.mark.parametrize('images, wrong', [
+    (torch.rand(6, 3, 64, 64), '(6, 3, 64, 64)'), (255 * torch.rand(1, 2, 3, 64, 64), 'to 25'),
+    (torch.full((1, 2, 3, 64, 64), 200, dtype=torch.uint8), 'from 200 to 200')])
+def test_latents_of_images_of_another_shape_or_range_are_refused(images, wrong):
+    psfm, _ = load_psfm('weights/psfm_small.safetensors')
+    with pytest.raises(InputError, match='images .B, V, 3, H, W. from 0 to 1') as error:
+        psfm.latents(images)
+    assert wrong in str(error.value)

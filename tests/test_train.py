@@ -450,6 +450,13 @@ def test_broken_numbers_never_replace_a_checkpoint():
             train.check_finite({'loss': loss}, norm, [fine, weight], 3, config)
 
 
+def test_an_encoder_without_latents_is_nothing_for_a_vlm(tmp_path, capsys):
+    main([*TINY, '--out', str(tmp_path), '--steps', '1', '--num-latents', '0'])
+    refuse('has no latents (--num-latents 0) that a VLM could be given', finetune.main,
+           ['--encoder', str(tmp_path), '--num-rooms', '4', '--val-scenes', '4', '--device', 'cpu',
+            '--out', str(tmp_path / 'vlm')], capsys)
+
+
 def test_a_run_that_breaks_its_weights_fails_and_saves_nothing(tmp_path, capsys):
     out = tmp_path / 'out'
     broken = [*TINY, '--out', str(out), '--lr', '1e38', '--warmup', '0']
