@@ -116,9 +116,7 @@ class Parser(argparse.ArgumentParser):
 
 def parse_options(argv, doc, Config, presets, default='small'):
     """Command line -> (name of the preset, Config): the preset's values, then the given options.
-
-    Raises InputError if a value is out of the range that its field declares.
-    """
+    Raises InputError if a value is out of the range that its field declares."""
     parser = Parser(description=doc)
     parser.add_argument('--config', default=default, metavar='NAME',
                         help=f'a preset: {", ".join(presets)} (default: {default})')
@@ -232,8 +230,7 @@ def read_weights(path):
 
 def without_prefix(state, prefix):
     """The part of a state whose names begin with `prefix`, under the rest of their names."""
-    return {name.removeprefix(prefix): tensor
-            for name, tensor in state.items() if name.startswith(prefix)}
+    return {name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)}
 
 
 def some(names):
@@ -287,9 +284,7 @@ def orthogonalise(matrices):
 
 class Muon(torch.optim.Optimizer):
     """Momentum with an orthogonalised direction (arXiv 2502.16982), scaled to AdamW's updates.
-
-    Unlike torch.optim.Muon's, all matrices of one shape go together; in fp32 on a CPU.
-    """
+    Unlike torch.optim.Muon's, all matrices of one shape go together; in fp32 on a CPU."""
 
     def __init__(self, params, lr, weight_decay, momentum=0.95):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
@@ -418,6 +413,16 @@ FREE = {'resume', 'out', 'device', 'eval_every', 'log_every', 'compile', 'steps'
         'workers', 'cache'}
 
 
+def check_same(folder, theirs, config, free):
+    """Raises InputError if what is in `folder` was made with other options, but for `free` ones."""
+    differs = [f'{key} {theirs.get(key)} there, {ours} here'
+               for key, ours in dataclasses.asdict(config).items()
+               if key not in free and theirs.get(key) != ours]
+    if differs:
+        raise InputError(f'{folder} was trained with another configuration '
+                         f'({"; ".join(differs[:4])}): give the same options, or another --out')
+
+
 def read_state(config):
     """The state.json to resume from, with 'folder'; without --resume, the state of a new run.
     Refuses a finished run, and a checkpoint of another configuration: it says what differs."""
@@ -430,14 +435,8 @@ def read_state(config):
     kinds = dict(step=int, dtype=str, config=dict, metrics=dict)
     if type(state) is not dict or any(type(state.get(key)) is not kinds[key] for key in kinds):
         raise InputError(f'--resume: {folder}/state.json is not the state of a run')
-    theirs = state['config']
-    differs = [f'{key} {theirs.get(key)} there, {ours} here'
-               for key, ours in dataclasses.asdict(config).items()
-               if key not in FREE and theirs.get(key) != ours]
-    if differs:
-        raise InputError(f'--resume: {folder} was trained with another configuration '
-                         f'({"; ".join(differs[:4])}); give the same options, or another --out')
-    if state['step'] >= (config.steps or theirs['steps']):
+    check_same(folder, state['config'], config, FREE)
+    if state['step'] >= (config.steps or state['config']['steps']):
         raise InputError(f'--resume: {config.out} has had all {state["step"]} steps; add more')
     return dict(state, folder=folder)
 

@@ -144,7 +144,8 @@ def field_rows(psfm, source, config, autocast, num_scenes):
 def draw_field(psfm, source, config, autocast, path, num_scenes=2, tile=88):
     """Draws a few held-out samples: the context views, and views that the encoder did not see."""
     rows, r2, num_context, scale = field_rows(psfm, source, config, autocast, num_scenes)
-    (B, V), (H, W) = r2.shape, rows[0][1].shape[2:4]
+    B, V = r2.shape
+    H, W = rows[0][1].shape[2:4]
     height = tile * H // W
     gap = 4
     margin = 160

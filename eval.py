@@ -14,7 +14,6 @@ What has been learned? One command for each question.
 
 The measures are in measure.py, probe.py and benchmarks.py, the pictures in draw.py.
 """
-import dataclasses
 import json
 import math
 import os
@@ -27,7 +26,7 @@ import finetune
 from adapter import LATENTS, SceneLatents, SpatialVLM, load_vlm
 from benchmarks import (BENCHMARKS, ask_benchmark, generate, leave_out_lost, read_answers,
                         read_benchmark, results_table)
-from common import (InputError, Parser, autocast_on, find_checkpoint, find_file, number,
+from common import (InputError, Parser, autocast_on, check_same, find_checkpoint, find_file, number,
                     pick_device, pick_dtype, read_json, run_script, step_generator, write_json)
 from data import RoomPool, make_source, open_picture, read_video
 from draw import draw_field, draw_film
@@ -245,13 +244,7 @@ def ask(args):
 def check_finished(folder, config):
     """Raises InputError if the run in `folder` is of another configuration or of older weights."""
     there = read_json(os.path.join(folder, 'config.json'))
-    free = {'out', 'device', 'workers', 'log_every', 'cache'}
-    differs = [f'{key} {there.get(key)} there, {value} here'
-               for key, value in dataclasses.asdict(config).items()
-               if key not in free and there.get(key) != value]
-    if differs:
-        raise InputError(f'{folder} was trained with another configuration '
-                         f'({"; ".join(differs[:3])}): take another --out, or delete it')
+    check_same(folder, there, config, free={'out', 'device', 'workers', 'log_every', 'cache'})
     finished = os.path.getmtime(os.path.join(folder, 'metrics.json'))
     for source in (config.vlm, config.encoder):
         path = find_file(source)

@@ -68,7 +68,8 @@ def camera_rays(intrinsics, size, grid):
     intrinsics (..., 3, 3) -> (..., h w, 3) in the camera's frame, with z = 1:
     depth * ray is the point that is seen.
     """
-    (H, W), (h, w) = size, grid
+    H, W = size
+    h, w = grid
     x = (torch.arange(w, device=intrinsics.device) + 0.5) * (W / w)
     y = (torch.arange(h, device=intrinsics.device) + 0.5) * (H / h)
     y, x = torch.meshgrid(y, x, indexing='ij')  # (h, w)

@@ -116,7 +116,8 @@ class PRoPE:
     @full_precision
     def __init__(self, extrinsics, intrinsics, size, grid, head_dim, num_world, base=100.0):
         """extrinsics (n, 3, 4), intrinsics (n, 3, 3) in pixels of images of `size` = (H, W)."""
-        (H, W), (h, w) = size, grid
+        H, W = size
+        h, w = grid
         self.num_world = num_world
 
         # normalised intrinsics: focal length / image size, principal point from the center
