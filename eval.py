@@ -303,7 +303,7 @@ def ablate(args):
 
 def download(name):
     """The id of a data set on the hub -> the folder with its files, fetched once."""
-    if name.count('/') != 1 or name.startswith(('.', '/')):
+    if name.rstrip('/').count('/') != 1 or name.startswith(('.', '/')):
         raise InputError(f'no folder {name}')
     try:
         from huggingface_hub import snapshot_download
