@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from common import InputError, autocast_on
-from data import open_picture, read_video
+from media import media_fault, open_picture, read_records, read_video
 
 LETTER_PROMPT = "Answer with the option's letter from the given choices directly."
 WORD_PROMPT = 'Please answer the question using a single word or phrase.'
@@ -30,30 +30,6 @@ WORD_PROMPT = 'Please answer the question using a single word or phrase.'
 
 # -----------------------------------------------------------------------------
 # files
-
-def read_records(path):
-    """Yields (number from 1, record, fault) of a .jsonl file, or of a .json file with one list."""
-    try:
-        with open(path, encoding='utf-8-sig') as file:  # with or without a byte-order mark
-            if path.endswith('.jsonl'):
-                lines = [(number, line) for number, line in enumerate(file, 1) if line.strip()]
-            else:
-                records = json.load(file)
-    except FileNotFoundError as error:
-        raise InputError(f'no file {path}') from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f'{path} cannot be read as JSON: {error}') from error
-    if not path.endswith('.jsonl'):
-        if not isinstance(records, list):
-            raise InputError(f'{path} holds a {type(records).__name__}, not a list of records')
-        yield from ((number, record, None) for number, record in enumerate(records, 1))
-        return
-    for number, line in lines:
-        try:
-            yield number, json.loads(line), None
-        except (ValueError, RecursionError) as error:
-            yield number, None, f'not JSON ({error})'
-
 
 def read_lines(path):
     """All records of a file, which must be objects."""
@@ -85,6 +61,14 @@ def read_parquet(root, *patterns):
             reason = str(error).strip().splitlines()[0]
             raise InputError(f'{path} cannot be read as parquet: {reason}') from error
     return rows
+
+
+def picture_of(cell, root):
+    """A picture in a row -> its bytes, or the path of its file. The hub's own form is a dict with
+    both, of which one may be empty."""
+    if isinstance(cell, dict):
+        cell = cell.get('bytes') or cell['path']
+    return os.path.join(root, cell) if isinstance(cell, str) else cell
 
 
 # -----------------------------------------------------------------------------
@@ -185,7 +169,7 @@ class CVBench:
         picture = doc.pop('image', None)
         path = os.path.join(root, doc.get('filename', ''))
         doc['key'] = f'{doc.get("type", "")}{doc.get("idx", i)}'
-        doc['media'] = [picture['bytes'] if picture else path]
+        doc['media'] = [picture_of(picture, root) if picture else path]
 
     def prompt(self, doc):
         letters = ', '.join('ABCDEF'[:len(doc['choices'])])
@@ -225,8 +209,7 @@ class SPARBench:
 
     def place(self, doc, i, root):
         doc['key'] = str(doc.get('id', i))
-        doc['media'] = [picture['bytes'] if isinstance(picture, dict) else picture
-                        for picture in doc.pop('image', None) or []]
+        doc['media'] = [picture_of(picture, root) for picture in doc.pop('image', None) or []]
 
     def prompt(self, doc):
         task, question = doc['task'], doc['question']
@@ -338,6 +321,8 @@ def read_benchmark(name, root):
             raise InputError(f'{root}: question {i} of {name} has no {" nor ".join(lacking)}')
         try:  # what is done with it later
             BENCHMARKS[name].place(doc, i, root)
+            if not all(isinstance(x, (str, bytes)) for x in doc['media']):
+                raise TypeError('its pictures are neither bytes nor paths')
             prompt(name, doc)
             [score(name, doc, output) for output in ('A', '1')]
             {doc.get(field) for field in ('question_type', 'task', 'source')}  # names of groups
@@ -400,17 +385,19 @@ def leave_out_lost(docs, root):
     """The questions whose pictures are there; says how many are not. InputError if none are."""
     there, lost = [], []
     for doc in docs:
-        missing = [path for path in media_paths(doc) if not os.path.exists(path)]
-        there += [] if missing else [doc]
-        lost += missing[:1]
+        is_video = isinstance(doc['media'], str)
+        faults = [media_fault(path, is_video, with_header=False) for path in media_paths(doc)]
+        faults = list(filter(None, faults))
+        there += [] if faults else [doc]
+        lost += faults[:1]
     if lost:
         zipped = glob.glob(os.path.join(root, '*.zip'))
         hint = f" (in {root} lie .zip files: unpack them there, unzip '*.zip')" if zipped else ''
         if not there:
-            raise InputError(f'none of the {len(docs)} questions has its pictures; the first one '
-                             f'looks for {lost[0]}{hint}')
-        print(f'{len(lost)} of {len(docs)} questions are left out, because their pictures are '
-              f'missing; the first: {lost[0]}{hint}')
+            raise InputError(f'none of the {len(docs)} questions has its pictures; the first: '
+                             f'{lost[0]}{hint}')
+        print(f'{len(lost)} of {len(docs)} questions are left out, because of their pictures; the '
+              f'first: {lost[0]}{hint}')
     return there
 
 

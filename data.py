@@ -11,26 +11,21 @@ A batch is a dict of tensors: images (B, V, 3, H, W) in [0, 1]. Rooms also know 
 (B, V, 3, 4), intrinsics (B, V, 3, 3) and, for cells of 4 x 4 pixels, depth (B, V, h, w) in metres
 and classes (B, V, h, w), indices into rooms.CLASSES.
 """
-import collections
-import functools
-import hashlib
 import os
 import re
-import shutil
+from collections import Counter
+from dataclasses import dataclass, field
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
 
 from common import InputError, Parser, run_script, step_generator
+from media import (PICTURES, VIDEOS, even_frames, extract_frames, list_files, natural_order,
+                   open_file, open_picture, reading_fault)
 from model import full_precision
 from psfm import fit_picture, to_one_height
 from rooms import make_intrinsics, make_rooms, make_walk, render, room_seed, surface_classes
 
 CELL = 4                            # pixels a side: depth and classes have this resolution
-PICTURES = ('.jpg', '.jpeg', '.png', '.webp')
-VIDEOS = ('.mp4', '.avi', '.mov', '.mkv', '.webm')
-FRAMES = 'out/frames'               # what is taken out of videos; nothing is written into data sets
 
 
 # -----------------------------------------------------------------------------
@@ -128,190 +123,121 @@ class RoomPool:
 
 
 # -----------------------------------------------------------------------------
-# pictures and videos
-
-def natural_order(name):
-    """Sort key with numbers as numbers: 2.jpg before 10.jpg."""
-    parts = re.split(r'(\d+)', name)
-    return [int(part) if part.isdecimal() else part.lower() for part in parts]
-
-
-def list_visible(folder):
-    """What is directly in `folder` and not hidden, in natural order. -> entries of os.scandir"""
-    entries = [entry for entry in os.scandir(folder) if not entry.name.startswith('.')]
-    return sorted(entries, key=lambda entry: natural_order(entry.name))
-
-
-def list_files(folder, endings):
-    """Paths of the files directly in `folder` whose names end so, in natural order."""
-    return [entry.path for entry in list_visible(folder)
-            if entry.name.lower().endswith(endings) and entry.is_file()]
-
-
-def list_folders(folder):
-    """Names of the folders directly in `folder`, in natural order."""
-    return [entry.name for entry in list_visible(folder) if entry.is_dir()]
-
-
-def open_picture(path, width=None):
-    """A picture file (or a file object) -> PIL image, upright, RGB.
-
-    Any mode will do: grey, palette, alpha (on white), CMYK, 16 bits. `width`: what it will be
-    resized to, so that a large JPEG need not be decoded in full. Raises InputError with the path
-    if it cannot be read to its end.
-    """
-    try:
-        with Image.open(path) as picture:
-            if width:
-                picture.draft('RGB', (width, width))  # JPEG: decodes at 1/2, 1/4 or 1/8
-            picture = ImageOps.exif_transpose(picture)
-            if picture.mode.startswith(('I', 'F')):  # 16 bits and more: stretched to 8
-                values = np.asarray(picture, dtype=np.float64)
-                low, high = values.min(), values.max()
-                values = (values - low) * (255 / max(high - low, 1e-9))
-                picture = Image.fromarray(values.astype(np.uint8))
-            elif picture.mode in ('LA', 'PA', 'RGBA') or 'transparency' in picture.info:
-                white = Image.new('RGBA', picture.size, 'white')
-                picture = Image.alpha_composite(white, picture.convert('RGBA'))
-            return picture.convert('RGB')
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = 'not a picture' if isinstance(error, Image.UnidentifiedImageError) else error
-        raise InputError(f'{path} cannot be read: {reason}') from error
-
-
-@functools.lru_cache(maxsize=None)
-def reading_fault(path, changed):
-    """Why a picture cannot be read, or None. Asked once of a file, until it is `changed`."""
-    try:
-        open_picture(path, 32)
-    except InputError as error:
-        return str(error)
-
-
-def even_frames(count, num_frames):
-    """Indices of `num_frames` frames spread evenly over `count`, first and last among them."""
-    places = np.linspace(0, count - 1, min(num_frames, count))
-    return sorted(set(places.astype(int).tolist()))
-
-
-def read_video(path, num_frames, every=None):
-    """Yields frames of a video file, or of a folder of frames (taken as one a second), PIL images.
-
-    `num_frames` are spread evenly over the video. With `every`: one frame in so many seconds, at
-    least 4 and at most num_frames. Files need PyAV (pip install av). InputError with the path.
-    """
-    def choose(count, seconds):
-        n = min(num_frames, max(4, round(seconds / every))) if every else num_frames
-        return even_frames(count, n)
-    if not os.path.isdir(path):
-        yield from decode_video(path, choose)
-        return
-    pictures = list_files(path, PICTURES)
-    if not pictures:
-        raise InputError(f'no frames in the folder {path} ({" ".join(PICTURES)})')
-    yield from (open_picture(pictures[i]) for i in choose(len(pictures), len(pictures)))
-
-
-def decode_video(path, choose):
-    """`choose(number of frames, seconds)` -> indices. Yields these frames of a file, upright."""
-    if not os.path.isfile(path):
-        raise InputError(f'no video at {path}')
-    try:
-        import av
-    except ImportError as error:
-        raise InputError(f'{path}: video files need PyAV (pip install av)') from error
-
-    def upright(frame):  # phones store how they were held
-        return frame.to_image().rotate(getattr(frame, 'rotation', 0), expand=True)
-
-    i, done = -1, 0
-    try:
-        with av.open(path) as container:  # headers are often wrong: count what a player shows
-            stream = container.streams.video[0]
-            count = sum(x.size > 0 and not x.is_discard for x in container.demux(stream))
-            rate = float(stream.average_rate or 30)
-        wanted = choose(count, count / rate)
-        with av.open(path) as container:
-            container.streams.video[0].thread_type = 'AUTO'
-            for i, last in enumerate(container.decode(video=0)):
-                if i == wanted[done]:
-                    yield upright(last)
-                    done += 1
-                if i >= wanted[-1]:
-                    break
-    except (av.error.FFmpegError, IndexError, ValueError) as error:
-        raise InputError(f'{path} cannot be read as a video, or not to its end: {error}') from error
-
-    if not wanted or i < 0.9 * wanted[-1]:
-        raise InputError(f'{path} ends early: {done} of {len(wanted)} frames were read')
-    for _ in wanted[done:]:  # there may be a few more packets than frames: the last stands in
-        yield upright(last)
-
-
-def extract_frames(path, per_second=2, height=518):
-    """Frames of a video, as JPEGs in a folder of ours, once for each state of the file."""
-    stat = os.stat(path)
-    state = f'{os.path.abspath(path)} {stat.st_size} {stat.st_mtime_ns}'
-    folder = os.path.join(FRAMES, hashlib.sha256(state.encode()).hexdigest()[:16])
-    if os.path.isdir(folder):
-        return folder
-    unfinished = f'{folder}.{os.getpid()}'
-    os.makedirs(unfinished, exist_ok=True)
-    try:
-        for i, frame in enumerate(read_video(path, 10 ** 6, every=1 / per_second)):
-            frame = frame.resize((max(1, frame.width * height // frame.height), height))
-            frame.save(os.path.join(unfinished, f'{i:06d}.jpg'), quality=92)
-        if not os.path.isdir(folder):  # or another process was faster
-            os.replace(unfinished, folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    return folder
-
-
-# -----------------------------------------------------------------------------
 # data sets of photographs
 
-# layout: (the folder of scenes, the pictures of a scene, {split: its list of scenes})
+# where the pictures of a scene are, below its folder: what such a data set is called, and the lists
+# of its splits. Of several that a scene has, the first is taken: the others show the same.
 SCANNET = {'train': 'scannetv2_train.txt', 'val': 'scannetv2_val.txt'}
 SCANNETPP = {'train': 'splits/nvs_sem_train.txt', 'val': 'splits/nvs_sem_val.txt'}
-LAYOUTS = {'ScanNet++': ('data', 'dslr/undistorted_images', SCANNETPP),
-           'ScanNet': ('scans', 'color', SCANNET),
-           'ScanNet without scans/': ('.', 'color', SCANNET)}
+LAYOUTS = {'dslr/undistorted_images': ('ScanNet++', SCANNETPP),
+           'iphone/rgb': ('ScanNet++ (iPhone)', SCANNETPP),
+           'color': ('ScanNet', SCANNET),
+           'frames/color': ('ScanNet', SCANNET),
+           'images': ('folders with images/, as COLMAP has them', {}),
+           'image': ('folders with image/, as SUN3D has them', {}),
+           'rgb': ('folders with rgb/', {}),
+           '.': ('folders', {})}
+BASES = ('data', 'scans', 'scans_test')     # folders of scenes: no part of a scene's name
+DEEPEST = 6                                 # folders in folders
+
+# a word in a name that says: measured or computed, no photograph
+NO_PHOTO = {'depth', 'disparity', 'mask', 'masks', 'label', 'labels', 'instance', 'semantic',
+            'segmentation', 'normal', 'normals', 'confidence'}
+UNREAD = ('.gif', '.ppm', '.jp2', '.jxl', '.exr', '.dng', '.cr2', '.cr3', '.nef', '.arw', '.raf',
+          '.rw2', '.orf', '.wmv', '.flv', '.mxf')     # pictures and videos that we cannot read
 
 
-def find_scenes(root):
-    """-> layout, {scene: its pictures in order}, {split: names of its scenes, if lists are there}
+def is_photo(name):
+    return NO_PHOTO.isdisjoint(re.split('[^a-z]+', name.lower()))
 
-    Layouts: those of LAYOUTS; else sub-folders with pictures, pictures in `root` itself, videos.
-    """
-    for layout, (base, inside, lists) in LAYOUTS.items():
-        base = os.path.join(root, base)
-        if not os.path.isdir(base):
-            continue
-        folders = {name: os.path.join(base, name, inside) for name in list_folders(base)}
-        scenes = {name: list_files(path, PICTURES) for name, path in folders.items()
-                  if os.path.isdir(path)}
-        if scenes:
-            break
-    else:
-        layout, lists = 'folders', {}
-        scenes = {name: list_files(os.path.join(root, name), PICTURES)
-                  for name in list_folders(root)}
-        scenes['(its own pictures)'] = list_files(root, PICTURES)
-        for path in list_files(root, VIDEOS):
-            layout = 'videos'
-            try:
-                scenes[os.path.basename(path)] = list_files(extract_frames(path), PICTURES)
-            except InputError as error:
-                print(f'{error}; left out')
-    splits = {}
-    for split, name in lists.items():
-        for folder in (root, base):
-            path = os.path.join(folder, name)
-            if split not in splits and os.path.isfile(path):
+
+def list_photos(folder):
+    """The pictures directly in a folder, but not the depth maps and the like among them."""
+    pictures = list_files(folder, PICTURES) if os.path.isdir(folder) else []
+    photos = [path for path in pictures if is_photo(os.path.basename(path))]
+    return photos or pictures
+
+
+def scene_name(folder, root):
+    parts = os.path.relpath(folder, root).split(os.sep)
+    if len(parts) > 1 and parts[0] in BASES:
+        parts = parts[1:]
+    return '/'.join(parts) if parts != ['.'] else '(its own pictures)'
+
+
+@dataclass
+class Found:
+    """What is in a data set. `unused` counts kinds of files and folders that are passed over."""
+    scenes: dict = field(default_factory=dict)     # name -> its pictures in order
+    layout: str = 'folders'                        # what it is called
+    lists: dict = field(default_factory=dict)      # split -> the file that may name its scenes
+    splits: dict = field(default_factory=dict)     # split -> names of its scenes, if it is there
+    unused: Counter = field(default_factory=Counter)
+
+    def say_unused(self):
+        kinds = [f'{kind} ({n})' for kind, n in self.unused.most_common(8)]
+        return f'not used: {", ".join(kinds)}' if kinds else ''
+
+
+def find_scenes(root, say=print):
+    """Scenes in a folder, at any depth: pictures as in LAYOUTS, and videos. -> Found"""
+    found, insides = Found(), Counter()
+
+    def add_video(path, name):
+        found.scenes[name] = list_files(extract_frames(path), PICTURES)
+        insides['videos'] += 1
+
+    if os.path.isfile(root):
+        add_video(root, os.path.basename(root))
+    for folder, below, names in os.walk(root, followlinks=True):
+        name = scene_name(folder, root)
+        candidates = {inside: list_photos(os.path.join(folder, inside)) for inside in LAYOUTS}
+        inside = next(filter(candidates.get, candidates), None)
+        if inside:
+            found.scenes[name] = candidates[inside]
+            insides[inside] += 1
+        below[:] = sorted((x for x in below if not x.startswith('.')), key=natural_order)
+        found.unused.update(f'{x}/' for x in below if not is_photo(x))
+        below[:] = filter(is_photo, below)
+        if inside not in (None, '.'):  # beside it lie the same pictures in other sizes
+            taken = inside.split('/')[0]
+            found.unused.update(f'{x}/' for x in below if x != taken)
+            below.clear()
+        if name.count('/') >= DEEPEST:
+            below.clear()
+        for path in list_files(folder) if inside in (None, '.') else []:
+            ending = os.path.splitext(path)[1].lower()
+            if ending in UNREAD:
+                found.unused[ending] += 1
+            if ending in VIDEOS:
+                try:
+                    add_video(path, os.path.relpath(path, root))
+                except InputError as error:
+                    say(f'{error}; left out')
+    if insides:
+        most = insides.most_common(1)[0][0]
+        found.layout, found.lists = LAYOUTS.get(most, ('videos', {}))
+    for split, name in found.lists.items():
+        for folder in ('.', *BASES):
+            path = os.path.join(root, folder, name)
+            if split not in found.splits and os.path.isfile(path):
                 with open(path) as file:
-                    splits[split] = file.read().split()
-    return layout, {name: pictures for name, pictures in scenes.items() if pictures}, splits
+                    found.splits[split] = file.read().split()
+    return found
+
+
+def find_scenes_or_say_why(root, say=print):
+    """As find_scenes. Raises InputError if there is nothing to find."""
+    if os.path.isfile(root) and not root.lower().endswith(VIDEOS):
+        raise InputError(f'{root} is no video ({" ".join(VIDEOS)}): take a folder of pictures')
+    if not os.path.exists(root):
+        raise InputError(f'no folder {root}, and no such video: it takes a folder of pictures, of '
+                         'sub-folders with pictures, or of videos')
+    found = find_scenes(root, say)
+    if not found.scenes:
+        raise InputError(f'no pictures in {root} nor below it ({" ".join(PICTURES)}), no videos'
+                         + f'; {found.say_unused()}' * bool(found.unused))
+    return found
 
 
 class PhotoFolder:
@@ -329,21 +255,19 @@ class PhotoFolder:
                  say=print, kept=None):
         self.split, self.seed, self.rank, self.kept = split, seed, rank, kept
         self.width, self.multiple, self.gap = width, multiple, gap
-        if not os.path.isdir(root):
-            raise InputError(f'no folder {root}: --data takes a folder of pictures, of sub-folders '
-                             'with pictures, or of videos')
-        layout, scenes, splits = find_scenes(root)
-        if not scenes:
-            raise InputError(f'no pictures in {root} nor in its sub-folders ({" ".join(PICTURES)})')
-        if splits:
-            listed = set().union(*splits.values())
+        found = find_scenes_or_say_why(root, say)
+        if found.unused:
+            say(f'{root}: {found.say_unused()}')
+        scenes = found.scenes
+        if found.splits:
+            listed = set().union(*found.splits.values())
             scenes = {name: pictures for name, pictures in scenes.items() if name in listed}
             if not scenes:
-                raise InputError(f'{root}: none of the scenes on the lists of {layout} is there; '
-                                 f'see python data.py check {root}')
+                raise InputError(f'{root}: none of the scenes on the lists of {found.layout} is '
+                                 f'there; see python data.py check {root}')
         scenes = self.leave_out(root, scenes, min_views, say)
-        if splits:
-            self.scenes = self.split_by_lists(root, scenes, splits, layout)
+        if found.splits:
+            self.scenes = self.split_by_lists(root, scenes, found.splits, found.layout)
         elif len(scenes) > 1:
             self.scenes = self.split_by_scenes(scenes)
         else:
@@ -360,8 +284,11 @@ class PhotoFolder:
             if are_checked:
                 faults = [reading_fault(path, os.stat(path).st_mtime_ns) for path in pictures]
                 pictures = [path for path, fault in zip(pictures, faults) if not fault]
-                for fault in filter(None, faults):
+                faults = list(filter(None, faults))
+                for fault in faults[:5]:
                     say(f'{fault}; left out')
+                if len(faults) > 5:
+                    say(f'scene {name}: {len(faults) - 5} more pictures are left out like that')
             if len(pictures) >= min_views:
                 usable[name] = pictures
                 continue
@@ -448,25 +375,21 @@ def make_source(config, split, multiple, device='cpu', rank=0, world_size=1, say
 
 def check_pictures(scenes, sample):
     """Looks at `sample` pictures of each scene. -> Counter of their sizes, faults"""
-    sizes, faults = collections.Counter(), []
+    sizes, faults = Counter(), []
     for pictures in list(scenes.values())[:500]:
         for i in even_frames(len(pictures), sample):
             fault = reading_fault(pictures[i], os.stat(pictures[i]).st_mtime_ns)
             if fault:
                 faults.append(fault)
             else:
-                sizes[Image.open(pictures[i]).size] += 1
+                sizes[open_file(pictures[i]).size] += 1
     return sizes, faults
 
 
 def check(root):
     """What is in a data set, and what is missing or broken. -> text"""
-    if not os.path.isdir(root):
-        raise InputError(f'no folder {root}')
-    layout, scenes, splits = find_scenes(root)
-    if not scenes:
-        raise InputError(f'no pictures in {root}: it takes <scene>/color/ (ScanNet), data/<scene>/'
-                         'dslr/undistorted_images/ (ScanNet++), sub-folders, or videos')
+    found = find_scenes_or_say_why(root)
+    layout, scenes, splits = found.layout, found.scenes, found.splits
     counts = sorted(map(len, scenes.values()))
     sizes, faults = check_pictures(scenes, 1000 if sum(counts) <= 1000 else 3)
     common = [f'{w} x {h} ({n} of those looked at)' for (w, h), n in sizes.most_common(3)]
@@ -482,8 +405,10 @@ def check(root):
     unlisted = [name for name in scenes if name not in set().union(*splits.values())]
     if 'train' in splits and unlisted:
         lines.append(f'on no list, not used: {len(unlisted)} scenes ({", ".join(unlisted[:3])})')
-    if 'train' not in splits and layout in LAYOUTS:
-        wanted = ' and '.join(LAYOUTS[layout][2].values())
+    if found.unused:
+        lines.append(found.say_unused())
+    if 'train' not in splits and found.lists:
+        wanted = ' and '.join(found.lists.values())
         lines.append(f'no list of the training scenes ({wanted}): without it a tenth is held out, '
                      'and scenes that VSI-Bench asks about may be trained on')
     return '\n'.join(lines)

@@ -6,12 +6,10 @@ with PIL alone.
     draw_curve    loss, R2 and baselines over the steps of a run
     draw_film     the field of a room along a path of cameras where no picture was taken
     draw_maps     where a VLM says that things stand, and where they stand
-    draw_markers  the points and boxes that a question names
 """
 import json
 import math
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
@@ -424,38 +422,3 @@ def draw_maps(maps, path, count=8, tile=250):
         y = top + i // columns * (tile + 6)
         canvas.paste(draw_map(truth, answer, tile), (left, y))
     canvas.save(path)
-
-
-# -----------------------------------------------------------------------------
-# what a benchmark's pictures must show
-
-MARKER_COLOURS = {'red': (255, 0, 0), 'green': (0, 255, 0), 'blue': (0, 0, 255),
-                  'yellow': (255, 255, 0)}
-
-
-def draw_markers(images, spar_info):
-    """The points and boxes that SPAR's questions name ("the red point"), on copies of the images.
-
-    spar_info: JSON: <colour>_point [[x, y], ...] and <colour>_bbox [[x0, y0,
-    x1, y1], ...] in thousandths of the image; point_img_idx / bbox_img_idx
-    [[...]]: on which image each of them lies, in the order of the keys.
-    """
-    info = json.loads(spar_info) if isinstance(spar_info, str) else spar_info
-    images = [image.copy() for image in images]
-    for kind in ('point', 'bbox'):
-        where = np.ravel(info.get(f'{kind}_img_idx', [])).astype(int).tolist()
-        marks = [(name.split('_')[0], mark) for name, marks in info.items()
-                 if name.endswith(f'_{kind}') for mark in marks]
-        for i, (colour, mark) in enumerate(marks):
-            on = where[i] if i < len(where) and where[i] < len(images) else 0
-            pen = ImageDraw.Draw(images[on])
-            size = images[on].size
-            x = [value * size[j % 2] / 1000 for j, value in enumerate(mark)]
-            paint = MARKER_COLOURS.get(colour, (255, 0, 0))
-            width = max(2, round(max(size) / 200))
-            if kind == 'point':
-                r = 2 * width
-                pen.ellipse([x[0] - r, x[1] - r, x[0] + r, x[1] + r], fill=paint)
-            else:
-                pen.rectangle(x, outline=paint, width=width)
-    return images

@@ -28,9 +28,10 @@ from benchmarks import (BENCHMARKS, ask_benchmark, generate, leave_out_lost, rea
                         read_benchmark, results_table)
 from common import (InputError, Parser, autocast_on, check_same, find_checkpoint, find_file, number,
                     pick_device, pick_dtype, read_json, run_script, step_generator, write_json)
-from data import RoomPool, make_source, open_picture, read_video
+from data import RoomPool, make_source
 from draw import draw_field, draw_film
 from measure import answer_rooms, evaluate_field, field_table, rooms_table
+from media import open_picture, read_video
 from mini_vggt import backbone_table, evaluate_backbone
 from probe import probe_latents, probe_table
 from psfm import load_psfm

@@ -16,26 +16,23 @@ import functools
 import json
 import math
 import os
-import re
 import time
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from PIL import Image
 from tqdm import tqdm
 
 from adapter import (LATENTS, SceneLatents, SpatialVLM, add_lora, answer_loss, build_adapter,
                      load_spatial_vlm, load_vlm, save_spatial_vlm, to_device)
-from benchmarks import read_records
 from common import (InputError, autocast_on, check_finite, join_processes, learning_rate,
                     load_optimizers, make_optimizers, open_run, opt, parse_options, peak_memory,
                     pick_dtype, quiet, read_state, run_script, set_rates, step_generator,
                     take_step, write_checkpoint, write_json)
-from data import open_picture, read_video
-from draw import draw_maps, draw_markers
+from draw import draw_maps
 from measure import answer_rooms, held_out_loss, rooms_line, rooms_table
+from media import Conversations, Part
 from mini_vlm import ground
 from questions import RoomQuestions
 from release import open_psfm
@@ -129,130 +126,6 @@ def parse_config(argv=None):
 
 
 # -----------------------------------------------------------------------------
-# conversations about pictures, from files
-
-class Conversations(torch.utils.data.Dataset):
-    """Records of instruction data from JSON and JSONL files, as in LLaVA, VSI-590K, VG-LLM.
-
-    files: paths, with an optional share after a colon ('vsi_590k.jsonl:0.25' takes a quarter, the
-    same one every time). A record: `conversations`, and `image` or `images` (a path or a list) or
-    `video` (a file or a folder of frames), paths relative to `media`. <video>, and a single
-    <image> before a video, stand for all its frames. `spar_info`: markers to draw on the images.
-    All records are looked at beforehand. A faulty one raises an error that names file and record,
-    or with `skip_bad` is counted and left out.
-    """
-
-    def __init__(self, files, media, num_frames=8, skip_bad=False, say=print):
-        self.media, self.num_frames, self.records = media, num_frames, []
-        exists = functools.lru_cache(maxsize=None)(os.path.exists)
-        for file in files:
-            path, share = file, 1.0
-            if re.fullmatch(r'.*:[0-9.]+', file):
-                path, _, share = file.rpartition(':')
-            if not 0 < float(share) <= 1:
-                raise InputError(f'{file}: the share after the colon must be between 0 and 1')
-            faults, kept = [], []
-            for number, record, fault in read_records(path):
-                fault = fault or record_fault(record, media, exists)
-                if fault:
-                    faults.append(f'{path}, record {number}: {fault}')
-                else:
-                    kept.append(dict(record, where=f'{path}, record {number}'))
-            total = len(faults) + len(kept)
-            if faults and not skip_bad:
-                raise InputError(f'{faults[0]} ({len(faults)} such records of {total}; '
-                                 '--skip-bad leaves them out)')
-            if faults:
-                say(f'{path}: {len(faults)} of {total} records left out; the first: {faults[0]}')
-            lot = torch.randperm(len(kept), generator=step_generator(0, 8))
-            chosen = sorted(lot[:round(float(share) * len(kept))].tolist())
-            self.records += [kept[i] for i in chosen]
-        if not self.records:
-            raise InputError(f'no usable record in {" ".join(files)}')
-
-    def __len__(self):
-        return len(self.records)
-
-    def __getitem__(self, i):
-        record, video = self.records[i], self.records[i].get('video')
-        try:
-            if video:
-                path = os.path.join(self.media, video)
-                images = list(read_video(path, self.num_frames, every=2.0))
-            else:
-                paths = media_paths(record)
-                images = [open_picture(os.path.join(self.media, path)) for path in paths]
-            if record.get('spar_info'):
-                images = draw_markers(images, record['spar_info'])
-        except InputError as error:
-            raise InputError(f'{record["where"]}: {error}') from error
-        turns = []
-        for turn in record['conversations']:
-            text = turn['value']
-            if video:                 # VSI-590K writes <image> before videos too
-                frames = '<image>' * len(images)
-                text = re.sub(r'<(video|image)>\n?', lambda _: frames, text, count=1)
-            turns.append({'from': turn['from'], 'value': text.replace('<image>\n', '<image>')})
-        return dict(images=images, conversations=turns)
-
-
-def media_paths(record):
-    paths = record.get('images') or record.get('image') or []
-    return paths if isinstance(paths, list) else [paths]
-
-
-def turns_fault(turns):
-    """What is wrong with the turns of a record, or None."""
-    if not isinstance(turns, list) or len(turns) < 2:
-        return 'no list of at least two turns under "conversations"'
-    for i, turn in enumerate(turns):
-        if not isinstance(turn, dict):
-            return f'turn {i + 1} is not an object'
-        if turn.get('from') not in ('human', 'gpt'):
-            return f'turn {i + 1} is from {turn.get("from")!r}, not "human" or "gpt"'
-        if turn['from'] != ('human', 'gpt')[i % 2]:
-            return f'turn {i + 1} is from {turn["from"]!r}; human and gpt take turns, human first'
-        if not isinstance(turn.get('value'), str):
-            return f'turn {i + 1} has no text under "value"'
-        if turn['from'] == 'gpt' and not turn['value'].strip():
-            return f'turn {i + 1} has an empty answer'
-    if len(turns) % 2:
-        return 'the last turn is a question without an answer'
-
-
-def record_fault(record, media, exists=os.path.exists):
-    """What is wrong with a record of instruction data, or None."""
-    turns = record.get('conversations') if isinstance(record, dict) else None
-    fault = turns_fault(turns)
-    if fault:
-        return fault
-    text = ''.join(turn['value'] for turn in turns)
-    num_videos, num_images = text.count('<video>'), text.count('<image>')
-    video, paths = record.get('video'), media_paths(record)
-    if video is not None:
-        paths = [video]
-        if not isinstance(video, str):
-            return '"video" is not one path'
-        if num_videos + num_images != 1:
-            return f'{num_videos + num_images} <video> tokens for one video'
-    elif num_videos:
-        return 'a <video> token, but no "video"'
-    elif num_images != len(paths):
-        return f'{num_images} <image> tokens for {len(paths)} images'
-    if record.get('spar_info'):
-        try:
-            draw_markers([Image.new('RGB', (8, 8))] * max(1, len(paths)), record['spar_info'])
-        except (ValueError, TypeError, AttributeError, LookupError) as error:
-            return f'"spar_info" cannot be read ({error})'
-    if not all(isinstance(path, str) for path in paths):
-        return '"images" holds what is not a path'
-    lost = [path for path in paths if not exists(os.path.join(media, path))]
-    if lost:
-        more = f' and {len(lost) - 1} more' if len(lost) > 1 else ''
-        return f'missing {os.path.join(media, lost[0])}{more}'
-
-
-# -----------------------------------------------------------------------------
 # data
 
 def make_data(config, progress=iter, say=print):
@@ -266,7 +139,7 @@ def make_data(config, progress=iter, say=print):
         raise InputError(f'{config.data}: {len(data)} records, of which --val-scenes {n} are to be '
                          'held out: none would be left')
     order = torch.randperm(len(data), generator=step_generator(10)).tolist()  # at every --seed
-    return torch.utils.data.Subset(data, order[n:]), torch.utils.data.Subset(data, order[:n])
+    return [Part(data, part, config.skip_bad, say) for part in (order[n:], order[:n])]
 
 
 @functools.lru_cache(maxsize=4)

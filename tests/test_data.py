@@ -1,8 +1,6 @@
 """Rooms, photographs, videos, and miniatures of real data sets in exactly their layouts."""
 import os
-import shutil
 import tracemalloc
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,32 +8,18 @@ import torch
 from PIL import Image
 
 import data
+import media
 from common import InputError, step_generator
-from data import (PICTURES, PhotoFolder, RoomPool, check, extract_frames, find_scenes, list_files,
-                  make_source, natural_order, open_picture, read_video)
-from psfm import fit_picture, fit_pictures
+from data import PhotoFolder, RoomPool, check, find_scenes, make_source
+from media import read_video
+from psfm import fit_pictures
+from tiny import make_video, names_of, picture
 from train import parse_config
-
-
-def read_picture(path, width, multiple):
-    return fit_picture(open_picture(path, width), width, multiple)
 
 
 @pytest.fixture(autouse=True)
 def own_frames(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, 'FRAMES', str(tmp_path / 'frames'))
-
-
-def picture(path, size=(80, 60), mode='RGB', value=None, **options):
-    noise = np.random.RandomState(len(str(path)))
-    pixels = noise.randint(0, 255, (size[1], size[0], 3), dtype=np.uint8)
-    image = Image.fromarray(pixels if value is None else np.full_like(pixels, value))
-    if mode == 'I;16':
-        image = Image.fromarray(np.asarray(image.convert('L')).astype(np.uint16) * 200)
-    elif mode != 'RGB':
-        image = image.convert(mode)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path, **options)
+    monkeypatch.setattr(media, 'FRAMES', str(tmp_path / 'frames'))
 
 
 def make_folder(root, scenes=3, frames=6):
@@ -94,48 +78,6 @@ def test_closest_pairs_are_closer():
 
 # -----------------------------------------------------------------------------
 # photographs
-
-def test_natural_order(tmp_path):
-    names = ['10.jpg', '2.jpg', '1.jpg', 'b2.png', 'b10.png', 'a.webp', 'notes.txt', '.hidden.jpg']
-    for name in names:
-        (tmp_path / name).touch()
-    (tmp_path / 'folder.jpg').mkdir()
-    assert names_of(list_files(tmp_path, PICTURES)) \
-        == ['1.jpg', '2.jpg', '10.jpg', 'a.webp', 'b2.png', 'b10.png']
-    assert sorted(['frame-000010', 'frame-000002'], key=natural_order)[0] == 'frame-000002'
-    assert sorted(['a1', '1a'], key=natural_order)  # numbers and words can be compared
-
-
-@pytest.mark.parametrize('name,mode', [
-    ('a.jpg', 'RGB'), ('a.jpg', 'L'), ('a.jpg', 'CMYK'), ('a.png', 'RGBA'), ('a.png', 'P'),
-    ('a.png', 'LA'), ('a.png', 'I;16'), ('a.png', '1'), ('a.webp', 'RGB')])
-def test_every_kind_of_picture(tmp_path, name, mode):
-    picture(tmp_path / name, mode=mode)
-    array = read_picture(str(tmp_path / name), 32, 8)
-    assert array.shape == (24, 32, 3) and array.dtype == np.uint8 and array.std() > 1
-
-
-def test_sixteen_bits_keep_their_contrast(tmp_path):
-    ramp = np.linspace(1000, 3000, 64 * 64).reshape(64, 64).astype(np.uint16)
-    Image.fromarray(ramp).save(tmp_path / 'a.png')
-    array = read_picture(str(tmp_path / 'a.png'), 32, 8)
-    assert array.min() < 10 and array.max() > 245
-
-
-def test_exif_rotation_and_portrait_crop(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned: stored lying, shown upright
-    wide = np.zeros((400, 800, 3), dtype=np.uint8)
-    wide[:, :400] = 255  # bright on the left as stored, on top as shown
-    Image.fromarray(wide).save(tmp_path / 'a.jpg', exif=exif)
-    array = read_picture(str(tmp_path / 'a.jpg'), 32, 8)
-    assert array.shape == (32, 32, 3) and array[2].mean() > 240 and array[-3].mean() < 15
-
-
-def test_transparency_is_white(tmp_path):
-    Image.new('RGBA', (40, 40), (255, 0, 0, 0)).save(tmp_path / 'a.png')
-    assert (read_picture(str(tmp_path / 'a.png'), 16, 8) == 255).all()
-
 
 def test_gaps_are_drawn_without_touching_the_settings(tmp_path, monkeypatch):
     """The release's sampler narrowed its gap for good after one short scene."""
@@ -307,30 +249,13 @@ def make_scannet(root, lists=True, inside='scans'):
     return root
 
 
-def make_video(path, frames=20, size=(64, 48), rate=10):
-    """Ten frames a second, from black to red."""
-    av = pytest.importorskip('av')
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), 'w') as container:
-        stream = container.add_stream('mpeg4', rate=rate)
-        stream.width, stream.height, stream.pix_fmt = *size, 'yuv420p'
-        for i in range(frames):
-            image = Image.new('RGB', size, (12 * i, 0, 0))
-            container.mux(stream.encode(av.VideoFrame.from_image(image)))
-        container.mux(stream.encode(None))
-    return path
-
-
-def names_of(paths):
-    return [os.path.basename(path) for path in paths]
-
-
-@pytest.mark.parametrize('layout,inside', [('ScanNet', 'scans'), ('ScanNet without scans/', '.')])
-def test_scannet(tmp_path, layout, inside):
+@pytest.mark.parametrize('inside', ['scans', 'scans_test', '.'])
+def test_scannet(tmp_path, inside):
     root = make_scannet(tmp_path / 'data', inside=inside)
-    found, scenes, _ = find_scenes(str(root))
-    assert found == layout
-    assert names_of(scenes['scene0000_00']) == [f'{i}.jpg' for i in range(12)]  # 2 before 10
+    found = find_scenes(str(root))
+    assert found.layout == 'ScanNet'
+    assert found.unused == {'depth/': 3, 'pose/': 3, 'intrinsic/': 3}
+    assert names_of(found.scenes['scene0000_00']) == [f'{i}.jpg' for i in range(12)]  # 2 before 10
     train, val = [PhotoFolder(str(root), split, 0, 28, 14, 4) for split in ('train', 'val')]
     assert len(train.scenes) == 2 and len(val.scenes) == 1
     assert all('scene0001_00' in path for path in val.scenes[0])
@@ -338,6 +263,83 @@ def test_scannet(tmp_path, layout, inside):
     report = check(str(root))
     assert '3 scenes, 36 pictures' in report
     assert 'train list: 3 scenes, 2 of them here; missing: scene0009_00' in report
+
+
+def seven_scenes(root):
+    for i in range(4):
+        picture(root / 'chess' / 'seq-01' / f'frame-{i:06d}.color.png')
+        picture(root / 'chess' / 'seq-01' / f'frame-{i:06d}.depth.png', mode='I;16')
+        (root / 'chess' / 'seq-01' / f'frame-{i:06d}.pose.txt').touch()
+
+
+def sun3d(root):
+    for i in range(4):
+        picture(root / 'hotel' / 'room' / 'scan1' / 'image' / f'{i:07d}-0000.jpg')
+        picture(root / 'hotel' / 'room' / 'scan1' / 'depth' / f'{i:07d}-0000.png', mode='I;16')
+
+
+def scannet_frames(root):
+    for i in range(4):
+        picture(root / 'scene0000_00' / 'frames' / 'color' / f'{i}.jpg')
+        picture(root / 'scene0000_00' / 'frames' / 'depth' / f'{i}.png', mode='I;16')
+
+
+def iphone(root):
+    for i in range(4):
+        picture(root / 'data' / '0a7cc12c0e' / 'iphone' / 'rgb' / f'frame_{i:06d}.jpg')
+        picture(root / 'data' / '0a7cc12c0e' / 'iphone' / 'depth' / f'frame_{i:06d}.png')
+
+
+def colmap(root):
+    for i in range(4):
+        picture(root / 'garden' / 'images' / f'{i}.JPG')
+        picture(root / 'garden' / 'images_4' / f'{i}.JPG')
+        (root / 'garden' / 'sparse').mkdir(exist_ok=True)
+
+
+def flat_with_depth(root):
+    for i in range(4):
+        picture(root / 'color' / f'{i}.jpg')
+        picture(root / 'depth' / f'{i}.png', mode='I;16')
+
+
+def together(root):
+    for i in range(4):
+        picture(root / f'rgb_{i}.png')
+        picture(root / f'depth_{i}.png', mode='I;16')
+        picture(root / f'{i}_mask.png')
+
+
+@pytest.mark.parametrize('make, name, unused', [
+    (seven_scenes, 'chess/seq-01', {}), (sun3d, 'hotel/room/scan1', {'depth/': 1}),
+    (scannet_frames, 'scene0000_00', {}), (iphone, '0a7cc12c0e', {}),
+    (colmap, 'garden', {'images_4/': 1, 'sparse/': 1}),
+    (flat_with_depth, '(its own pictures)', {'depth/': 1}), (together, '(its own pictures)', {})])
+def test_layouts(tmp_path, make, name, unused):
+    make(tmp_path)
+    found = find_scenes(str(tmp_path))
+    assert list(found.scenes) == [name]
+    assert len(found.scenes[name]) == 4
+    assert not any('depth' in path or 'mask' in path or 'images_4' in path
+                   for path in names_of(found.scenes[name]))
+    assert found.unused == unused
+    assert 'unreadable: 0 of 4 looked at' in check(str(tmp_path))
+
+
+def test_nothing_is_passed_over_silently(tmp_path):
+    make_folder(tmp_path, scenes=1)
+    (tmp_path / 'scene0' / 'raw.DNG').touch()
+    (tmp_path / 'scene0' / 'phone.heic').write_bytes(b'as phones write it')
+    picture(tmp_path / 'depth' / '1.png', mode='I;16')
+    said = source(tmp_path)[1]
+    assert said[0] == f'{tmp_path}: not used: depth/ (1), .dng (1)'
+    assert 'phone.heic cannot be read: pip install pillow-heif; left out' in said[1]
+
+
+def test_a_ring_of_links_ends(tmp_path):
+    make_folder(tmp_path, scenes=1)
+    (tmp_path / 'scene0' / 'back').symlink_to(tmp_path)
+    assert 'scene0' in find_scenes(str(tmp_path)).scenes
 
 
 def test_scannet_without_lists(tmp_path):
@@ -355,7 +357,7 @@ def test_scannetpp(tmp_path):
     (root / 'splits').mkdir()
     (root / 'splits' / 'nvs_sem_train.txt').write_text('0a7cc12c0e\n')
     (root / 'splits' / 'nvs_sem_val.txt').write_text('1ada7a0617\n')
-    assert find_scenes(str(root))[0] == 'ScanNet++'
+    assert find_scenes(str(root)).layout == 'ScanNet++'
     train, val = [PhotoFolder(str(root), split, 0, 28, 14, 4) for split in ('train', 'val')]
     assert len(train.scenes) == len(val.scenes) == 1
     assert '0a7cc12c0e' in train.scenes[0][0] and '1ada7a0617' in val.scenes[0][0]
@@ -377,9 +379,9 @@ def test_nothing_of_ours_is_written_into_their_folder(tmp_path):
 
 def test_new_pictures_are_found(tmp_path):
     root = make_scannet(tmp_path / 'data', lists=False)
-    assert len(find_scenes(str(root))[1]['scene0000_00']) == 12
+    assert len(find_scenes(str(root)).scenes['scene0000_00']) == 12
     picture(root / 'scans' / 'scene0000_00' / 'color' / '12.jpg')
-    assert len(find_scenes(str(root))[1]['scene0000_00']) == 13
+    assert len(find_scenes(str(root)).scenes['scene0000_00']) == 13
 
 
 def test_broken_pictures_are_reported(tmp_path):
@@ -404,73 +406,30 @@ def test_videos(tmp_path):
     first, last = frames[0].getpixel((30, 20))[0], frames[-1].getpixel((30, 20))[0]
     assert len(frames) == 5 and first < 20 < 200 < last
     make_video(tmp_path / 'v' / 'other.mp4')
-    layout, scenes, _ = find_scenes(str(tmp_path / 'v'))
-    assert layout == 'videos'
-    assert [len(pictures) for pictures in scenes.values()] == [4, 4]  # two seconds, two a second
+    found = find_scenes(str(tmp_path / 'v'))
+    assert found.layout == 'videos'
+    # two seconds, two a second
+    assert [len(pictures) for pictures in found.scenes.values()] == [4, 4]
     photos = PhotoFolder(str(tmp_path / 'v'), 'train', 0, 28, 14, 4)
     assert photos.batch(0, 1, 4)['images'].shape == (1, 4, 3, 14, 28)
-
-
-def test_another_video_under_the_same_name_has_other_frames(tmp_path):
-    path = make_video(tmp_path / 'walk.mp4')
-    folder = extract_frames(str(path))
-    assert extract_frames(str(path)) == folder
-    make_video(path, frames=30)
-    other = extract_frames(str(path))
-    assert other != folder
-    assert [len(list_files(x, PICTURES)) for x in (folder, other)] == [4, 6]
-
-
-def test_two_processes_take_frames_out_of_the_same_video(tmp_path, monkeypatch):
-    path = str(make_video(tmp_path / 'walk.mp4'))
-    folder = Path(extract_frames(path))
-    shutil.rmtree(folder)
-
-    def read(*arguments, **options):
-        frames = list(read_video(*arguments, **options))
-        folder.mkdir()  # the other one is ready first
-        (folder / '000000.jpg').touch()
-        return frames
-
-    monkeypatch.setattr(data, 'read_video', read)
-    assert extract_frames(path) == str(folder)
-    assert list((tmp_path / 'frames').iterdir()) == [folder]
-
-
-def test_truncated_video(tmp_path):
-    path = make_video(tmp_path / 'walk.mp4')
-    path.write_bytes(path.read_bytes()[:len(path.read_bytes()) // 2])
-    with pytest.raises(InputError, match='walk.mp4'):
-        list(read_video(str(path), 5))
 
 
 def test_a_broken_video_is_left_out_by_name(tmp_path, capsys):
     for name in ('a.mp4', 'c.mp4'):
         make_video(tmp_path / name)
     (tmp_path / 'b.mp4').write_bytes(b'no video')
-    assert list(find_scenes(str(tmp_path))[1]) == ['a.mp4', 'c.mp4']
+    assert list(find_scenes(str(tmp_path)).scenes) == ['a.mp4', 'c.mp4']
     assert f'{tmp_path}/b.mp4 cannot be read as a video' in capsys.readouterr().out
 
 
-def test_a_trimmed_video_has_the_frames_that_a_player_shows(tmp_path):
-    """Packets before the trim are decoded, but not shown: an edit list hides them."""
-    av = pytest.importorskip('av')
-    whole, trimmed = make_video(tmp_path / 'whole.mp4', frames=20), tmp_path / 'trimmed.mp4'
-    with av.open(str(whole)) as source, av.open(str(trimmed), 'w') as target:
-        stream = target.add_stream_from_template(source.streams.video[0])
-        for packet in source.demux(video=0):
-            if packet.dts is not None:
-                packet.pts -= 12 * packet.duration      # the first twelve lie before zero
-                packet.dts -= 12 * packet.duration
-                packet.stream = stream
-                target.mux(packet)
-    shown = [image.getpixel((30, 20))[0] for image in read_video(str(trimmed), 5)]
-    assert len(shown) == 5
-    assert shown == sorted(shown)
-    assert abs(shown[0] - 12 * 12) < 20 and shown[-1] > 200
-
-
-def test_frames_come_one_by_one(tmp_path):
-    frames = read_video(str(make_video(tmp_path / 'walk.mp4')), 5)
-    assert iter(frames) is frames
-    assert next(frames).size == (64, 48)
+def test_one_film_is_a_data_set(tmp_path):
+    path = str(make_video(tmp_path / 'film.MP4', frames=80))
+    found = find_scenes(path)
+    assert found.layout == 'videos' and len(found.scenes['film.MP4']) == 16
+    train, val = [PhotoFolder(path, split, 0, 28, 14, 4) for split in ('train', 'val')]
+    assert (len(train.scenes[0]), len(val.scenes[0])) == (12, 4)
+    assert 'layout videos, 1 scenes, 16 pictures' in check(path)
+    for name, fault in (('a.jpg', 'is no video'), ('b.mp4', 'cannot be read as a video')):
+        (tmp_path / name).write_bytes(b'no film')
+        with pytest.raises(InputError, match=fault):
+            PhotoFolder(str(tmp_path / name), 'train', 0, 28, 14, 4)

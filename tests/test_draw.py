@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from data import RoomPool
-from draw import (draw_curve, draw_field, draw_film, draw_maps, draw_markers, field_along,
+from draw import (draw_curve, draw_field, draw_film, draw_maps, field_along,
                   FILM_FRAMES, make_path, PAINT, rgb)
 from model import invert_pose
 from psfm import PSFM, PSFMConfig
@@ -200,18 +200,3 @@ def test_the_legend_of_maps_names_every_category(tmp_path):
             left = 8 + 92 * i
             assert is_drawn(picture, rgb(FURNITURE[name][2]), (left, 30, left + 14, 50), 50)
             assert not is_blank(picture, (left + 16, 30, left + 90, 50))
-
-
-# -----------------------------------------------------------------------------
-# markers
-
-def test_markers_are_drawn():
-    images = [Image.new('RGB', (200, 100), 'white') for _ in range(3)]
-    info = dict(red_point=[[500, 500]], blue_point=[[250, 500]], point_img_idx=[[0, 2]],
-                green_bbox=[[100, 100, 900, 900]], bbox_img_idx=[[1]])
-    drawn = draw_markers(images, json.dumps(info))
-    assert drawn[0].getpixel((100, 50)) == (255, 0, 0)
-    assert drawn[2].getpixel((50, 50)) == (0, 0, 255)
-    assert drawn[1].getpixel((20, 50)) == (0, 255, 0)
-    assert drawn[1].getpixel((100, 50)) == (255, 255, 255)
-    assert images[0].getpixel((100, 50)) == (255, 255, 255)

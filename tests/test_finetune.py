@@ -13,10 +13,11 @@ import finetune
 from adapter import Chat, SpatialVLM, load_spatial_vlm, load_vlm
 from common import InputError
 from eval import load_answerer
-from finetune import Config, Conversations, Encoded, record_fault
+from finetune import Config, Encoded
+from media import Conversations
 from questions import RoomQuestions
 from rooms import CLASSES
-from tiny import losses, options, save_tiny_vlm
+from tiny import GOOD, losses, options, save_tiny_vlm, turns, write
 
 
 @pytest.fixture(scope='module')
@@ -160,82 +161,10 @@ def test_a_vlm_of_other_categories_is_refused(tmp_path):
 # -----------------------------------------------------------------------------
 # files of conversations
 
-def turns(*pairs):
-    return [{'from': who, 'value': text} for who, text in pairs]
-
-
-GOOD = dict(image='a.png', conversations=turns(('human', '<image>\nWhat is it?'), ('gpt', 'red')))
-
-
 @pytest.fixture
 def media(tmp_path):
     Image.new('RGB', (64, 48), 'red').save(tmp_path / 'a.png')
-    (tmp_path / 'frames').mkdir()
-    for i in range(12):
-        Image.new('RGB', (64, 48), (20 * i, 0, 0)).save(tmp_path / 'frames' / f'{i}.png')
     return tmp_path
-
-
-def write(folder, *records):
-    lines = [record if isinstance(record, str) else json.dumps(record) for record in records]
-    path = folder / 'data.jsonl'
-    path.write_text('\n'.join(lines))
-    return str(path)
-
-
-@pytest.mark.parametrize('record, fault', [
-    (dict(GOOD, image='gone.png'), 'missing .*gone.png'),
-    (dict(GOOD, image=['a.png', 'a.png']), '1 <image> tokens for 2 images'),
-    (dict(GOOD, conversations=turns(('human', '<image><image> x'), ('gpt', 'y'))),
-     '2 <image> tokens for 1 images'),
-    (dict(GOOD, conversations=turns(('human', '<image> x'), ('gpt', ' '))), 'empty answer'),
-    (dict(GOOD, conversations=turns(('human', '<image> x'), ('robot', 'y'))), "'robot', not"),
-    (dict(GOOD, conversations=turns(('gpt', '<image> x'), ('human', 'y'))), 'human first'),
-    (dict(GOOD, conversations=turns(('human', '<image> x'), ('gpt', 'y'), ('human', 'z'))),
-     'without an answer'),
-    (dict(image='a.png'), 'no list of at least two turns'),
-    (dict(video='gone', conversations=turns(('human', '<video> x'), ('gpt', 'y'))),
-     'missing .*gone'),
-    (dict(video='frames', conversations=turns(('human', '<video><video> x'), ('gpt', 'y'))),
-     '2 <video> tokens for one video'),
-    (dict(GOOD, conversations=turns(('human', '<video> x'), ('gpt', 'y'))), 'no "video"'),
-    (dict(GOOD, spar_info='{'), '"spar_info" cannot be read'),
-    ('{"conversations": [', 'not JSON')])
-def test_faulty_records(media, record, fault):
-    path = write(media, GOOD, record, GOOD)
-    with pytest.raises(InputError, match=f'data.jsonl, record 2: .*{fault}'):
-        Conversations([path], str(media))
-    said = []
-    assert len(Conversations([path], str(media), skip_bad=True, say=said.append)) == 2
-    assert '1 of 3 records left out' in said[0]
-
-
-def test_a_good_record_has_no_fault(media):
-    assert record_fault(GOOD, str(media)) is None
-    assert 'missing' in record_fault(GOOD, str(media / 'elsewhere'))
-
-
-def test_no_usable_record(media):
-    with pytest.raises(InputError, match='no usable record'):
-        Conversations([write(media, dict(image='x'))], str(media), skip_bad=True)
-    with pytest.raises(InputError, match='no file'):
-        Conversations(['nowhere.json'], str(media))
-
-
-@pytest.mark.parametrize('token', ['<video>', '<image>'])  # VSI-590K has <image> before videos too
-def test_videos_and_their_tokens(media, token):
-    conversation = turns(('human', f'{token}\nHow many?'), ('gpt', '3'))
-    path = write(media, dict(video='frames', conversations=conversation))
-    item = Conversations([path], str(media), num_frames=8)[0]
-    assert len(item['images']) == 6  # twelve seconds, one frame in two
-    assert item['conversations'][0]['value'] == '<image>' * 6 + 'How many?'
-
-
-def test_shares_of_files(media):
-    path = write(media, *[GOOD] * 20)
-    assert len(Conversations([f'{path}:0.25', path], str(media))) == 25
-    with pytest.raises(InputError, match='between 0 and 1'):
-        Conversations([f'{path}:7'], str(media))
 
 
 def of_files(media, *more):

@@ -1,9 +1,12 @@
-"""What several test files need: a tiny VLM, a tiny PSFM, options of tiny runs."""
+"""What several test files need: tiny models, options of tiny runs, pictures, videos, records."""
 import json
+import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from common import run_script
 from mini_vlm import Sight, build_tokenizer, build_vlm, save_mini_vlm
@@ -53,3 +56,50 @@ def refuse(message, main, arguments, capsys):
     assert stop.value.code not in (0, None)
     assert message in said
     assert len([line for line in said.splitlines() if line.startswith('error: ')]) == 1
+
+
+def picture(path, size=(80, 60), mode='RGB', value=None, **options):
+    noise = np.random.RandomState(len(str(path)))
+    pixels = noise.randint(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    image = Image.fromarray(pixels if value is None else np.full_like(pixels, value))
+    if mode == 'I;16':
+        image = Image.fromarray(np.asarray(image.convert('L')).astype(np.uint16) * 200)
+    elif mode != 'RGB':
+        image = image.convert(mode)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, **options)
+
+
+def make_video(path, frames=20, size=(64, 48), rate=10, draw=None, prepare=None):
+    """Ten frames a second, from black to red, or what `draw` makes of a number. `prepare` may
+    set what it likes of the stream."""
+    av = pytest.importorskip('av')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), 'w') as container:
+        stream = container.add_stream('mpeg4', rate=rate)
+        stream.width, stream.height, stream.pix_fmt = *size, 'yuv420p'
+        if prepare:
+            prepare(stream)
+        for i in range(frames):
+            image = draw(i) if draw else Image.new('RGB', size, (12 * i, 0, 0))
+            container.mux(stream.encode(av.VideoFrame.from_image(image)))
+        container.mux(stream.encode(None))
+    return path
+
+
+def names_of(paths):
+    return [os.path.basename(path) for path in paths]
+
+
+def turns(*pairs):
+    return [{'from': who, 'value': text} for who, text in pairs]
+
+
+GOOD = dict(image='a.png', conversations=turns(('human', '<image>\nWhat is it?'), ('gpt', 'red')))
+
+
+def write(folder, *records):
+    lines = [record if isinstance(record, str) else json.dumps(record) for record in records]
+    path = folder / 'data.jsonl'
+    path.write_text('\n'.join(lines))
+    return str(path)
