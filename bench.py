@@ -28,7 +28,8 @@ from torch.utils.flop_counter import (FlopCounterMode, sdpa_backward_flop_count,
 
 import finetune
 import model
-from adapter import SceneLatents, answer_loss, to_device
+from adapter import SceneLatents, answer_loss
+from chat import to_device
 from common import Parser, autocast_on, number, peak_memory, pick_device, pick_dtype, run_script
 from data import CELL, RoomPool
 from mini_vggt import MINI

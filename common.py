@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import datetime
 import difflib
+import glob
 import json
 import math
 import os
@@ -19,6 +20,9 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch.utils.benchmark import Timer
+
+
+PROCESSES = os.environ.get('WORLD_SIZE', '1')  # that torchrun started
 
 
 class InputError(Exception):
@@ -124,10 +128,9 @@ def parse_options(argv, doc, Config, presets, default='small'):
     for f in dataclasses.fields(Config):
         if f.metadata['group']:
             group = parser.add_argument_group(f.metadata['group'])
+        kind = dict(type=f.type, metavar=f.type.__name__)
         if f.type is bool:
             kind = dict(action=argparse.BooleanOptionalAction)
-        else:
-            kind = dict(type=f.type, metavar=f.type.__name__)
         text = f'{f.metadata["help"]} (default: {own.get(f.name, f.default)!r})'.replace('%', '%%')
         group.add_argument('--' + f.name.replace('_', '-'), dest=f.name, help=text,
                            default=argparse.SUPPRESS, **kind)
@@ -138,7 +141,6 @@ def parse_options(argv, doc, Config, presets, default='small'):
         hint = f', did you mean {near[0]}?' if near else ''
         raise InputError(f'no preset {name!r}{hint}; there are {", ".join(presets)}')
     config = Config(**{**presets[name], **given})
-    # the ranges
     for f in dataclasses.fields(Config):
         allowed = {key: f.metadata[key] for key in ('low', 'high', 'choices')}
         check_value('--' + f.name.replace('_', '-'), getattr(config, f.name), **allowed)
@@ -190,18 +192,16 @@ def peak_memory(device):
     """Bytes at most: of the GPU, or of the process on a CPU."""
     if device.type == 'cuda':
         return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:               # Windows
+    if sys.platform == 'win32':
         return 0
+    import resource
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == 'darwin' else 1024 * peak
 
 
 def join_processes(device):
     """Joins the processes that torchrun started. -> rank, number of processes, own device."""
-    rank = int(os.environ.get('RANK', 0))
-    world_size = int(os.environ.get('WORLD_SIZE', 1))
+    rank, world_size = int(os.environ.get('RANK', 0)), int(PROCESSES)
     device = pick_device(device)
     if world_size > 1 and device.type == 'cuda':
         device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
@@ -223,7 +223,7 @@ def read_weights(path):
             state = {name: file.get_tensor(name) for name in file.keys()}
             return state, file.metadata() or {}
     except SafetensorError as error:
-        raise InputError(f'{path} is not a safetensors file, or not whole ({error})') from error
+        raise InputError(f'{path} is not a .safetensors file, or not whole ({error})') from error
     except OSError as error:
         raise InputError(f'no weights at {path} ({error})') from error
 
@@ -368,18 +368,16 @@ def take_step(optimizers, parameters, clip):
 
 def flush_to_disk(folder):
     """Waits until every file below `folder` is on the disk."""
-    for path, _, names in os.walk(folder):
-        for name in names:
-            with open(os.path.join(path, name), 'rb') as file:
-                os.fsync(file.fileno())
+    for path in filter(os.path.isfile, glob.glob(f'{glob.escape(folder)}/**', recursive=True)):
+        with open(path, 'rb') as file:
+            os.fsync(file.fileno())
 
 
 def write_checkpoint(run, step, optimizers, config, dtype, metrics, save_model):
     """Writes `run`/checkpoint beside the one before, then swaps them: a whole one always exists.
     `save_model(folder)` writes the weights. `optimizers` None: not kept (a sharded run)."""
-    folder = os.path.join(run, 'checkpoint')
-    new, old = folder + '.new', folder + '.old'
-    state = dict(step=step, dtype=str(dtype).removeprefix('torch.'),
+    folder, new, old = [os.path.join(run, f'checkpoint{end}') for end in ('', '.new', '.old')]
+    state = dict(step=step, dtype=str(dtype).removeprefix('torch.'), processes=PROCESSES,
                  config=dataclasses.asdict(config), metrics=metrics)
     try:
         shutil.rmtree(new, ignore_errors=True)
@@ -404,7 +402,7 @@ def write_checkpoint(run, step, optimizers, config, dtype, metrics, save_model):
 
 def find_checkpoint(run):
     """The newest whole checkpoint of a run's folder, or None."""
-    paths = os.path.join(run, 'checkpoint'), os.path.join(run, 'checkpoint.old')
+    paths = [os.path.join(run, name) for name in ('checkpoint', 'checkpoint.old')]
     return next(filter(os.path.isdir, paths), None)
 
 
@@ -429,13 +427,16 @@ def read_state(config):
     if not config.resume:
         return dict(step=0, metrics={}, dtype=config.dtype, folder=None)
     folder = find_checkpoint(config.out)
-    if folder is None:
+    if not folder:
         raise InputError(f'--resume: no checkpoint in {config.out}; leave --resume out to begin')
     state = read_json(os.path.join(folder, 'state.json'))
     kinds = dict(step=int, dtype=str, config=dict, metrics=dict)
     if type(state) is not dict or any(type(state.get(key)) is not kinds[key] for key in kinds):
         raise InputError(f'--resume: {folder}/state.json is not the state of a run')
     check_same(folder, state['config'], config, FREE)
+    if state.get('processes', '1') != PROCESSES:  # each draws its own samples
+        raise InputError(f'--resume: {config.out} was trained by {state["processes"]} processes, '
+                         f'these are {PROCESSES}: start as many')
     if state['step'] >= (config.steps or state['config']['steps']):
         raise InputError(f'--resume: {config.out} has had all {state["step"]} steps; add more')
     return dict(state, folder=folder)

@@ -23,9 +23,10 @@ import torch
 from tqdm import tqdm
 
 import finetune
-from adapter import LATENTS, SceneLatents, SpatialVLM, load_vlm
+from adapter import LATENTS, SceneLatents, SpatialVLM
 from benchmarks import (BENCHMARKS, ask_benchmark, generate, leave_out_lost, read_answers,
                         read_benchmark, results_table)
+from chat import load_vlm
 from common import (InputError, Parser, autocast_on, check_same, find_checkpoint, find_file, number,
                     pick_device, pick_dtype, read_json, run_script, step_generator, write_json)
 from data import RoomPool, make_source
@@ -172,7 +173,8 @@ def load_answerer(run, device, max_pixels=None):
     """
     run = find_file(run)
     if not os.path.isdir(run):
-        raise InputError(f'no folder {run}: fine-tune first (python finetune.py --config small)')
+        raise InputError(f'no folder of a run at {run}: fine-tune first (python finetune.py --config '
+                         'small)')
     folder = find_checkpoint(run) or run
     if os.path.isfile(os.path.join(folder, 'sight.safetensors')):  # a mini VLM, not fine-tuned
         vlm, chat = load_vlm(folder)

@@ -25,7 +25,8 @@ import torch.nn as nn
 from tqdm import tqdm
 
 from adapter import (LATENTS, SceneLatents, SpatialVLM, add_lora, answer_loss, build_adapter,
-                     load_spatial_vlm, load_vlm, save_spatial_vlm, to_device)
+                     load_spatial_vlm, save_spatial_vlm)
+from chat import load_vlm, to_device
 from common import (InputError, autocast_on, check_finite, join_processes, learning_rate,
                     load_optimizers, make_optimizers, open_run, opt, parse_options, peak_memory,
                     pick_dtype, quiet, read_state, run_script, set_rates, step_generator,
@@ -346,6 +347,7 @@ def train(name, config, data=None, held_out=None):
                 say(f'step {done:05d}/{config.steps:05d} | held-out loss {metrics["loss"]:.4f}, '
                     f'answers right {metrics["accuracy"]:.3f}')
             brief = {key: value for key, value in metrics.items() if key not in ('scores', 'maps')}
+            brief['seconds'] = time.time() - began
             log.write(json.dumps(dict(step=done, metrics=brief)) + '\n')
             save(model, chat, optimizers, done, config, dtype, brief, is_main, sharded)
 

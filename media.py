@@ -375,7 +375,7 @@ class Conversations(torch.utils.data.Dataset):
             raise InputError(f'{record["where"]}: {error}') from error
         turns = []
         for turn in record['conversations']:
-            text = turn['value']
+            text = str(turn['value'])
             if video:                 # VSI-590K writes <image> before videos too
                 frames = '<image>' * len(images)
                 text = re.sub(r'<(video|image)>\n?', lambda _: frames, text, count=1)
@@ -399,10 +399,15 @@ def turns_fault(turns):
             return f'turn {i + 1} is from {turn.get("from")!r}, not "human" or "gpt"'
         if turn['from'] != ('human', 'gpt')[i % 2]:
             return f'turn {i + 1} is from {turn["from"]!r}; human and gpt take turns, human first'
-        if not isinstance(turn.get('value'), str):
+        value = turn.get('value')
+        if turn['from'] == 'gpt' and type(value) in (int, float):
+            continue                  # a number is an answer
+        if not isinstance(value, str):
             return f'turn {i + 1} has no text under "value"'
-        if turn['from'] == 'gpt' and not turn['value'].strip():
+        if turn['from'] == 'gpt' and not value.strip():
             return f'turn {i + 1} has an empty answer'
+        if value != value.encode('utf-8', 'ignore').decode():
+            return f'turn {i + 1} holds half a character (a lone surrogate)'
     if len(turns) % 2:
         return 'the last turn is a question without an answer'
 
@@ -413,7 +418,7 @@ def record_fault(record, media, fault_of=media_fault, with_header=True):
     fault = turns_fault(turns)
     if fault:
         return fault
-    text = ''.join(turn['value'] for turn in turns)
+    text = ''.join(str(turn['value']) for turn in turns)
     num_videos, num_images = text.count('<video>'), text.count('<image>')
     video, paths = record.get('video'), media_paths(record)
     if video is not None:
@@ -454,6 +459,8 @@ class Part(torch.utils.data.Dataset):
         return len(self.indices)
 
     def __getitem__(self, i):
+        if i >= len(self):
+            raise IndexError(i)       # ends a loop over all
         for place in range(i, i + len(self)):
             index = self.indices[place % len(self)]
             try:

@@ -28,7 +28,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from adapter import Chat, SpatialVLM, answer_loss, load_vlm, to_device
+from adapter import SpatialVLM, answer_loss
+from chat import Chat, load_vlm, to_device
 from common import (InputError, autocast_on, find_file, learning_rate, load_optimizers,
                     load_strictly, make_optimizers, opt, parse_options, pick_device, pick_dtype,
                     read_state, read_weights, run_script, set_rates, step_generator, take_step,

@@ -448,6 +448,8 @@ def weights_of_run(run):
         raise InputError(f'no weights at {path}')
     folder = find_checkpoint(path)
     file = os.path.join(folder or path, 'model.safetensors')
+    if os.path.isfile(os.path.join(folder or path, 'spatial_vlm.json')):
+        raise InputError(f'{path} is a run of finetune.py; this takes one of train.py')
     if not os.path.isfile(file):
         raise InputError(f'no checkpoint in {path}: train first (python train.py --config small)')
     return file

@@ -19,7 +19,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from adapter import Adapter, SpatialVLM, load_spatial_vlm, load_vlm
+from adapter import Adapter, SpatialVLM, load_spatial_vlm
+from chat import load_vlm
 from common import InputError, find_checkpoint, load_strictly, read_weights, without_prefix
 from model import IMAGE_STATISTICS, cast_matrices
 from psfm import PSFM, PSFMConfig, load_psfm
@@ -177,8 +178,8 @@ def open_spatial_vlm(folder, max_pixels=None):
         return load_spatial_vlm(folder, max_pixels=max_pixels)
     ours = released_adapter(state)
     if 'attention.q_norm.weight' not in ours:
-        raise InputError(f'{folder} has no adapter of a Spa3-VLM (geom_cross_attention.*) and no '
-                         'spatial_vlm.json')
+        raise InputError(f'{folder} is no Spa3-VLM: neither a run of finetune.py (spatial_vlm.json) '
+                         'nor a folder of the release (weights geom_cross_attention.*)')
     vlm, chat = load_vlm(folder, max_pixels=max_pixels, leave=('geometry_', 'geom_', 'ln.'))
     hidden, latent_width = ours['projector.fc1.weight'].shape
     adapter = Adapter(latent_width, hidden, hidden // len(ours['attention.q_norm.weight']))

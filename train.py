@@ -48,8 +48,8 @@ class Config(PSFMConfig):
     cameras: str = opt('predicted', 'predicted by the backbone (the paper) | given by the source '
                        '(rooms have them)', choices=('predicted', 'given'))
     # data
-    data: str = opt('rooms', 'rooms, or a folder of photographs: one sub-folder a scene, or one '
-                    'flat folder = one scene', group='data')
+    data: str = opt('rooms', 'rooms, or photographs: a folder (one sub-folder a scene, or one flat '
+                    'folder = one scene), or a video', group='data')
     image_width: int = opt(64, 'pixels; a multiple of the patch size', low=8)
     min_views: int = opt(4, 'fewest views per sample; the number is drawn for each batch', low=2)
     max_views: int = opt(8, 'most views per sample', low=2)
@@ -300,6 +300,7 @@ def train(name, config):
     say = tqdm.write if is_main else quiet
     state = read_state(config)
     first = state['step']
+    began -= state['metrics'].get('seconds', 0)  # of the sessions before
     dtype, reason = pick_dtype(state['dtype'], device)
     autocast = autocast_on(device, dtype)
     torch.manual_seed(config.seed)
@@ -389,6 +390,7 @@ def train(name, config):
         if is_evaluated:
             metrics = evaluate_field(psfm, source, held_out, done * config.accumulate, config,
                                      autocast)
+            metrics['seconds'] = time.time() - began
             say(f'step {done:05d}/{config.steps:05d} | {field_line(metrics)}')
             log.write(json.dumps(dict(step=done, metrics=metrics)) + '\n')
             if is_main:

@@ -7,8 +7,9 @@ from PIL import Image
 from transformers import (AutoModelForImageTextToText, InternVLConfig, LlavaOnevisionConfig,
                           Qwen2_5_VLConfig, Qwen3VLConfig, SmolVLMConfig)
 
-from adapter import (Chat, SceneLatents, SpatialVLM, answer_loss, build_adapter, load_spatial_vlm,
-                     load_vlm, save_spatial_vlm, to_device)
+from adapter import (SceneLatents, SpatialVLM, answer_loss, build_adapter, load_spatial_vlm,
+                     save_spatial_vlm)
+from chat import Chat, load_vlm, to_device
 from common import InputError
 from mini_vlm import Sight, build_tokenizer, build_vlm, save_mini_vlm
 from psfm import load_psfm
@@ -262,6 +263,17 @@ def test_a_question_is_laid_out_for_its_answer(mini):
 def test_more_tokens_than_pictures(mini):
     with pytest.raises(InputError, match='2 <image> tokens for 1 images'):
         mini[1].encode(talk(f'<image><image>{COUNT}', '1', pictures=1))
+
+
+def test_special_tokens_in_a_text_are_text(mini):
+    _, chat, _ = mini
+    ends = chat.tokenizer.eos_token_id
+    for name in ('<|image_pad|>', '<|im_end|>', '<|vision_start|>'):
+        item = talk(f'<image>what is {name} here?', f'{name} it is', pictures=1)
+        encoded, plain = chat.encode(item), chat.encode(talk('<image>x', 'x', pictures=1))
+        assert encoded['input_ids'].count(chat.image_token_id) == 16
+        assert encoded['input_ids'].count(ends) == plain['input_ids'].count(ends)
+        assert sum(label != -100 for label in encoded['labels']) > 2
 
 
 def test_padding_is_right_to_train_and_left_to_continue(mini):

@@ -205,7 +205,7 @@ def test_an_answerer_is_what_was_trained(tuned, vlm):
     (model, _, latents), settings = load_answerer(vlm, torch.device('cpu'))
     assert model.adapter is latents is None
     assert settings['latents'] == 'none'
-    with pytest.raises(InputError, match='no folder nowhere: fine-tune first'):
+    with pytest.raises(InputError, match='no folder of a run at nowhere: fine-tune first'):
         load_answerer('nowhere', 'cpu')
 
 
@@ -287,9 +287,9 @@ def test_ablate_trains_every_arm_with_every_seed(vlm, tmp_path, capsys, monkeypa
      'weights/mini_vggt.safetensors does not hold a PSFM'),
     (['field', '--run', 'nowhere'], 'no checkpoint in nowhere: train first'),
     (['field', '--rnu', 'out/small'], 'no option --rnu'),
-    (['probe', '--run', 'README.md'], 'README.md is not a safetensors file'),
-    (['rooms', '--run', 'nowhere'], 'no folder nowhere: fine-tune first'),
-    (['rooms', '--run', 'weights'], 'weights has no adapter of a Spa3-VLM'),
+    (['probe', '--run', 'README.md'], 'README.md is not a .safetensors file'),
+    (['rooms', '--run', 'nowhere'], 'no folder of a run at nowhere: fine-tune first'),
+    (['rooms', '--run', 'weights'], 'weights is no Spa3-VLM'),
     (['ablate', '--arms', 'all'], "invalid choice: 'all'"),
 ])
 def test_bad_input(arguments, message, capsys):

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 import finetune
-from adapter import Chat, SpatialVLM, load_spatial_vlm, load_vlm
+from adapter import SpatialVLM, load_spatial_vlm
+from chat import Chat, load_vlm
 from common import InputError
 from eval import load_answerer
 from finetune import Config, Encoded

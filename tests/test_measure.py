@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from adapter import load_vlm
+from chat import load_vlm
 from data import make_source
 from eval import SHIPPED
 import measure

@@ -239,6 +239,9 @@ def folder(tmp_path):
     (dict(GOOD, conversations=turns(('human', '<image> x'), ('gpt', 'y'), ('human', 'z'))),
      'without an answer'),
     (dict(image='a.png'), 'no list of at least two turns'),
+    (dict(GOOD, conversations=turns(('human', '<image> \ud800'), ('gpt', 'y'))), 'half a char'),
+    (dict(GOOD, conversations=turns(('human', '<image> x'), ('gpt', ['y']))), 'no text under'),
+    (dict(GOOD, image=7), 'not a path'),
     (dict(video='gone', conversations=turns(('human', '<video> x'), ('gpt', 'y'))),
      'missing .*gone'),
     (dict(video='frames', conversations=turns(('human', '<video><video> x'), ('gpt', 'y'))),
@@ -257,6 +260,9 @@ def test_faulty_records(folder, record, fault):
 
 def test_a_good_record_has_no_fault(folder):
     assert record_fault(GOOD, str(folder)) is None
+    counted = dict(GOOD, conversations=turns(('human', '<image>\nHow many?'), ('gpt', 3)))
+    data = Conversations([write(folder, counted)], str(folder))
+    assert data[0]['conversations'][1]['value'] == '3'
     assert 'missing' in record_fault(GOOD, str(folder / 'elsewhere'))
 
 
@@ -286,6 +292,7 @@ def test_records_that_break_when_they_are_read_are_skipped(folder):
     for _ in range(2):
         places = [part[i]['where'] for i in range(3)]
         assert [where[-1] for where in places] == ['3', '3', '3']
+    assert len(list(part)) == 3
     assert len(said) == 2 and 'record 4: ' in said[0] and '(2 so far)' in said[1]
     with pytest.raises(InputError, match='record 4: .*b.png cannot be read.*--skip-bad'):
         Part(data, [3, 2])[0]

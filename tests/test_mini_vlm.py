@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import finetune
 import mini_vlm
-from adapter import load_vlm, to_device
+from chat import load_vlm, to_device
 from common import InputError
 from eval import load_answerer
 from finetune import Encoded, build_model

@@ -4,9 +4,11 @@ import itertools
 import json
 import multiprocessing
 import os
+import random
 import resource
 import subprocess
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -195,7 +197,7 @@ def test_init_begins_with_the_weights_of_another_run(tmp_path, capsys):
     psfm, config = load_psfm(weights)
     assert config.width == 32 and torch.equal(psfm.encoder.queries, before['encoder.queries'])
     options = [*TINY, '--out', str(second)]
-    refuse('README.md is not a safetensors file', main, [*options, '--init', 'README.md'], capsys)
+    refuse('README.md is not a .safetensors file', main, [*options, '--init', 'README.md'], capsys)
     refuse('holds the checkpoint of a PSFM run, not a VGGT', main,
            [*options, '--backbone', str(weights)], capsys)
     refuse('does not fit this PSFM: other shapes for', main,
@@ -340,7 +342,7 @@ def test_bad_backbone_file(tmp_path, capsys):
     options = '--out', str(tmp_path / 'out'), '--backbone'
     path = tmp_path / 'broken.safetensors'
     path.write_text('not weights')
-    refuse('is not a safetensors file', main, [*options, str(path)], capsys)
+    refuse('is not a .safetensors file', main, [*options, str(path)], capsys)
     config = dict(heads=['camera'], width=64, num_heads=2, depth=1, patch_embed='conv',
                   patch_size=8)
     save_file({'something.else': torch.zeros(1)}, path, dict(config=json.dumps(config)))
@@ -417,6 +419,58 @@ def test_a_spoiled_log_does_not_stop_a_resume(tmp_path):
     main([*TINY, '--out', str(out), '--steps', '2', '--resume'])
     lines = (out / 'log.jsonl').read_text().splitlines()
     assert [json.loads(line)['step'] for line in lines] == [1, 1, 2, 2]
+
+
+def test_seconds_are_those_of_all_sessions(tmp_path):
+    out = tmp_path / 'run'
+    main([*TINY, '--out', str(out), '--steps', '1'])
+    state = json.loads((out / 'checkpoint' / 'state.json').read_text())
+    state['metrics']['seconds'] += 1000
+    (out / 'checkpoint' / 'state.json').write_text(json.dumps(state))
+    main([*TINY, '--out', str(out), '--steps', '2', '--resume'])
+    assert 1000 < json.loads((out / 'metrics.json').read_text())['seconds'] < 1100
+    assert 1000 < json.loads((out / 'log.jsonl').read_text().splitlines()[-2])['seconds'] < 1100
+
+
+@pytest.mark.slow
+def test_twenty_kills_leave_no_trace(tmp_path):
+    steps, out = 150, tmp_path / 'killed'
+    options = [*TINY, '--steps', str(steps), '--eval-every', '3']
+    main([*options, '--out', str(tmp_path / 'whole')])
+    dice, sessions = random.Random(0), 0
+    while sessions < 20:
+        resume = ['--resume'] * any(map(os.path.isdir, [out / 'checkpoint', f'{out}/checkpoint.old']))
+        command = [sys.executable, 'train.py', *options, '--out', str(out), *resume]
+        session = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+        while session.poll() is None and not (out / 'log.jsonl').exists():
+            time.sleep(0.1)
+        time.sleep(dice.uniform(0, 6))
+        if session.poll() is not None:      # it came to its end
+            break
+        session.kill()
+        session.wait()
+        sessions += 1
+    if not (out / 'metrics.json').exists():
+        main([*options, '--out', str(out), '--resume'])
+    assert sessions > 10
+    states = [load_file(run / 'checkpoint' / 'model.safetensors')
+              for run in (tmp_path / 'whole', out)]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert losses(out) == losses(tmp_path / 'whole')
+    records = [json.loads(line) for line in (out / 'log.jsonl').read_text().splitlines()]
+    assert [record['step'] for record in records if 'metrics' in record] == [*range(3, steps + 1, 3)]
+
+
+def test_another_number_of_processes_is_refused(tmp_path, capsys, monkeypatch):
+    out = tmp_path / 'run'
+    main([*TINY, '--out', str(out), '--steps', '1'])
+    before = (out / 'log.jsonl').read_text()
+    monkeypatch.setattr('common.PROCESSES', '2')
+    monkeypatch.setattr('common.dist.is_initialized', lambda: True)
+    refuse(f'--resume: {out} was trained by 1 processes, these are 2', main,
+           [*TINY, '--out', str(out), '--steps', '2', '--resume'], capsys)
+    assert (out / 'log.jsonl').read_text() == before
 
 
 def test_a_finished_run_is_not_resumed(tmp_path, capsys):
