@@ -179,50 +179,67 @@ class Found:
         return f'not used: {", ".join(kinds)}' if kinds else ''
 
 
+def photos_inside(folder):
+    """-> the key of LAYOUTS that says where a folder has its photographs, and these; or None, []"""
+    for inside in LAYOUTS:
+        photos = list_photos(os.path.join(folder, inside))
+        if photos:
+            return inside, photos
+    return None, []
+
+
+def add_videos(found, folder, root, say):
+    """Every video directly in a folder is a scene."""
+    for path in list_files(folder):
+        ending = os.path.splitext(path)[1].lower()
+        if ending in UNREAD:
+            found.unused[ending] += 1
+        if ending in VIDEOS:
+            try:
+                frames = list_files(extract_frames(path), PICTURES)
+                found.scenes[os.path.relpath(path, root)] = frames
+            except InputError as error:
+                say(f'{error}; left out')
+
+
+def read_splits(root, lists):
+    """{split: names of scenes}, as far as the files of `lists` are there."""
+    splits = {}
+    for split, name in lists.items():
+        for folder in ('.', *BASES):
+            path = os.path.join(root, folder, name)
+            if split not in splits and os.path.isfile(path):
+                with open(path) as file:
+                    splits[split] = file.read().split()
+    return splits
+
+
 def find_scenes(root, say=print):
     """Scenes in a folder, at any depth: pictures as in LAYOUTS, and videos. -> Found"""
     found, insides = Found(), Counter()
-
-    def add_video(path, name):
-        found.scenes[name] = list_files(extract_frames(path), PICTURES)
-        insides['videos'] += 1
-
     if os.path.isfile(root):
-        add_video(root, os.path.basename(root))
-    for folder, below, names in os.walk(root, followlinks=True):
+        found.scenes[os.path.basename(root)] = list_files(extract_frames(root), PICTURES)
+    for folder, below, _ in os.walk(root, followlinks=True):
         name = scene_name(folder, root)
-        candidates = {inside: list_photos(os.path.join(folder, inside)) for inside in LAYOUTS}
-        inside = next(filter(candidates.get, candidates), None)
+        inside, photos = photos_inside(folder)
         if inside:
-            found.scenes[name] = candidates[inside]
+            found.scenes[name] = photos
             insides[inside] += 1
+        # `below` is where the walk goes on
         below[:] = sorted((x for x in below if not x.startswith('.')), key=natural_order)
         found.unused.update(f'{x}/' for x in below if not is_photo(x))
         below[:] = filter(is_photo, below)
-        if inside not in (None, '.'):  # beside it lie the same pictures in other sizes
-            taken = inside.split('/')[0]
-            found.unused.update(f'{x}/' for x in below if x != taken)
+        if inside in (None, '.'):
+            add_videos(found, folder, root, say)
+        else:                         # beside it lie the same pictures in other sizes
+            found.unused.update(f'{x}/' for x in below if x != inside.split('/')[0])
             below.clear()
         if name.count('/') >= DEEPEST:
             below.clear()
-        for path in list_files(folder) if inside in (None, '.') else []:
-            ending = os.path.splitext(path)[1].lower()
-            if ending in UNREAD:
-                found.unused[ending] += 1
-            if ending in VIDEOS:
-                try:
-                    add_video(path, os.path.relpath(path, root))
-                except InputError as error:
-                    say(f'{error}; left out')
-    if insides:
-        most = insides.most_common(1)[0][0]
-        found.layout, found.lists = LAYOUTS.get(most, ('videos', {}))
-    for split, name in found.lists.items():
-        for folder in ('.', *BASES):
-            path = os.path.join(root, folder, name)
-            if split not in found.splits and os.path.isfile(path):
-                with open(path) as file:
-                    found.splits[split] = file.read().split()
+    insides['videos'] = len(found.scenes) - insides.total()
+    most = insides.most_common(1)[0][0]
+    found.layout, found.lists = LAYOUTS.get(most, ('videos', {}))
+    found.splits = read_splits(root, found.lists)
     return found
 
 
