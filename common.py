@@ -276,18 +276,20 @@ def orthogonalise(matrices):
     is_tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if is_tall else matrices
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for _ in range(5):
+    for _ in range(5):  # x <- 3.4445 x + (-4.775 g + 2.0315 g g) x, with g = x x^T
         gram = x @ x.mT
-        x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
+        gram = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
+        x = torch.baddbmm(x, gram, x, beta=3.4445)
     return x.mT if is_tall else x
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum with an orthogonalised direction (arXiv 2502.16982), scaled to AdamW's updates.
-    Unlike torch.optim.Muon's, all matrices of one shape go together; in fp32 on a CPU."""
+    Unlike torch.optim.Muon's, all matrices of one shape go together, in the run's `dtype`."""
 
-    def __init__(self, params, lr, weight_decay, momentum=0.95):
+    def __init__(self, params, lr, weight_decay, momentum=0.95, dtype=torch.float32):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self):
@@ -308,9 +310,7 @@ class Muon(torch.optim.Optimizer):
             momentum = self.state[p]['momentum']
             momentum.lerp_(p.grad, 1 - group['momentum'])
             directions.append(p.grad.lerp(momentum, group['momentum']))  # Nesterov
-        directions = torch.stack(directions)  # (n, r, c)
-        if directions.is_cuda:
-            directions = directions.bfloat16()
+        directions = torch.stack(directions).to(self.dtype)  # (n, r, c)
         scale = group['lr'] * 0.2 * max(params[0].shape) ** 0.5
         for p, update in zip(params, orthogonalise(directions)):
             p.mul_(1 - group['lr'] * group['weight_decay'])
@@ -320,7 +320,7 @@ class Muon(torch.optim.Optimizer):
 MUON_PLACES = ('blocks.', 'layers.', 'adapter.')  # whose matrices Muon takes
 
 
-def make_optimizers(model, config, device, rate_of=None, fused=True):
+def make_optimizers(model, config, device, dtype=torch.float32, rate_of=None, fused=True):
     """AdamW and, if config.muon_lr > 0, Muon for the matrices of MUON_PLACES. -> list
 
     `rate_of`: name of a parameter -> its peak learning rate under AdamW (default: config.lr).
@@ -343,7 +343,7 @@ def make_optimizers(model, config, device, rate_of=None, fused=True):
     if groups:
         optimizers.append(torch.optim.AdamW(groups, betas=(0.9, config.beta2), fused=fused))
     if matrices:
-        optimizers.append(Muon(matrices, config.muon_lr, config.weight_decay))
+        optimizers.append(Muon(matrices, config.muon_lr, config.weight_decay, dtype=dtype))
     return optimizers
 
 

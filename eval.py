@@ -173,8 +173,8 @@ def load_answerer(run, device, max_pixels=None):
     """
     run = find_file(run)
     if not os.path.isdir(run):
-        raise InputError(f'no folder of a run at {run}: fine-tune first (python finetune.py --config '
-                         'small)')
+        raise InputError(f'no folder of a run at {run}: fine-tune first (python finetune.py '
+                         '--config small)')
     folder = find_checkpoint(run) or run
     if os.path.isfile(os.path.join(folder, 'sight.safetensors')):  # a mini VLM, not fine-tuned
         vlm, chat = load_vlm(folder)

@@ -279,7 +279,7 @@ def train(name, config, data=None, held_out=None):
     if sharded:
         model = shard_model(model)
     optimizers = make_optimizers(
-        model, config, device, fused=not config.shard,
+        model, config, device, dtype, fused=not config.shard,
         rate_of=lambda name: config.adapter_lr if name.startswith('adapter.') else config.lr)
     if config.resume:
         load_optimizers(optimizers, state['folder'])

@@ -117,7 +117,6 @@ def reading_fault(path, changed):
         return str(error)
 
 
-@functools.lru_cache(maxsize=None)
 def media_fault(path, is_video=False, with_header=True):
     """What can be said against a file at a glance, without decoding it, or None."""
     if not os.path.exists(path):

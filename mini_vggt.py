@@ -363,7 +363,7 @@ def train(config, command):
         check_classes(begin_with.config.classes, config.init)
         load_strictly(model.vggt, begin_with.state_dict(), config.init)
     model.to(device).train()
-    optimizers = make_optimizers(model, config, device)
+    optimizers = make_optimizers(model, config, device, dtype)
     if config.resume:
         path = os.path.join(state['folder'], 'trainer.safetensors')
         load_strictly(model, read_weights(path)[0], path)

@@ -451,7 +451,7 @@ def train(config, command):
     model, chat, sight = start(begin_with)
     model.requires_grad_(True).to(device).train()
     sight.to(device)
-    optimizers = make_optimizers(nn.ModuleList([model, sight]), config, device)
+    optimizers = make_optimizers(nn.ModuleList([model, sight]), config, device, dtype)
     if config.resume:
         load_optimizers(optimizers, state['folder'])
     held_out = RoomPictures('val', 0, config.val_scenes)

@@ -9,7 +9,8 @@ keeps the queries.
 
 A *position* is any object with two methods: `rotate(q, k, v)`, applied before
 attention, and `restore(out)`, applied after it. RoPE2D (here) says where a
-patch is in its image. PRoPE (psfm.py) says where it is in space.
+patch is in its image. PRoPE (psfm.py) says where it is in space. Either may be
+given the last rows of all tokens alone.
 
 Shapes, in every file:
     B scenes    V views    Vc context views    H x W pixels    h x w = N patches per view
@@ -121,6 +122,15 @@ def take_views(x, index):
 # -----------------------------------------------------------------------------
 # positions
 
+def turn_pairs(x, cos, sin):
+    """In either half of x (..., d), channel i turns with channel i + d/4.
+
+    `sin` (.., d) has the sign of the direction: -, + (anticlockwise) or +, - in either half.
+    """
+    partner = x.unflatten(-1, (2, 2, -1)).flip(-2).flatten(-3)
+    return torch.addcmul(x * cos, partner, sin)
+
+
 class RoPE2D:
     """2-D rotary positions (RoFormer, arXiv 2104.09864).
 
@@ -131,12 +141,12 @@ class RoPE2D:
     """
 
     def __init__(self, grid, head_dim, num_views=1, special_per_view=0, special_in_front=0,
-                 base=100.0, device=None):
-        """Positions of: `special_in_front` tokens, then `num_views` views,
-        each of `special_per_view` tokens and h w patches.
+                 special_behind=0, base=100.0, device=None):
+        """Positions of: `special_in_front` tokens, then `num_views` views, each of
+        `special_per_view` tokens and h w patches, then `special_behind` tokens.
 
         VGGT has a camera token and registers in every view. Spa3R's encoder
-        has registers and queries once, in front of all views.
+        has registers in front of all views, and its queries behind them.
         """
         # the place of every token
         h, w = grid
@@ -146,21 +156,19 @@ class RoPE2D:
         place = torch.stack([y, x], -1).flatten(0, 1).float()  # (N, 2)
         place = F.pad(place, (0, 0, special_per_view, 0))  # (P, 2)
         place = place.repeat(num_views, 1)  # (V P, 2)
-        place = F.pad(place, (0, 0, special_in_front, 0))  # (tokens, 2)
+        place = F.pad(place, (0, 0, special_in_front, special_behind))  # (tokens, 2)
 
         # how far each pair of channels turns
         exponent = torch.arange(0, head_dim // 2, 2, device=device) / (head_dim // 2)
         frequency = base ** -exponent  # (d/4,)
         angle = place[:, :, None] * frequency  # (tokens, 2, d/4)
-        angle = torch.cat([angle, angle], dim=-1).flatten(1)  # (tokens, d)
-        self.cos = angle.cos()
-        self.sin = angle.sin()
+        self.cos = torch.cat([angle.cos(), angle.cos()], dim=-1).flatten(1)  # (tokens, d)
+        self.sin = torch.cat([-angle.sin(), angle.sin()], dim=-1).flatten(1)
 
     def turn(self, x):
         """x (B, nh, tokens, d), anticlockwise."""
-        # channel i turns with channel i + d/4, in either half
-        y1, y2, x1, x2 = x.chunk(4, dim=-1)
-        return x * self.cos + torch.cat([-y2, y1, -x2, x1], dim=-1) * self.sin
+        last = x.shape[2]
+        return turn_pairs(x, self.cos[-last:], self.sin[-last:])
 
     def rotate(self, q, k, v):
         return self.turn(q), self.turn(k), v
@@ -202,14 +210,16 @@ class Attention(nn.Module):
         self.k_norm = qk_norm(dim // num_heads) if qk_norm else None
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x, position=None, num_context=None):
-        """x (B, tokens, dim) -> the same shape.
+    def forward(self, x, position=None, num_context=None, num_kept=None):
+        """x (B, tokens, dim) -> (B, tokens, dim), or its last `num_kept` tokens alone.
 
         The first `num_context` tokens attend only to each other (split_attention).
         """
         B, tokens, dim = x.shape
         qkv = self.qkv(x).view(B, tokens, 3, self.num_heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (B, nh, tokens, d)
+        if num_kept is not None:
+            q = q[:, :, -num_kept:]
 
         # Norms and rotations are done in fp32. The kernel gets the dtype that
         # it is fast in: v's on a GPU, fp32 on a CPU, where the fused backward
@@ -231,7 +241,7 @@ class Attention(nn.Module):
                 out = split_attention(q, k, v, num_context)
         if position is not None:
             out = position.restore(out)
-        return self.proj(out.transpose(1, 2).reshape(B, tokens, dim))
+        return self.proj(out.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -267,8 +277,11 @@ class Block(nn.Module):
         self.mlp = MLP(dim, 4 * dim, dim)
         self.ls2 = LayerScale(dim, layer_scale) if layer_scale else nn.Identity()
 
-    def forward(self, x, position=None, num_context=None):
-        x = x + self.ls1(self.attn(self.norm1(x), position, num_context))
+    def forward(self, x, position=None, num_context=None, num_kept=None):
+        attended = self.attn(self.norm1(x), position, num_context, num_kept)
+        if num_kept is not None:
+            x = x[:, -num_kept:]
+        x = x + self.ls1(attended)
         return x + self.ls2(self.mlp(self.norm2(x)))
 
 
@@ -289,17 +302,18 @@ class Transformer(nn.Module):
     def num_registers(self):
         return self.register_tokens.shape[1]
 
-    def forward(self, x, position, keep=slice(None)):
-        """x (B, tokens, D) -> the rows `keep` of the output, (B, kept, D).
+    def forward(self, x, position, num_kept):
+        """x (B, tokens, D) -> the last `num_kept` tokens of the output, (B, num_kept, D).
 
-        `position` counts the registers, which come first. `keep` does not.
+        `position` counts the registers, which come first. From the last block on, what does
+        not leave is not computed: it only serves as keys and values.
         """
         registers = self.register_tokens.expand(len(x), -1, -1).to(x.dtype)
         x = torch.cat([registers, x], dim=1)  # (B, R + tokens, D)
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             x = block(x, position)
-        x = x[:, self.num_registers:]  # (B, tokens, D)
-        return self.norm(x[:, keep])
+        x = self.blocks[-1](x, position, num_kept=num_kept)
+        return self.norm(x)
 
 
 def init_linear(module):
@@ -356,8 +370,7 @@ class Encoder(nn.Module):
         Q = len(self.queries)
         patches = self.projection(features).flatten(1, 2)  # (B, Vc N, D)
         queries = self.queries.expand(B, -1, -1).to(patches.dtype)  # (B, Q, D)
-        x = torch.cat([queries, patches], dim=1)  # (B, Q + Vc N, D)
-        in_front = self.transformer.num_registers + Q
-        position = RoPE2D(grid, self.head_dim, num_views=Vc, special_in_front=in_front,
-                          device=x.device)
-        return self.transformer(x, position, keep=slice(0, Q))  # (B, Q, D)
+        x = torch.cat([patches, queries], dim=1)  # (B, Vc N + Q, D)
+        position = RoPE2D(grid, self.head_dim, num_views=Vc, special_behind=Q,
+                          special_in_front=self.transformer.num_registers, device=x.device)
+        return self.transformer(x, position, num_kept=Q)  # (B, Q, D)

@@ -30,7 +30,7 @@ from PIL import Image
 
 from common import InputError, find_checkpoint, find_file, load_strictly, opt, read_weights
 from model import (MLP, Encoder, Transformer, camera_rays, full_precision, init_linear,
-                   invert_pose, take_views, to_4x4)
+                   invert_pose, take_views, to_4x4, turn_pairs)
 from vggt import VGGT
 
 FROZEN = ('backbone.', 'teacher.')    # never in a checkpoint: loaded from where they came from
@@ -108,17 +108,16 @@ class PRoPE:
         the next d/4 turn with the patch's column, the last d/4 with its row: q, k and v
         one way, and the output back.
 
-    The first `num_world` tokens (registers and latents) are in the world's
+    The tokens in front of the N rays (registers and latents) are in the world's
     frame: P is the identity. All matrices are made once per forward pass, in
     fp32, and need no GPU sync.
     """
 
     @full_precision
-    def __init__(self, extrinsics, intrinsics, size, grid, head_dim, num_world, base=100.0):
+    def __init__(self, extrinsics, intrinsics, size, grid, head_dim, base=100.0):
         """extrinsics (n, 3, 4), intrinsics (n, 3, 3) in pixels of images of `size` = (H, W)."""
         H, W = size
         h, w = grid
-        self.num_world = num_world
 
         # normalised intrinsics: focal length / image size, principal point from the center
         fx = intrinsics[:, 0, 0] / W
@@ -142,22 +141,22 @@ class PRoPE:
         place = torch.stack([x, x, y, y], -1).flatten(0, 1)  # (N, 4)
         frequency = base ** (-torch.arange(head_dim // 8, device=fx.device) / (head_dim // 8))
         angle = place[..., None] * frequency  # (N, 4, d/8)
-        angle = angle.flatten(1)  # (N, d/2)
-        self.cos = angle.cos()
-        self.sin = angle.sin()
+        sin = angle.sin()
+        sin[:, 1::2].neg_()  # clockwise: RoPE2D turns the other way
+        self.cos = angle.cos().flatten(1)  # (N, d/2)
+        self.sin = sin.flatten(1)
 
     def transform(self, x, matrix, sin):
-        """x (n, nh, tokens, d) -> the same shape, in fp32. World tokens stay as they are."""
-        world = x[:, :, :self.num_world].float()
-        rays = x[:, :, self.num_world:].float()  # (n, nh, N, d)
-        n, nh, N, d = rays.shape
+        """x (n, nh, tokens, d) -> the same shape, in fp32. World tokens, of which there may be
+        none, come first and stay as they are."""
+        N = len(sin)
+        world = x[:, :, :-N].float()
+        rays = x[:, :, -N:].float()  # (n, nh, N, d)
+        n, nh, _, d = rays.shape
         projected, turned = rays.split(d // 2, dim=-1)
         projected = projected.reshape(n, nh, -1, 4) @ matrix  # (n, nh, N d/8, 4)
         projected = projected.view(n, nh, N, d // 2)
-        a, b, c, e = turned.chunk(4, dim=-1)
-        # clockwise: the opposite direction from RoPE2D
-        turned = turned * self.cos + torch.cat([b, -a, e, -c], dim=-1) * sin
-        rays = torch.cat([projected, turned], dim=-1)
+        rays = torch.cat([projected, turn_pairs(turned, self.cos, sin)], dim=-1)
         return torch.cat([world, rays], dim=2)
 
     @full_precision
@@ -196,7 +195,6 @@ class FieldDecoder(nn.Module):
         `size` = (H, W) in pixels, `grid` = (h, w) in patches.
         """
         B, V = extrinsics.shape[:2]
-        Q = z.shape[1]
 
         # one ray token per patch
         rays = F.normalize(camera_rays(intrinsics, size, grid), dim=-1)  # (B, V, N, 3)
@@ -208,9 +206,8 @@ class FieldDecoder(nn.Module):
 
         extrinsics = extrinsics.flatten(0, 1).float()  # (B V, 3, 4)
         intrinsics = intrinsics.flatten(0, 1).float()  # (B V, 3, 3)
-        num_world = self.transformer.num_registers + Q
-        position = PRoPE(extrinsics, intrinsics, size, grid, self.head_dim, num_world)
-        x = self.transformer(x, position, keep=slice(Q, None))  # (B V, N, D)
+        position = PRoPE(extrinsics, intrinsics, size, grid, self.head_dim)
+        x = self.transformer(x, position, num_kept=rays.shape[1])  # (B V, N, D)
         return x.unflatten(0, (B, V))  # (B, V, N, D)
 
 

@@ -178,8 +178,8 @@ def open_spatial_vlm(folder, max_pixels=None):
         return load_spatial_vlm(folder, max_pixels=max_pixels)
     ours = released_adapter(state)
     if 'attention.q_norm.weight' not in ours:
-        raise InputError(f'{folder} is no Spa3-VLM: neither a run of finetune.py (spatial_vlm.json) '
-                         'nor a folder of the release (weights geom_cross_attention.*)')
+        raise InputError(f'{folder} is no Spa3-VLM: neither a run of finetune.py '
+                         '(spatial_vlm.json) nor the release (weights geom_cross_attention.*)')
     vlm, chat = load_vlm(folder, max_pixels=max_pixels, leave=('geometry_', 'geom_', 'ln.'))
     hidden, latent_width = ours['projector.fc1.weight'].shape
     adapter = Adapter(latent_width, hidden, hidden // len(ours['attention.q_norm.weight']))

@@ -315,7 +315,7 @@ def train(name, config):
     source = make_source(config, 'train', multiple, device, rank, world_size, say, kept)
     held_out = make_source(config, 'val', multiple, device, say=quiet, kept=kept)
     log = open_run(config, first, is_main)
-    optimizers = make_optimizers(psfm, config, device)
+    optimizers = make_optimizers(psfm, config, device, dtype)
     if config.resume:
         load_strictly(psfm, weights, state['folder'], skip=FROZEN)
         load_optimizers(optimizers, state['folder'])

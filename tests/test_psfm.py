@@ -50,7 +50,7 @@ def test_masks():
 def test_prope_is_rope_within_one_view_and_relative_across_cameras():
     q, k, v = torch.randn(3, 2, 2, 6, 16)
     extrinsics, intrinsics = random_extrinsics(2), INTRINSICS.expand(2, 3, 3)
-    prope = PRoPE(extrinsics, intrinsics, SIZE, GRID, 16, num_world=0)
+    prope = PRoPE(extrinsics, intrinsics, SIZE, GRID, 16)
     rq, rk, rv = prope.rotate(q, k, v)
     # rays of one view share P, which cancels: q^T P P^-1 k
     scores = rq[..., :8] @ rk[..., :8].transpose(-1, -2)
@@ -63,13 +63,13 @@ def test_prope_is_rope_within_one_view_and_relative_across_cameras():
         return rq[0] @ rk[1].transpose(-1, -2)
 
     moved = (to_4x4(extrinsics) @ to_4x4(random_extrinsics(1)))[:, :3]
-    moved = PRoPE(moved, intrinsics, SIZE, GRID, 16, num_world=0)
+    moved = PRoPE(moved, intrinsics, SIZE, GRID, 16)
     assert torch.allclose(across(prope), across(moved), rtol=1e-3, atol=1e-2)
 
 
 def test_prope_leaves_world_tokens_alone():
     qkv = torch.randn(3, 1, 2, 9, 16)
-    prope = PRoPE(random_extrinsics(1), INTRINSICS[None], SIZE, GRID, 16, num_world=3)
+    prope = PRoPE(random_extrinsics(1), INTRINSICS[None], SIZE, GRID, 16)
     for before, after in zip(qkv, prope.rotate(*qkv)):
         assert torch.equal(before[:, :, :3], after[:, :, :3])
         assert not torch.allclose(before[:, :, 3:], after[:, :, 3:])

@@ -145,5 +145,5 @@ def test_released_vlm(released, tmp_path):
 
     del state['geom_cross_attention.q_norm.weight']
     write()
-    with pytest.raises(InputError, match='no adapter of a Spa3-VLM'):
+    with pytest.raises(InputError, match='is no Spa3-VLM'):
         open_spatial_vlm(str(tmp_path))
