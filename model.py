@@ -127,8 +127,8 @@ def turn_pairs(x, cos, sin):
 
     `sin` (.., d) has the sign of the direction: -, + (anticlockwise) or +, - in either half.
     """
-    partner = x.unflatten(-1, (2, 2, -1)).flip(-2).flatten(-3)
-    return torch.addcmul(x * cos, partner, sin)
+    a, b, c, d = x.chunk(4, dim=-1)
+    return torch.addcmul(x * cos, torch.cat([b, a, d, c], dim=-1), sin)
 
 
 class RoPE2D:

@@ -97,6 +97,13 @@ def lift(fx, fy, cx, cy):
     return torch.stack(rows, -1).view(-1, 4, 4)
 
 
+def block_diagonal(matrices, times):
+    """(n, 4, 4) -> (n, 1, 4 times, 4 times): one product for all groups of four channels."""
+    eye = torch.eye(times, device=matrices.device)
+    blocks = eye[:, None, :, None] * matrices[:, None, :, None, :]  # (n, times, 4, times, 4)
+    return blocks.flatten(3).flatten(1, 2)[:, None]
+
+
 class PRoPE:
     """Cameras as relative positions (arXiv 2507.10496), for world tokens and the rays of one view.
 
@@ -130,9 +137,10 @@ class PRoPE:
 
         # Tokens are row vectors: to apply M, x is multiplied by M^T. For q (M = P^T) that is P,
         # for k and v (M = P^-1) it is P^-T, for the output (M = P) it is P^T.
-        self.q_matrix = P[:, None]  # (n, 1, 4, 4)
-        self.kv_matrix = P_inverse.transpose(1, 2)[:, None]
-        self.out_matrix = P.transpose(1, 2)[:, None]
+        groups = head_dim // 8
+        self.q_matrix = block_diagonal(P, groups)  # (n, 1, d/2, d/2)
+        self.kv_matrix = block_diagonal(P_inverse.transpose(1, 2), groups)
+        self.out_matrix = block_diagonal(P.transpose(1, 2), groups)
 
         # the angle of every patch, which counts from 0 here: columns, then rows
         rows = torch.arange(h, device=fx.device)
@@ -152,11 +160,8 @@ class PRoPE:
         N = len(sin)
         world = x[:, :, :-N].float()
         rays = x[:, :, -N:].float()  # (n, nh, N, d)
-        n, nh, _, d = rays.shape
-        projected, turned = rays.split(d // 2, dim=-1)
-        projected = projected.reshape(n, nh, -1, 4) @ matrix  # (n, nh, N d/8, 4)
-        projected = projected.view(n, nh, N, d // 2)
-        rays = torch.cat([projected, turn_pairs(turned, self.cos, sin)], dim=-1)
+        projected, turned = rays.chunk(2, dim=-1)  # (n, nh, N, d/2)
+        rays = torch.cat([projected @ matrix, turn_pairs(turned, self.cos, sin)], dim=-1)
         return torch.cat([world, rays], dim=2)
 
     @full_precision
