@@ -19,7 +19,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from torch.utils.benchmark import Timer
 
 
 PROCESSES = os.environ.get('WORLD_SIZE', '1')  # that torchrun started
@@ -172,6 +171,7 @@ def pick_dtype(name, device):
         return torch.bfloat16, 'the GPU has it'
     if device.type != 'cpu':
         return torch.float32, 'this GPU has no bf16'
+    from torch.utils.benchmark import Timer  # takes a while to import
     # median time of a matrix product of the size that `small` spends its time in
     median = {}
     for dtype in (torch.float32, torch.bfloat16):

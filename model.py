@@ -180,8 +180,6 @@ class RoPE2D:
 # -----------------------------------------------------------------------------
 # transformer
 
-# torch.compile cannot size the slice `c:` when the number of views varies. SDPA is fused anyway.
-@torch.compiler.disable
 def split_attention(q, k, v, num_context):
     """Asymmetric attention: context queries see the context's keys, the others see all keys.
 
@@ -337,6 +335,10 @@ def compile_blocks(model):
     """torch.compile, block by block: the layers of a stack share the code, at any view count."""
     # several kinds of stacks share this code, with and without gradients
     torch._dynamo.config.recompile_limit = 64
+    # the slice `c:` has no size that the compiler could know; SDPA is fused anyway. Not a decorator:
+    # that would import the compiler, a second, into every run
+    global split_attention
+    split_attention = torch.compiler.disable(split_attention)
     for module in model.modules():
         if isinstance(module, Block):
             module.compile(dynamic=True)
