@@ -16,8 +16,10 @@ scene once.
     n image tokens of a sample    h width of the VLM    L latents (Q in model.py), D their width
     T tokens of a sample          nh heads of the adapter
 """
+import copy
 import functools
 import hashlib
+import inspect
 import os
 
 import torch
@@ -26,7 +28,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from chat import load_vlm
+from chat import load_vlm, to_device
 from common import InputError, load_strictly, read_json, read_weights, without_prefix, write_json
 from model import MLP
 from psfm import fit_pictures, untrained_like
@@ -175,6 +177,80 @@ class SpatialVLM(nn.Module):
             for name, p in self.vlm.named_parameters():
                 p.requires_grad_('.lora_' in name)
         return self
+
+
+class Reading:
+    """Scenes that a SpatialVLM has read once, to be asked about as often as one likes.
+
+    All questions about a scene begin with its pictures. Their keys and values are computed here
+    and shared: the answers are those of `generate`, in a fraction of the time.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model, chat, scenes, z, autocast):
+        """scenes: lists of PIL images, as many of the same sizes in each; z: latents, or None."""
+        from transformers import DynamicCache
+        self.model, self.chat, self.autocast = model, chat, autocast
+        self.device = next(model.parameters()).device
+        self.images = '<image>' * len(scenes[0])
+        items = []
+        for pictures in scenes:
+            item = self.encode('', pictures)
+            end = self.end_of_images(item['input_ids'])
+            items.append(dict(item, input_ids=item['input_ids'][:end], labels=item['labels'][:end]))
+        if len({len(item['input_ids']) for item in items}) > 1:
+            raise InputError('scenes whose pictures differ in number or size are asked one by one')
+        batch = to_device(chat.batch(items), model.vlm, self.device)
+        del batch['labels']
+        known = inspect.signature(model.vlm.forward).parameters
+        self.name = 'cache' if 'cache' in known else 'past_key_values'  # before transformers 5.24
+        self.cache = DynamicCache(config=model.vlm.config.get_text_config())
+        with autocast:
+            model(latents=z, use_cache=True, logits_to_keep=1, **{self.name: self.cache}, **batch)
+        B, self.length = batch['input_ids'].shape
+        self.next_position = torch.full((B,), self.length, device=self.device)
+        if 'position_ids' in batch:  # Qwen2-VL counts a picture's sides, not its tokens
+            self.next_position = batch['position_ids'].amax((0, 2)) + 1
+
+    def encode(self, question, pictures=()):
+        turn = {'from': 'human', 'value': self.images + question}
+        return self.chat.encode(dict(images=pictures, conversations=[turn]))
+
+    def end_of_images(self, ids):
+        return len(ids) - ids[::-1].index(self.chat.image_token_id)
+
+    @torch.no_grad()
+    def answer(self, questions, max_new_tokens):
+        """[(number of the scene, question)] -> greedy answers."""
+        rows = []
+        for _, question in questions:
+            ids = self.encode(question)['input_ids']
+            ids = ids[self.end_of_images(ids):]
+            rows.append(dict(input_ids=ids, labels=ids))
+        batch = self.chat.batch(rows, left=True)
+        ids, mask = [batch[name].to(self.device) for name in ('input_ids', 'attention_mask')]
+        scene = torch.tensor([number for number, _ in questions], device=self.device)
+        place = self.next_position[scene, None] + (mask.cumsum(1) - 1).clamp(min=0)
+        mask = F.pad(mask, (self.length, 0), value=1)
+        cache = copy.deepcopy(self.cache)
+        cache.batch_select_indices(scene)
+
+        tokenizer = self.chat.tokenizer
+        is_done = torch.zeros(len(ids), dtype=torch.bool, device=self.device)
+        answers = []
+        for _ in range(max_new_tokens):
+            with self.autocast:
+                outputs = self.model.vlm(
+                    input_ids=ids, attention_mask=mask, position_ids=place, use_cache=True,
+                    logits_to_keep=1, **{self.name: cache})
+            new = outputs.logits[:, -1].argmax(-1).masked_fill(is_done, tokenizer.pad_token_id)
+            answers.append(new)
+            is_done |= new == tokenizer.eos_token_id
+            if is_done.all():
+                break
+            ids, place, mask = new[:, None], place[:, -1:] + 1, F.pad(mask, (0, 1), value=1)
+        texts = tokenizer.batch_decode(torch.stack(answers, 1), skip_special_tokens=True)
+        return [text.strip() for text in texts]
 
 
 def add_lora(vlm, rank):

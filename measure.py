@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from adapter import answer_loss
-from benchmarks import BENCHMARKS, aggregate, generate, relative_accuracy, score
+from adapter import Reading, answer_loss
+from benchmarks import BENCHMARKS, aggregate, relative_accuracy, score
 from common import step_generator
 from model import take_views
 from psfm import context_index, random_view_mask
@@ -337,7 +337,7 @@ def score_answer(record, output):
 
 
 def answer_rooms(model, chat, latents, held_out, train_data, autocast, shuffled=False,
-                 maps_only=False, batch=32):
+                 maps_only=False, batch=64):
     """Asks every question about the held-out rooms, on its own, and for the map of each room.
 
     -> {task: percent, 'overall', 'map': percent of map_score, 'scores': [[question_type, room,
@@ -348,23 +348,22 @@ def answer_rooms(model, chat, latents, held_out, train_data, autocast, shuffled=
     was_training = model.training
     model.eval()
 
-    def ask(questions, max_new_tokens):
-        """[(room, prompt)] -> answers"""
-        answers = []
-        for start in tqdm(range(0, len(questions), batch), 'asking', leave=False, disable=None):
-            items, scenes = [], []
-            for room, text in questions[start:start + batch]:
-                turn = {'from': 'human', 'value': '<image>' * held_out.VIEWS + text}
-                items.append(dict(images=held_out.pictures(room), conversations=[turn]))
-                other = (room + 1) % len(held_out) if shuffled else room
-                scenes.append(held_out.pictures(other))
-            z = latents(scenes) if latents else None
-            answers += generate(model, chat, z, items, autocast, max_new_tokens)
-        return answers
-
     records = [] if maps_only else held_out.records
-    answers = ask([(record['room'], as_prompt(record)) for record in records], 16)
-    drawn = ask([(room, text) for room, (text, _) in enumerate(held_out.maps)], 160)
+    answers, drawn = [], []
+    for start in tqdm(range(0, len(held_out), batch), 'asking', leave=False, disable=None):
+        rooms = range(start, min(start + batch, len(held_out)))
+        scenes = [held_out.pictures(room) for room in rooms]
+        z = None
+        if latents:
+            others = [(room + 1) % len(held_out) if shuffled else room for room in rooms]
+            z = latents([held_out.pictures(room) for room in others])
+        reading = Reading(model, chat, scenes, z, autocast)
+        due = [(record['room'] - start, as_prompt(record)) for record in records
+               if record['room'] in rooms]  # records are sorted by room
+        for i in range(0, len(due), batch):
+            answers += reading.answer(due[i:i + batch], 16)
+        maps = [held_out.maps[room][0] for room in rooms]
+        drawn += reading.answer(list(enumerate(maps)), 160)
     model.train(was_training)
 
     def score_all(records, answers):

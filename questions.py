@@ -39,11 +39,8 @@ def corners(rooms, room):
 
 
 def gaps(outlines):
-    """Metres between the closest points of every two pieces, (K, 4, 2) -> (K, K).
-
-    All stand on the floor and none touch: the gap is that between the outlines, from a corner of
-    one to an edge of the other.
-    """
+    """Metres between the outlines of every two pieces, (K, 4, 2) -> (K, K): as none touch, from a
+    corner of one to an edge of the other."""
     a = outlines[:, None, :, None]  # (K, 1, 4, 1, 2)
     b = outlines.roll(-1, dims=1)[:, None, :, None]  # edges go from a to b
     p = outlines[None, :, None]  # (1, K, 1, 4, 2)
@@ -105,13 +102,16 @@ class Scene:
 
     def triples(self):
         """Every three unique pieces that are neither too close to each other nor too far."""
-        near = (self.gap > 0.3) & (self.gap < 5)
-        for (a, i), (b, j), (c, k) in itertools.permutations(self.unique.items(), 3):
-            if near[i, j] and near[i, k] and near[j, k]:
-                start, face, point = self.place[i], self.place[j], self.place[k]
-                yield Triple(a, b, c, turn_angle(start, face, point).item(),
-                             turn_angle(start, face, self.outlines[k]).tolist(),
-                             turn_angle(face, 2 * face - start, point).item())
+        near, piece = ((self.gap > 0.3) & (self.gap < 5)).tolist(), self.unique
+        triples = [triple for triple in itertools.permutations(piece, 3)
+                   if all(near[piece[a]][piece[b]] for a, b in itertools.combinations(triple, 2))]
+        rows = [[piece[name] for name in triple] for triple in triples]
+        i, j, k = torch.tensor(rows, dtype=torch.long).view(-1, 3).T
+        start, face, point = self.place[i], self.place[j], self.place[k]  # (triples, 2)
+        angle = turn_angle(start, face, point).tolist()
+        to_corners = turn_angle(start[:, None], face[:, None], self.outlines[k]).tolist()
+        turn = turn_angle(face, 2 * face - start, point).tolist()
+        return [Triple(*names, *x) for names, *x in zip(triples, angle, to_corners, turn)]
 
 
 # -----------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """The adapter behind five families of VLMs: identity at step 0, no mixing of samples, generation
 with and without cache, save and load; conversations as the VLM reads them; latents once a scene."""
+import contextlib
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +9,9 @@ from PIL import Image
 from transformers import (AutoModelForImageTextToText, InternVLConfig, LlavaOnevisionConfig,
                           Qwen2_5_VLConfig, Qwen3VLConfig, SmolVLMConfig)
 
-from adapter import (SceneLatents, SpatialVLM, answer_loss, build_adapter, load_spatial_vlm,
+from adapter import (Reading, SceneLatents, SpatialVLM, answer_loss, build_adapter, load_spatial_vlm,
                      save_spatial_vlm)
+from benchmarks import generate
 from chat import Chat, load_vlm, to_device
 from common import InputError
 from mini_vlm import Sight, build_tokenizer, build_vlm, save_mini_vlm
@@ -274,6 +277,35 @@ def test_special_tokens_in_a_text_are_text(mini):
         assert encoded['input_ids'].count(chat.image_token_id) == 16
         assert encoded['input_ids'].count(ends) == plain['input_ids'].count(ends)
         assert sum(label != -100 for label in encoded['labels']) > 2
+
+
+@pytest.mark.parametrize('with_latents', [False, True])
+def test_questions_that_share_their_pictures_get_the_same_answers(mini, with_latents):
+    """Reading against generate: any order, several lengths, several scenes, asked twice."""
+    vlm, chat, folder = mini
+    torch.manual_seed(0)
+    adapter = build_adapter(vlm, 16) if with_latents else None
+    if adapter:
+        torch.nn.init.normal_(adapter.mlp.fc2.weight)
+    model = SpatialVLM(load_vlm(folder)[0], adapter).eval()
+    for p in model.vlm.parameters():  # one that says something
+        if p.ndim == 2:
+            torch.nn.init.normal_(p, std=0.3)
+    scenes = [PICTURES[:2], PICTURES[1:]]
+    z = list(torch.randn(2, 5, 16)) if with_latents else None
+    questions = [(1, COUNT), (0, SIDE), (0, 'table ball table ' + COUNT), (1, SIDE), (0, COUNT)]
+    expected = []
+    for scene, question in questions:
+        item = dict(talk(f'<image><image>{question}'), images=scenes[scene])
+        expected += generate(model, chat, z and [z[scene]], [item], contextlib.nullcontext(), 8)
+    reading = Reading(model, chat, scenes, z, contextlib.nullcontext())
+    assert reading.answer(questions, 8) == expected
+    assert reading.answer(questions[:2], 8) == expected[:2]
+    assert len(set(expected)) >= 3
+    assert any(len(answer.split()) > 2 for answer in expected)
+    large = [picture.resize((64, 128)) for picture in PICTURES[:2]]
+    with pytest.raises(InputError, match='differ in number or size'):
+        Reading(model, chat, [PICTURES[:2], large], None, contextlib.nullcontext())
 
 
 def test_padding_is_right_to_train_and_left_to_continue(mini):

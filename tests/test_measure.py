@@ -124,16 +124,18 @@ def test_right_answers_score_in_full_and_wrong_ones_do_not(rooms, monkeypatch):
     def room_of(pictures):
         return looked_at.index([image.tobytes() for image in pictures])
 
-    def generate(model, chat, z, items, autocast, max_new_tokens):
-        """What is true of the room that the latents are of."""
-        answers = []
-        for item, scene in zip(items, z, strict=True):
-            text = item['conversations'][0]['value'].replace('<image>', '')
-            given.append((room_of(item['images']), room_of(scene)))
-            answers.append(truths.get((room_of(scene), text), ''))
-        return answers
+    class Reading:
+        """Answers with what is true of the room that the latents are of."""
 
-    monkeypatch.setattr(measure, 'generate', generate)
+        def __init__(self, model, chat, scenes, z, autocast):
+            given.extend((room_of(shown), room_of(latent)) for shown, latent in zip(scenes, z))
+            self.latents = z
+
+        def answer(self, questions, max_new_tokens):
+            return [truths.get((room_of(self.latents[scene]), text), '')
+                    for scene, text in questions]
+
+    monkeypatch.setattr(measure, 'Reading', Reading)
     asked = torch.nn.Linear(1, 1), None, lambda scenes: scenes, held_out, train, NO_AUTOCAST
     metrics = answer_rooms(*asked)
     assert metrics['overall'] == metrics['map'] == 100
