@@ -29,7 +29,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from chat import load_vlm, to_device
-from common import InputError, load_strictly, read_json, read_weights, without_prefix, write_json
+from common import (InputError, autocast_on, load_strictly, read_json, read_weights,
+                    without_prefix, write_json)
 from model import MLP
 from psfm import fit_pictures, untrained_like
 
@@ -332,11 +333,11 @@ class SceneLatents:
           backbone  no encoder: the backbone's features, standardised, mean over 2 x 2 patches
 
     A file's name is a hash of the weights that z depends on, the kind, and the pixels: no stale
-    file is ever used. `folder` None: nothing is kept.
+    file is ever used. `folder` None: nothing is kept. `dtype`: bfloat16 computes under autocast.
     """
 
-    def __init__(self, kind, psfm, config, folder=None, say=print):
-        self.kind, self.folder, self.say = kind, folder, say
+    def __init__(self, kind, psfm, config, folder=None, say=print, dtype=torch.float32):
+        self.kind, self.folder, self.say, self.dtype = kind, folder, say, dtype
         self.image_width = config.image_width
         self.width = psfm.backbone.feature_dim if kind == 'backbone' else config.width
         self.found = self.computed = 0
@@ -349,6 +350,8 @@ class SceneLatents:
         for name, tensor in {**state, **psfm.encoder.state_dict(prefix='encoder.')}.items():
             weights.update(name.encode() + tensor.detach().cpu().float().numpy().tobytes())
         self.key = f'{kind} {weights.hexdigest()} {self.image_width}'
+        if dtype != torch.float32:
+            self.key += f' {dtype}'
 
     def to(self, device):
         self.psfm.to(device)
@@ -358,9 +361,10 @@ class SceneLatents:
     def compute(self, images):
         """(B, V, 3, H, W) uint8 -> (B, L, D) fp16, on the CPU."""
         images = images.to(self.psfm.geo_mean.device).float() / 255
-        if self.kind != 'backbone':
-            return self.psfm.latents(images).half().cpu()
-        views = self.psfm.backbone(images)
+        with autocast_on(images.device, self.dtype):
+            if self.kind != 'backbone':
+                return self.psfm.latents(images).half().cpu()
+            views = self.psfm.backbone(images)
         x = self.psfm.standardise('geo', views.features)  # (B, V, N, 2C)
         x = x.flatten(0, 1).transpose(1, 2).unflatten(2, views.grid)  # (B V, 2C, h, w)
         x = F.avg_pool2d(x, 2, ceil_mode=True).flatten(2).transpose(1, 2)  # (B V, N/4, 2C)

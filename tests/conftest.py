@@ -8,6 +8,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 def pytest_configure(config):
     config.addinivalue_line('markers', 'slow: takes more than about 8 seconds on one core')
+    config.addinivalue_line('markers', 'gpu: needs a CUDA GPU')
 
 
 @pytest.fixture(scope='session')
