@@ -408,7 +408,7 @@ def find_checkpoint(run):
 
 # options that may change between a run and its continuation
 FREE = {'resume', 'out', 'device', 'eval_every', 'log_every', 'compile', 'steps', 'dtype',
-        'workers', 'cache'}
+        'workers', 'cache', 'checkpointing'}
 
 
 def check_same(folder, theirs, config, free):

@@ -22,6 +22,7 @@ import functools
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 # ImageNet mean and deviation, as DINO and VGGT expect
 IMAGE_STATISTICS = {'mean': [0.485, 0.456, 0.406], 'std': [0.229, 0.224, 0.225]}
@@ -295,6 +296,7 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(
             Block(dim, num_heads, qk_norm=nn.RMSNorm) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.checkpointing = False  # True: activations inside blocks are computed twice, not kept
 
     @property
     def num_registers(self):
@@ -308,9 +310,13 @@ class Transformer(nn.Module):
         """
         registers = self.register_tokens.expand(len(x), -1, -1).to(x.dtype)
         x = torch.cat([registers, x], dim=1)  # (B, R + tokens, D)
-        for block in self.blocks[:-1]:
-            x = block(x, position)
-        x = self.blocks[-1](x, position, num_kept=num_kept)
+        for block in self.blocks:
+            leaves = num_kept if block is self.blocks[-1] else None
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, position, num_kept=leaves, use_reentrant=False,
+                               preserve_rng_state=False)
+            else:
+                x = block(x, position, num_kept=leaves)
         return self.norm(x)
 
 

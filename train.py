@@ -82,6 +82,8 @@ class Config(PSFMConfig):
     device: str = opt('auto', 'auto | cpu | cuda | mps')
     dtype: str = opt('auto', 'auto | float32 | bfloat16 (autocast)',
                      choices=('auto', 'float32', 'bfloat16'))
+    checkpointing: bool = opt(False, 'compute activations twice instead of keeping them: half the '
+                              'memory, a fifth more time')
     compile: bool = opt(None, 'torch.compile the blocks; None: on a CUDA GPU only')
     resume: bool = opt(False, 'continue from <out>/checkpoint')
 
@@ -175,6 +177,8 @@ STATISTICS = 4
 def build_model(config, dtype, device):
     """-> PSFM on the device, with the weights of --init"""
     psfm = build_psfm(config, dtype, load_teacher(config.teacher, dtype))
+    psfm.encoder.transformer.checkpointing = config.checkpointing
+    psfm.decoder.transformer.checkpointing = config.checkpointing
     knows_rooms(psfm, config)  # other categories are refused now, not after the training
     if config.init and not config.resume:
         path = weights_of_run(config.init)

@@ -4,10 +4,11 @@ import shutil
 
 import pytest
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 
 import model
 from bench import dense_mask_attention
-from model import (Attention, Block, Encoder, RoPE2D, camera_rays, invert_pose,
+from model import (Attention, Block, Encoder, RoPE2D, Transformer, camera_rays, invert_pose,
                    pose_encoding_to_cameras, quaternion_to_matrix, relative_pose, split_attention,
                    to_4x4)
 
@@ -110,6 +111,51 @@ def test_compiled_block_equals_eager(backend):
     compiled = [block(x, rope), block(x, rope, num_context=14)]
     for one, other in zip(compiled, eager):
         assert torch.allclose(one, other, atol=1e-5)
+
+
+def test_rows_that_do_not_leave_are_not_needed():
+    """The last block computes the rows that leave alone: they are those of the whole block."""
+    block = Block(32, 2, torch.nn.RMSNorm)
+    rope = RoPE2D((2, 4), 16, num_views=2, special_in_front=3, special_behind=5)
+    x = torch.randn(2, 24, 32, requires_grad=True)
+    whole = block(x, rope)[:, -5:]
+    kept = block(x, rope, num_kept=5)
+    assert kept.shape == (2, 5, 32)
+    assert torch.allclose(kept, whole, atol=1e-6)
+    gradients = [torch.autograd.grad(out.square().sum(), x)[0] for out in (whole, kept)]
+    assert torch.allclose(*gradients, atol=1e-5)
+
+
+def test_checkpointing_changes_memory_and_nothing_else():
+    torch.manual_seed(0)
+    transformer = Transformer(64, 6, 2)
+    x = torch.randn(2, 40, 64)
+    results = []
+    for transformer.checkpointing in (False, True):
+        kept = {}
+
+        def keep(tensor):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        transformer.zero_grad()
+        with saved_tensors_hooks(keep, lambda tensor: tensor):
+            out = transformer(x, NoPosition(), 7)
+        out.square().sum().backward()
+        gradients = [p.grad.clone() for p in transformer.parameters()]
+        results.append((out, gradients, sum(kept.values())))
+    (out, gradients, bytes_kept), (again, same, fewer) = results
+    assert torch.equal(out, again)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, same))
+    assert fewer < 0.5 * bytes_kept
+
+
+class NoPosition:
+    def rotate(self, q, k, v):
+        return q, k, v
+
+    def restore(self, out):
+        return out
 
 
 # -----------------------------------------------------------------------------
