@@ -1,111 +1,46 @@
 """
-Where does the time of a PSFM step go?
+Where does the time of a PSFM step go, and what is a whole step worth?
 
-    python bench.py                       # the small preset on this machine
-    python bench.py --config base         # the paper's sizes (on a GPU; random weights)
+    python bench.py                       # on a GPU: the report of speed.py; else `small`, by parts
+    python bench.py --config base         # one preset part by part (random weights)
     python bench.py --views 4 8 12 --compile
     python bench.py --config base --predict    # nothing is computed: FLOPs and memory of a step
+    python bench.py --release Spa3R/      # beside the release: your checkout, with einops and VGGT
 
 Every part is timed alone, after a warm-up, as the median of several runs.
 FLOPs are counted, not guessed (a multiply-add is two). MFU is TFLOP/s over the
-device's dense bf16 peak. Below the table are ratios measured side by side in
-this very run: the split attention of the asymmetric pass against a dense mask,
-rendering against the step, fine-tuning with and without latents on disk. The
-last line is JSON.
+device's dense bf16 peak. Below the table of parts are ratios measured side by
+side in this very run: the split attention of the asymmetric pass against a
+dense mask, rendering against the step, fine-tuning with and without latents on
+disk. The last line is JSON. The report writes each line to out/bench/ as it
+comes, and continues where it was cut off.
 """
+import contextlib
 import dataclasses
 import json
+import os
 import platform
 import statistics
 import tempfile
-import time
 
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import (FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count)
+from torch.utils.flop_counter import FlopCounterMode
 
 import finetune
-import model
+import train
 from adapter import SceneLatents, answer_loss
 from chat import to_device
 from common import Parser, autocast_on, number, peak_memory, pick_device, pick_dtype, run_script
 from data import CELL, RoomPool
-from mini_vggt import MINI
 from model import RoPE2D, compile_blocks
-from psfm import PSFM, load_psfm, random_view_mask
+from psfm import load_psfm, random_view_mask
 from questions import RoomQuestions
-from train import PEAKS, PRESETS, Config, peak_flops
-from vggt import VGGT, VGGTConfig
-
-GIGA = 2 ** 30
-
-
-def dense_mask_attention(q, k, v, num_context):
-    """What model.split_attention avoids: one call with a (tokens x tokens) mask. A reference."""
-    is_context = torch.arange(q.shape[2], device=q.device) < num_context
-    mask = ~is_context[:, None] | is_context[None, :]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-
-
-def cpu_attention_flops(q, k, v, *args, out_shape=None, **kwargs):
-    return sdpa_flop_count(q, k, v)
-
-
-def cpu_attention_backward_flops(grad, q, k, v, *args, out_shape=None, **kwargs):
-    return sdpa_backward_flop_count(grad, q, k, v)
-
-
-# torch counts the FLOPs of its GPU kernels, not of its CPU kernel
-ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-CPU_ATTENTION = {ATTENTION: cpu_attention_flops, ATTENTION_BACKWARD: cpu_attention_backward_flops}
-
-
-class Clock:
-    """Median milliseconds of a call, and its FLOPs."""
-
-    def __init__(self, device, repeats):
-        self.device = device
-        self.repeats = repeats
-
-    def now(self):
-        if self.device.type == 'cuda':
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    def once(self, call, *arguments):
-        """-> milliseconds"""
-        start = self.now()
-        call(*arguments)
-        return 1e3 * (self.now() - start)
-
-    def measure(self, call, before=lambda: ()):
-        """`before` prepares the arguments of each call, and is not timed. -> ms, FLOPs"""
-        times = [self.once(call, *before()) for _ in range(self.repeats + 2)]
-        arguments = before()
-        with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
-            call(*arguments)
-        return statistics.median(times[2:]), counter.get_total_flops()     # two to warm up
-
-
-def build(config, dtype):
-    """An untrained model of a preset's sizes, its backbone frozen in `dtype`."""
-    vggt = MINI
-    if config.data != 'rooms':
-        vggt = VGGTConfig(heads=('camera', 'depth') if config.depth_probe else ('camera',))
-    return PSFM(VGGT(vggt).freeze(dtype), config)
-
-
-def batch_shape(config, V):
-    """(B, V, 3, H, W) of a batch with V views a scene: square on rooms, else 4 : 3."""
-    is_mini = config.data == 'rooms'
-    p = MINI.patch_size if is_mini else VGGTConfig.patch_size
-    width = config.image_width // p * p
-    height = width if is_mini else width * 3 // 4 // p * p
-    return max(1, config.images_per_batch // V), V, 3, height, width
-
+from speed import (CPU_ATTENTION, GIGA, PEAKS, QWEN_3B, TINY_QWEN, Clock, batch_shape, build,
+                   compare, dense_mask, peak_flops, report, report_parts)
+from train import PRESETS, Config
 
 # -----------------------------------------------------------------------------
 # one training step, part by part
@@ -172,17 +107,13 @@ def compare_masks(backbone, images, clock, autocast):
     ms = {}
     memory = {}
     outputs = {}
-    split = model.split_attention
-    try:
-        for name, attention in (('split', split), ('dense', dense_mask_attention)):
-            model.split_attention = attention
-            if device.type == 'cuda':
-                torch.cuda.reset_peak_memory_stats(device)
+    for name, around in (('split', contextlib.nullcontext), ('dense', dense_mask)):
+        if device.type == 'cuda':
+            torch.cuda.reset_peak_memory_stats(device)
+        with around():
             ms[name], _ = clock.measure(attend)
             outputs[name] = attend()
-            memory[name] = peak_memory(device)
-    finally:
-        model.split_attention = split
+        memory[name] = peak_memory(device)
     difference = (outputs['split'] - outputs['dense']).abs().max() / outputs['dense'].abs().max()
     tokens = outputs['split'].shape[1] * outputs['split'].shape[2]
     ratio = ms['dense'] / ms['split']
@@ -371,25 +302,50 @@ def predict(name, config, V):
 
 # -----------------------------------------------------------------------------
 
-def main(argv=None):
+def small_from_start_to_finish():
+    """-> dict of seconds and R2 of `python train.py --config small`"""
+    out = os.path.join('out', 'bench', 'small')
+    train.main(['--config', 'small', '--out', out])
+    with open(os.path.join(out, 'metrics.json')) as file:
+        metrics = json.load(file)
+    return dict(ms=1e3 * metrics['seconds'], peak_gb=metrics['peak_memory_gb'], cold_s=0,
+                r2=metrics['psfm']['r2'])
+
+
+def full_report(clock, dtype, name):
+    """Of every large preset on a GPU; of `small` and tiny VLMs elsewhere, which tries the code."""
+    is_gpu = clock.device.type == 'cuda'
+    names = ('base', 'medium') if is_gpu else ('small',)
+    presets = {name: Config(**PRESETS[name]) for name in names}
+    parts = report_parts(presets, clock, dtype, (8, 4, 12) if is_gpu else (4,),
+                         QWEN_3B if is_gpu else TINY_QWEN, can_compile=is_gpu)
+    if is_gpu:
+        parts['small, from start to finish'] = small_from_start_to_finish
+    file = f'{name.replace(" ", "-")}-{str(dtype).removeprefix("torch.")}.json'
+    return report(parts, os.path.join('out', 'bench', file), clock)
+
+
+def make_parser():
     parser = Parser(description=__doc__)
-    parser.add_argument('--config', default='small', choices=list(PRESETS))
+    parser.add_argument('--config', choices=list(PRESETS), help='a preset, part by part')
     parser.add_argument('--views', type=number(int, 1), nargs='+', default=[6],
                         help='view counts to measure (default: 6)')
     parser.add_argument('--images', type=number(int, 1), help="a batch (default: the preset's)")
     parser.add_argument('--repeats', type=number(int, 1), default=7, help='of each part (7)')
-    parser.add_argument('--device', default='auto')
+    parser.add_argument('--device', default='auto', help='auto | cpu | cuda')
     parser.add_argument('--dtype', default='auto', choices=['auto', 'float32', 'bfloat16'])
-    parser.add_argument('--compile', action='store_true')
+    parser.add_argument('--compile', action='store_true', help='torch.compile the blocks')
     parser.add_argument('--predict', action='store_true',
                         help='FLOPs and memory from shapes alone; nothing is computed')
-    args = parser.parse_args(argv)
-    config = Config(**PRESETS[args.config])
-    if args.images:
-        config = dataclasses.replace(config, images_per_batch=args.images)
-    if args.predict:
-        print(json.dumps([predict(args.config, config, V) for V in args.views]))
-        return
+    parser.add_argument('--report', action='store_true', help='the report, on any device')
+    parser.add_argument('--release', metavar='FOLDER', help='a checkout of hustvl/Spa3R')
+    parser.add_argument('--profile', metavar='FILE',
+                        help='also write a trace of one step, for chrome://tracing')
+    return parser
+
+
+def main(argv=None):
+    args = make_parser().parse_args(argv)
 
     # the machine
     device = pick_device(args.device)
@@ -399,20 +355,53 @@ def main(argv=None):
     name = f'{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads'
     if device.type == 'cuda':
         name = torch.cuda.get_device_name(device)
+
+    # which sizes
+    is_report = args.report or (device.type == 'cuda' and not (
+        args.config or args.predict or args.release or args.profile))
+    config = Config(**PRESETS[args.config or ('base' if args.release else 'small')])
+    if args.images:
+        config = dataclasses.replace(config, images_per_batch=args.images)
     compiled = ', compiled' if args.compile else ''
-    print(f'{args.config} on {name}, torch {torch.__version__}, {dtype}{compiled}')
+    if args.predict:
+        print(json.dumps([predict(args.config or 'small', config, V) for V in args.views]))
+        return
+    print(f'{name}, torch {torch.__version__}, {dtype}{compiled}')
+    if is_report:
+        print(json.dumps(full_report(clock, dtype, name)))
+        return
+    if args.release:
+        if device.type == 'cpu':      # a ViT-S as the backbone, 384 wide: minutes, not hours
+            config = dataclasses.replace(config, width=384, num_heads=6, num_latents=64,
+                                         image_width=min(config.image_width, 224))
+        print(json.dumps([compare(args.release, config, V, clock, dtype, device.type != 'cpu')
+                          for V in args.views]))
+        return
 
     # the model, without the depth probe, which is no part of the method
     torch.manual_seed(0)
     psfm = build(dataclasses.replace(config, depth_probe=False), dtype).to(device)
     if args.compile:
         compile_blocks(psfm)
-    report = dict(config=args.config, device=name, torch=torch.__version__, dtype=str(dtype),
-                  compile=args.compile)
-    report['runs'] = [bench_step(psfm, config, V, clock, autocast) for V in args.views]
-    if args.config == 'small':
-        report['finetune'] = bench_finetune(clock, autocast)
-    print(json.dumps(report))
+    numbers = dict(config=args.config or 'small', device=name, torch=torch.__version__,
+                   dtype=str(dtype), compile=args.compile)
+    numbers['runs'] = [bench_step(psfm, config, V, clock, autocast) for V in args.views]
+    if args.profile:
+        write_trace(psfm, torch.rand(batch_shape(config, args.views[0]), device=device), autocast,
+                    args.profile)
+    if numbers['config'] == 'small':
+        numbers['finetune'] = bench_finetune(clock, autocast)
+    print(json.dumps(numbers))
+
+
+def write_trace(psfm, images, autocast, path):
+    """One forward and backward pass through torch.profiler."""
+    with torch.profiler.profile(record_shapes=True) as profile:
+        with autocast:
+            loss = psfm(images)['loss']
+        loss.backward()
+    profile.export_chrome_trace(path)
+    print(f'wrote {path}')
 
 
 if __name__ == '__main__':

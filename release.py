@@ -1,6 +1,6 @@
 """
-What hustvl/Spa3R brings beside the method: its published files, and its
-second teacher.
+What hustvl/Spa3R brings beside the method: its published files, its second
+teacher, and its own modules to compare with (from the user's checkout).
 
     open_psfm('spa3r.ckpt')  # or a folder of ours, or a Spa3-VLM folder of the release
     open_spatial_vlm('Spa3-VLM/')  # or a folder of ours
@@ -10,10 +10,13 @@ blocks, where VGGT has LayerNorm, and its checkpoints hold that altered VGGT.
 Both load strictly; the names tell which.
 """
 import glob
+import importlib.util
 import math
 import os
 import pickle
-from types import SimpleNamespace
+import sys
+from types import ModuleType, SimpleNamespace
+from unittest import mock
 
 import torch
 import torch.nn as nn
@@ -150,6 +153,73 @@ def open_psfm(path, device='cpu'):
     config = SimpleNamespace(**vars(sizes), backbone=path, data='', cameras='predicted',
                              image_width=37 * vggt.patch_size)
     return psfm.to(device).eval(), config
+
+
+# -----------------------------------------------------------------------------
+# its own modules, to compare with
+
+DRAWING = ('matplotlib', 'matplotlib.pyplot', 'torchvision', 'torchvision.transforms',
+           'torchvision.transforms.v2')   # a training step without the teacher calls none of it
+
+
+def import_release(folder):
+    """-> the modules spa3r.models.spa3r, spa3r.models.masked_vggt and vggt.heads.camera_head.
+
+    `folder`: a checkout of hustvl/Spa3R, with VGGT in submodules/vggt or beside it. The packages'
+    own __init__ files are passed over: they ask for Lightning and Hydra. Raises InputError that
+    names what is missing.
+    """
+    if not os.path.isfile(os.path.join(folder, 'spa3r', 'models', 'spa3r.py')):
+        raise InputError(f'{folder} is no checkout of hustvl/Spa3R (no spa3r/models/spa3r.py)')
+    missing = [name for name in DRAWING if not importlib.util.find_spec(name.split('.')[0])]
+    here = os.path.dirname(os.path.abspath(__file__))  # our vggt.py has the name of their package
+    places = [folder, f'{folder}/submodules/vggt', f'{folder}/../vggt']
+    places += [path for path in sys.path if os.path.abspath(path) != here]
+    ours = sys.modules.pop('vggt')
+    sys.modules.update({name: mock.MagicMock() for name in missing})
+    for name in ('spa3r', 'spa3r.models'):
+        package = sys.modules[name] = ModuleType(name)
+        package.__path__ = [os.path.join(folder, *name.split('.'))]
+    try:
+        with mock.patch.object(sys, 'path', places):
+            return [importlib.import_module(name) for name in (
+                'spa3r.models.spa3r', 'spa3r.models.masked_vggt', 'vggt.heads.camera_head')]
+    except ImportError as error:
+        raise InputError(f'{folder} cannot be imported: {error} (it needs einops, and VGGT in '
+                         'submodules/vggt)') from error
+    finally:
+        for name in list(sys.modules):
+            if name.split('.')[0] in ('vggt', 'spa3r') or name in missing:
+                del sys.modules[name]
+        sys.modules['vggt'] = ours
+
+
+def build_release(folder, vggt, config):
+    """The release's Spa3R with random weights, without its teacher and its depth probe.
+
+    vggt: a VGGTConfig, whose sizes its VGGT gets. config: sizes of ours.
+    """
+    theirs, masked, heads = import_release(folder)
+    embeds = {384: 'dinov2_vits14_reg', 768: 'dinov2_vitb14_reg', 1024: 'dinov2_vitl14_reg'}
+
+    backbone = nn.Module()
+    backbone.aggregator = masked.MaskedAggregator(
+        embed_dim=vggt.width, num_heads=vggt.num_heads, depth=vggt.depth,
+        patch_embed=embeds[vggt.width])
+    backbone.camera_head = heads.CameraHead(
+        dim_in=2 * vggt.width, num_heads=vggt.camera_heads, trunk_depth=vggt.camera_depth)
+    with torch.no_grad():
+        backbone.camera_head.pose_branch.fc2.bias[7:] += 0.25  # radians: fields of view near 1
+    backbone.point_head = backbone.depth_head = None
+    teacher = nn.Module()
+    teacher.embed_dim = 1
+    masked.MaskedVGGT.from_pretrained = lambda *_: backbone
+    with mock.patch.object(torch.hub, 'load', lambda *_: teacher):
+        spa3r = theirs.Spa3R(config.width, config.mask_ratio, num_queries=config.num_latents,
+                             num_encoder_layers=config.encoder_depth, num_heads=config.num_heads,
+                             num_decoder_layers=config.decoder_depth)
+    del spa3r.dino, spa3r.heads['sem'], spa3r.depth_prob
+    return spa3r
 
 
 # -----------------------------------------------------------------------------

@@ -37,6 +37,7 @@ from psfm import (FROZEN, PSFMConfig, build_psfm, check_psfm_config, fingerprint
                   random_view_mask, read_psfm, weights_of_run)
 from release import load_teacher
 from rooms import scene_extrinsics
+from speed import peak_flops
 
 
 @dataclass(frozen=True)
@@ -130,20 +131,6 @@ def parse_config(argv=None):
 
 # -----------------------------------------------------------------------------
 # speed
-
-# dense bf16 TFLOP/s by device name; the first match wins
-PEAKS = [('H200', 989), ('H100 PCIe', 756), ('H100', 989), ('A100', 312), ('L40S', 362),
-         ('4090', 165), ('3090', 71)]
-
-
-def peak_flops(device):
-    """Peak FLOP/s, or None where it is not known."""
-    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else ''
-    for key, peak in PEAKS:
-        if key in name:
-            return 1e12 * peak
-    return None
-
 
 def flops_per_view(psfm, images, autocast):
     """Counted once, on an eager forward and backward pass, before anything is compiled."""

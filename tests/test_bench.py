@@ -1,11 +1,14 @@
 """bench.py: what it prints, and that what it predicts from shapes is what it counts."""
 import dataclasses
 import json
+import os
+import sys
 
 import pytest
 import torch
 
 import bench
+import speed
 from common import InputError
 from test_train import run
 from train import PRESETS, Config
@@ -47,6 +50,62 @@ def test_a_dense_mask_gives_the_same():
     assert float(text.split('largest difference ')[1].split()[0]) < 1e-4 and ratio > 0
 
 
+def test_the_report_continues_where_it_was_cut_off(tmp_path, capsys):
+    clock, done = speed.Clock(torch.device('cpu'), 1), []
+
+    def part(name, ms):
+        def measure():
+            done.append(name)
+            if ms is None:
+                raise KeyboardInterrupt
+            return dict(ms=ms, peak_gb=0.5, cold_s=1)
+        return measure
+
+    path = str(tmp_path / 'bench' / 'it.json')
+    with pytest.raises(KeyboardInterrupt):
+        speed.report(dict(a=part('a', 1.0), b=part('b', None), c=part('c', 3.0)), path, clock)
+    results = speed.report(dict(a=part('a', 9.0), b=part('b', 2.0), c=part('c', 3.0)), path, clock)
+    assert done == ['a', 'b', 'b', 'c']
+    assert [results[name]['ms'] for name in 'abc'] == [1, 2, 3]
+    assert json.loads((tmp_path / 'bench' / 'it.json').read_text()) == results
+
+
+def test_parts_of_the_report():
+    """Whole steps of a small PSFM, all of its changes, and of a tiny VLM."""
+    clock = speed.Clock(torch.device('cpu'), 1)
+    parts = speed.report_parts(dict(small=SMALL), clock, torch.float32, (4,), speed.TINY_QWEN,
+                               can_compile=False)
+    assert len(parts) == 11
+    plain = parts['small, 4 views, eager']()
+    assert plain['ms'] > 0 and plain['attention'] == 'flash_attention_for_cpu'
+    assert plain['views_per_s'] == pytest.approx(8 / plain['ms'] * 1e3)
+    again = parts['small, 4 views, eager, with --checkpointing']()
+    flops = [x['tflops'] * x['ms'] for x in (plain, again)]     # what is computed twice counts once
+    assert flops[0] == pytest.approx(flops[1])
+    assert parts['VLM, adapter, latents computed']()['tokens'] == 8 * (4 + 2) + 200
+
+
+@pytest.mark.skipif('SPA3R' not in os.environ, reason='SPA3R=folder: a checkout of hustvl/Spa3R')
+def test_beside_the_release():
+    base = dataclasses.replace(Config(**PRESETS['base']), width=384, num_heads=6, num_latents=16,
+                               image_width=112, images_per_batch=4)
+    clock = speed.Clock(torch.device('cpu'), 1)
+    result = speed.compare(os.environ['SPA3R'], base, 4, clock, torch.float32, full_size=False)
+    losses = result['losses']
+    assert losses['ours, separate'] == pytest.approx(losses['release, as shipped'], rel=1e-5)
+    assert losses['ours, asymmetric'] == pytest.approx(losses['release, masked'], rel=1e-5)
+
+
+def test_a_folder_that_is_not_the_release(tmp_path):
+    with pytest.raises(InputError, match='is no checkout of hustvl/Spa3R'):
+        bench.main(['--release', str(tmp_path), '--device', 'cpu'])
+    (tmp_path / 'spa3r' / 'models').mkdir(parents=True)
+    (tmp_path / 'spa3r' / 'models' / 'spa3r.py').write_text('import einops_of_nobody')
+    with pytest.raises(InputError, match='cannot be imported: .*einops_of_nobody'):
+        bench.main(['--release', str(tmp_path), '--device', 'cpu'])
+    assert sys.modules['vggt'].__file__.endswith('vggt.py')     # ours is back
+
+
 def test_predict_ends_with_json(capsys):
     bench.main(['--images', '8', '--views', '4', '8', '--predict'])
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -58,6 +117,6 @@ def test_bench_knows_every_preset(name, monkeypatch):
     def reached(config):
         raise InputError('reached the model')
 
-    monkeypatch.setattr(bench, 'VGGT', reached)
+    monkeypatch.setattr(speed, 'VGGT', reached)
     with pytest.raises(InputError, match='reached the model'):
         bench.main(['--config', name, '--device', 'cpu'])

@@ -1,6 +1,8 @@
 """The rules of the house: which module may know which, and how large all of it may be."""
 import ast
 import graphlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,8 +51,18 @@ def test_scripts_are_not_imported(module):
     assert IMPORTS[module] & SCRIPTS <= MAY_IMPORT.get(module, set())
 
 
-def test_there_are_at_most_23_files():
-    assert len(FILES) <= 23
+def test_there_are_at_most_24_files():
+    assert len(FILES) <= 24
+
+
+@pytest.mark.parametrize('script', sorted(SCRIPTS - {'lesson'}))
+def test_help_waits_for_no_compiler(script):
+    """What takes a second or more to import is imported where it is needed."""
+    heavy = ('torch._dynamo', 'transformers', 'torch.distributed.checkpoint', 'sympy')
+    code = f'import sys, {script}; print([name for name in {heavy} if name in sys.modules])'
+    done = subprocess.run([sys.executable, '-c', code], cwd=FILES[0].parent, capture_output=True,
+                          text=True)
+    assert done.stdout == '[]\n', done.stderr
 
 
 @pytest.mark.parametrize('path', FILES, ids=lambda path: path.name)

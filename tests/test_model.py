@@ -7,7 +7,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 import model
-from bench import dense_mask_attention
+from speed import dense_mask_attention
 from model import (Attention, Block, Encoder, RoPE2D, Transformer, camera_rays, invert_pose,
                    pose_encoding_to_cameras, quaternion_to_matrix, relative_pose, split_attention,
                    to_4x4)

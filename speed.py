@@ -1,0 +1,394 @@
+"""
+What whole training steps cost.
+
+    report(...)     `python bench.py` on a GPU: every preset, what single speed-ups are worth, `small`
+                    from start to finish, and a step of a 3 B VLM
+    compare(...)    `python bench.py --release FOLDER`: ours beside the release's own modules
+
+A step is forward, backward and AdamW on one batch that stays on the device, with random weights.
+Times are medians after a warm-up. FLOPs are those of our lean step, counted on the split
+attention with the frozen part and without the second teacher (a multiply-add is two). MFU is over
+the device's dense bf16 peak.
+"""
+import contextlib
+import dataclasses
+import json
+import os
+import statistics
+import time
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+import model
+from adapter import SpatialVLM, add_lora, answer_loss, build_adapter
+from chat import to_device
+from common import autocast_on, write_json
+from mini_vggt import MINI
+from model import compile_blocks
+from psfm import PSFM, random_view_mask
+from release import build_release, load_released
+from vggt import VGGT, VGGTConfig
+
+GIGA = 2 ** 30
+
+# dense bf16 TFLOP/s by device name; the first match wins
+PEAKS = [('H200', 989), ('H100 PCIe', 756), ('H100', 989), ('A100', 312), ('L40S', 362),
+         ('4090', 165), ('3090', 71)]
+
+
+def peak_flops(device):
+    """Peak FLOP/s, or None where it is not known."""
+    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else ''
+    for key, peak in PEAKS:
+        if key in name:
+            return 1e12 * peak
+    return None
+
+
+def dense_mask_attention(q, k, v, num_context):
+    """What model.split_attention avoids: one call with a (tokens x tokens) mask. A reference."""
+    is_context = torch.arange(q.shape[2], device=q.device) < num_context
+    mask = ~is_context[:, None] | is_context[None, :]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def cpu_attention_flops(q, k, v, *args, out_shape=None, **kwargs):
+    return sdpa_flop_count(q, k, v)
+
+
+def cpu_attention_backward_flops(grad, q, k, v, *args, out_shape=None, **kwargs):
+    return sdpa_backward_flop_count(grad, q, k, v)
+
+
+# torch counts the FLOPs of its GPU kernels, not of its CPU kernel
+ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+CPU_ATTENTION = {ATTENTION: cpu_attention_flops, ATTENTION_BACKWARD: cpu_attention_backward_flops}
+
+
+class Clock:
+    """Median milliseconds of a call, and its FLOPs."""
+
+    def __init__(self, device, repeats):
+        self.device = device
+        self.repeats = repeats
+
+    def now(self):
+        if self.device.type == 'cuda':
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def once(self, call, *arguments):
+        """-> milliseconds"""
+        start = self.now()
+        call(*arguments)
+        return 1e3 * (self.now() - start)
+
+    def measure(self, call, before=lambda: ()):
+        """`before` prepares the arguments of each call, and is not timed. -> ms, FLOPs"""
+        times = [self.once(call, *before()) for _ in range(self.repeats + 2)]
+        arguments = before()
+        with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+            call(*arguments)
+        return statistics.median(times[2:]), counter.get_total_flops()     # two to warm up
+
+
+def build(config, dtype):
+    """An untrained model of a preset's sizes, its backbone frozen in `dtype`."""
+    vggt = MINI
+    if config.data != 'rooms':
+        vggt = VGGTConfig(heads=('camera', 'depth') if config.depth_probe else ('camera',))
+    return PSFM(VGGT(vggt).freeze(dtype), config)
+
+
+def batch_shape(config, V):
+    """(B, V, 3, H, W) of a batch with V views a scene: square on rooms, else 4 : 3."""
+    is_mini = config.data == 'rooms'
+    p = MINI.patch_size if is_mini else VGGTConfig.patch_size
+    width = config.image_width // p * p
+    height = width if is_mini else width * 3 // 4 // p * p
+    return max(1, config.images_per_batch // V), V, 3, height, width
+
+
+# -----------------------------------------------------------------------------
+# whole steps
+
+class Step:
+    """One training step of `module` as a call. `loss_of()` -> its loss."""
+
+    def __init__(self, module, loss_of, autocast):
+        self.loss_of, self.autocast = loss_of, autocast
+        trained = [p for p in module.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
+
+    def forward(self):
+        with self.autocast:
+            return self.loss_of()
+
+    def __call__(self):
+        loss = self.forward()
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+
+def count_flops(step):
+    """FLOPs of a step, and the kernels that its attention ran on."""
+    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+        step.forward().backward()
+    step.optimizer.zero_grad(set_to_none=True)
+    names = [str(op) for op in counter.get_flop_counts()['Global'] if 'attention' in str(op)]
+    kernels = {name.split('.')[1].removeprefix('_scaled_dot_product_') for name in names
+               if 'backward' not in name}
+    return counter.get_total_flops(), ' '.join(sorted(kernels))
+
+
+def bytes_kept(step):
+    """What one forward pass keeps for the backward pass, each storage once."""
+    kept = {}
+
+    def keep(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with saved_tensors_hooks(keep, lambda x: x):
+        step.forward().backward()
+    step.optimizer.zero_grad(set_to_none=True)
+    return sum(kept.values())
+
+
+def time_step(step, clock):
+    """-> dict: cold_s (the first step), ms, peak_gb (of a GPU)"""
+    cold = clock.once(step) / 1e3
+    if clock.device.type == 'cuda':
+        torch.cuda.reset_peak_memory_stats(clock.device)
+    times = [clock.once(step) for _ in range(clock.repeats + 2)][2:]
+    peak = torch.cuda.max_memory_allocated(clock.device) if clock.device.type == 'cuda' else 0
+    return dict(cold_s=cold, ms=statistics.median(times), peak_gb=peak / GIGA)
+
+
+# -----------------------------------------------------------------------------
+# the report
+
+@contextlib.contextmanager
+def dense_mask():
+    """The asymmetric pass with a (tokens x tokens) mask instead of two plain calls."""
+    split = model.split_attention
+    model.split_attention = dense_mask_attention
+    try:
+        yield
+    finally:
+        model.split_attention = split
+
+
+def step_cost(config, V, clock, dtype, compiled=False, around=contextlib.nullcontext):
+    """A step of a preset with V views a scene. -> dict"""
+    device = clock.device
+    shape = batch_shape(config, V)
+    torch.manual_seed(0)
+    with device:
+        psfm = build(config, dtype)
+        images = torch.rand(shape)
+    view_mask, _ = random_view_mask(*shape[:2], config.mask_ratio, device=device)
+    step = Step(psfm.train(), lambda: psfm(images, view_mask=view_mask)['loss'],
+                autocast_on(device, dtype))
+    flops, attention = count_flops(step)  # eager: a compiled step hides its operations
+    psfm.encoder.transformer.checkpointing = config.checkpointing
+    psfm.decoder.transformer.checkpointing = config.checkpointing
+    if compiled:
+        compile_blocks(psfm)
+    with around():
+        cost = time_step(step, clock)
+    seconds, peak = cost['ms'] / 1e3, peak_flops(device)
+    return dict(cost, scenes=shape[0], views=V, size=list(shape[-2:]), attention=attention,
+                views_per_s=shape[0] * V / seconds, tflops=flops / seconds / 1e12,
+                mfu=flops / seconds / peak if peak else None)
+
+
+QWEN_3B = dict(      # Qwen2.5-VL-3B's sizes
+    text_config=dict(hidden_size=2048, intermediate_size=11008, num_hidden_layers=36,
+                     num_attention_heads=16, num_key_value_heads=2, vocab_size=151_936,
+                     rope_parameters=dict(rope_type='default', rope_theta=1e6,
+                                          mrope_section=[16, 24, 24])),
+    vision_config=dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16,
+                       out_hidden_size=2048, window_size=112, fullatt_block_indexes=[7, 15, 23, 31]),
+    tie_word_embeddings=True)
+TINY_QWEN = dict(    # the same code on a laptop
+    text_config=dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+                     num_attention_heads=4, num_key_value_heads=2, vocab_size=151_936,
+                     rope_parameters=dict(rope_type='default', rope_theta=1e6,
+                                          mrope_section=[2, 3, 3])),
+    vision_config=dict(depth=2, hidden_size=32, intermediate_size=64, num_heads=2,
+                       out_hidden_size=64, window_size=112, fullatt_block_indexes=[1]))
+
+
+def vlm_cost(sizes, train, config, clock, dtype, is_cached=True, grid=(28, 36), frames=8, text=200):
+    """A step of fine-tuning on one conversation about `frames` pictures of `grid` patches. -> dict
+
+    With `is_cached` the latents lie ready; else a PSFM of `config` computes them in every step.
+    """
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    device, (h, w) = clock.device, grid
+    vlm_config = Qwen2_5_VLConfig(**sizes)
+    torch.manual_seed(0)
+    with device:
+        vlm = Qwen2_5_VLForConditionalGeneration(vlm_config)
+        spatial_vlm = SpatialVLM(vlm, build_adapter(vlm, config.width))
+        if train == 'lora':
+            add_lora(vlm, 16)
+        words = torch.randint(1000, (text,))
+        pixels = torch.randn(frames * h * w, 3 * 2 * 14 * 14)
+        psfm = None if is_cached else build(config, dtype)
+        z = torch.randn(1, config.num_latents, config.width)
+        images = torch.rand(1, frames, *batch_shape(config, frames)[2:])
+    vlm.gradient_checkpointing_enable()
+    spatial_vlm.trainable(train).to(device).train()
+    one = [vlm_config.vision_start_token_id, *[vlm_config.image_token_id] * (h * w // 4),
+           vlm_config.vision_end_token_id]
+    ids = torch.cat([torch.tensor(one * frames, device=device), words])[None]  # (1, T)
+    batch = dict(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels,
+                 mm_token_type_ids=(ids == vlm_config.image_token_id).int(),
+                 image_grid_thw=torch.tensor([[1, h, w]] * frames, device=device))
+    batch = to_device(batch, vlm, device)
+    labels = ids.clone()
+    labels[:, :-text // 2] = -100
+
+    def loss_of():
+        latents = z if psfm is None else psfm.latents(images)
+        return answer_loss(spatial_vlm(latents=list(latents), use_cache=False, **batch).logits,
+                           labels)
+
+    cost = time_step(Step(spatial_vlm, loss_of, autocast_on(device, dtype)), clock)
+    return dict(cost, tokens=ids.shape[1], frames=frames)
+
+
+def report_parts(presets, clock, dtype, views, sizes, can_compile):
+    """{name: function that measures it}, what matters most first. presets: {name: Config}"""
+    parts = {}
+    for name, config in presets.items():
+        config = dataclasses.replace(config, depth_probe=False)  # it is no part of the method
+        for V in views:
+            for compiled in (True, False)[not can_compile:]:
+                title = f'{name}, {V} views, {"compiled" if compiled else "eager"}'
+                parts[title] = lambda config=config, V=V, compiled=compiled: step_cost(
+                    config, V, clock, dtype, compiled)
+    name, config = next((name, config) for name, config in presets.items())
+    config = dataclasses.replace(config, depth_probe=False)
+    V = views[0]
+    changes = {'with --checkpointing': dict(checkpointing=True),
+               'with the depth head and probe': dict(depth_probe=True),
+               'two passes (another objective)': dict(context='separate')}
+    for title, change in changes.items():
+        parts[f'{name}, {V} views, eager, {title}'] = lambda change=change: step_cost(
+            dataclasses.replace(config, **change), V, clock, dtype)
+    parts[f'{name}, {V} views, eager, with a dense mask'] = lambda: step_cost(
+        config, V, clock, dtype, around=dense_mask)
+    for train in ('adapter', 'lora', 'adapter+llm'):
+        for is_cached in (True, False):
+            title = f'VLM, {train}, latents {"cached" if is_cached else "computed"}'
+            grid = (28, 36) if sizes is QWEN_3B else (4, 4)
+            parts[title] = lambda train=train, is_cached=is_cached, grid=grid: vlm_cost(
+                sizes, train, config, clock, dtype, is_cached, grid)
+    return parts
+
+
+def report_line(name, x):
+    line = f'{name:52s}{x["ms"]:9.1f} ms{x["peak_gb"]:7.1f} GB{x["cold_s"]:8.1f} s cold'
+    if 'tflops' in x:
+        mfu = f'{100 * x["mfu"]:.0f}% MFU' if x['mfu'] else ''
+        line += f'{x["views_per_s"]:8.0f} views/s{x["tflops"]:8.2f} TFLOP/s {mfu} {x["attention"]}'
+    return line
+
+
+def report(parts, path, clock):
+    """Measures every part that is not in the file `path` yet, and writes it there as it comes."""
+    results = {}
+    if os.path.isfile(path):
+        with open(path) as file:
+            results = json.load(file)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    for name, measure in parts.items():
+        if name not in results:
+            try:
+                results[name] = measure()
+            except torch.OutOfMemoryError:
+                print(f'{name:52s}does not fit')
+                continue
+            finally:
+                if clock.device.type == 'cuda':
+                    torch._dynamo.reset()
+                    torch.cuda.empty_cache()
+            write_json(path, results)
+        print(report_line(name, results[name]), flush=True)
+    print(f'wrote {path}')
+    return results
+
+
+# -----------------------------------------------------------------------------
+# beside the release
+
+def compare(folder, config, V, clock, dtype, full_size=True):
+    """Ours and the release's own modules, of equal weights, in turn. Prints ratios. -> dict
+
+    As shipped, the release runs its backbone twice; masked, once with a dense mask: like ours
+    with `context` separate and asymmetric. Without teacher and depth head.
+    """
+    device = clock.device
+    torch.manual_seed(0)
+    vggt = VGGTConfig(heads=('camera',), global_qk_norm='rms')
+    if not full_size:
+        vggt = dataclasses.replace(vggt, width=384, depth=4, num_heads=6, embed_depth=12,
+                                   embed_heads=6, camera_heads=6)
+    config = dataclasses.replace(config, depth_probe=False, standardised=False)
+    theirs = build_release(folder, vggt, config).to(device).train()
+    ours = PSFM(VGGT(vggt), config)
+    load_released(ours, {name: x.cpu() for name, x in theirs.state_dict().items()}, folder)
+    ours.backbone.freeze(dtype)
+    ours.to(device).train()
+    p = vggt.patch_size
+    B, _, _, height, width = batch_shape(config, V)
+    images = torch.rand(B, V, 3, height // p * p, width // p * p, device=device)
+    view_mask, _ = random_view_mask(B, V, config.mask_ratio, device=device)
+    theirs._random_masking = lambda shape, ratio: view_mask
+
+    def of_theirs(is_masked):
+        theirs.asymmetric_masking = is_masked
+        return sum(theirs(dict(images=images), mode='loss').values())
+
+    def of_ours(context):
+        ours.context = context
+        return ours(images, view_mask=view_mask)['loss']
+
+    autocast = autocast_on(device, dtype)
+    steps = {'release, as shipped': Step(theirs, lambda: of_theirs(False), autocast),
+             'release, masked': Step(theirs, lambda: of_theirs(True), autocast),
+             'ours, separate': Step(ours, lambda: of_ours('separate'), autocast),
+             'ours, asymmetric': Step(ours, lambda: of_ours('asymmetric'), autocast)}
+    with torch.no_grad():
+        losses = {name: step.forward().item() for name, step in steps.items()}
+    for one, other in (('release, as shipped', 'ours, separate'),
+                       ('release, masked', 'ours, asymmetric')):
+        print(f'loss of {one} {losses[one]:.6f}, of {other} {losses[other]:.6f}')
+    memory = {name: bytes_kept(step) / GIGA for name, step in steps.items()}
+    times = {name: [] for name in steps}
+    for turn in range(clock.repeats + 1):
+        for name, step in steps.items():
+            ms = clock.once(step)
+            if turn:                  # the first warms up
+                times[name].append(ms)
+    print(f'{B} scenes x {V} views of {images.shape[-1]} x {images.shape[-2]}, {dtype}')
+    for name in steps:
+        print(f'{name:22s}{statistics.median(times[name]):10.1f} ms{memory[name]:8.2f} GB kept')
+    result = dict(views=V, losses=losses, kept_gb=memory, ms=times)
+    for title, one, other in (('like for like', 'release, masked', 'ours, asymmetric'),
+                              ('two passes each', 'release, as shipped', 'ours, separate'),
+                              ('as shipped', 'release, as shipped', 'ours, asymmetric')):
+        ratios = sorted(a / b for a, b in zip(times[one], times[other]))
+        print(f'{title}: {one} / {other}: time {statistics.median(ratios):.2f} '
+              f'({ratios[0]:.2f}..{ratios[-1]:.2f}), memory {memory[one] / memory[other]:.2f}')
+        result[title] = statistics.median(ratios)
+    return result
