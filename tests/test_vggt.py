@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 import model
-from bench import dense_mask_attention
+from speed import dense_mask_attention
 from common import InputError
 from mini_vggt import MINI
 from vggt import VGGT, VGGTConfig
