@@ -215,7 +215,7 @@ UTILISATION = 0.25, 0.40      # shares of an H100's peak that such a step may re
 def count_step(psfm, config, V):
     """Tensors that hold no numbers pass through the real code. What the
     backward pass needs is counted as autograd keeps it, each storage once. ->
-    list of (part, FLOPs, bytes kept)
+    list of (part, FLOPs, bytes kept), FLOPs of attention
 
     Attention is counted in fp32, which is what a CPU runs; on a GPU it keeps half of that.
     """
@@ -262,7 +262,8 @@ def count_step(psfm, config, V):
             return sum(losses.values())
         loss = part('heads and losses', compare)
         part('backward', loss.backward)
-    return rows
+    counts = counter.get_flop_counts()['Global']
+    return rows, sum(flops for op, flops in counts.items() if 'attention' in str(op))
 
 
 def predict(name, config, V):
@@ -274,7 +275,7 @@ def predict(name, config, V):
     state = psfm.backbone.state_dict().values()
     frozen_gb = sum(x.numel() * x.element_size() for x in state) / GIGA
     adam_gb = 16 * trained / GIGA                 # weights, gradients and two moments, fp32
-    rows = count_step(psfm, config, V)
+    rows, attention = count_step(psfm, config, V)
     total = sum(flops for _, flops, _ in rows)
     kept_gb = sum(memory for *_, memory in rows) / GIGA
 
@@ -296,8 +297,18 @@ def predict(name, config, V):
               f'take {hours:.1f} hours on 8 GPUs, and as many views {8 * hours:.0f} hours on one')
     print(f'8 GPUs exchange {4 * trained / 1e9:.2f} GB of gradients a step')
     return dict(config=name, scenes=B, views=V, frozen=frozen, trained=trained, total_flops=total,
+                per_view=total / B / V, attention=attention / total,
                 flops={label: flops for label, flops, _ in rows}, kept_gb=kept_gb,
                 frozen_gb=frozen_gb, adam_gb=adam_gb)
+
+
+def print_growth(results):
+    """What a view costs, the more of them a scene has."""
+    print(f'\n{"views a scene":>14s}{"TFLOP a view":>14s}{"in attention":>14s}{"GB kept a view":>16s}')
+    for x in results:
+        per_view = x['kept_gb'] / x['scenes'] / x['views']
+        print(f'{x["views"]:14d}{x["per_view"] / 1e12:14.3f}{100 * x["attention"]:13.0f}%'
+              f'{per_view:16.3f}')
 
 
 # -----------------------------------------------------------------------------
@@ -364,7 +375,10 @@ def main(argv=None):
         config = dataclasses.replace(config, images_per_batch=args.images)
     compiled = ', compiled' if args.compile else ''
     if args.predict:
-        print(json.dumps([predict(args.config or 'small', config, V) for V in args.views]))
+        results = [predict(args.config or 'small', config, V) for V in args.views]
+        if len(results) > 1:
+            print_growth(results)
+        print(json.dumps(results))
         return
     print(f'{name}, torch {torch.__version__}, {dtype}{compiled}')
     if is_report:

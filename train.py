@@ -300,9 +300,13 @@ def train(name, config):
     psfm = build_model(config, dtype, device)
     multiple = psfm.backbone.config.patch_size
     kept = None
+    begun = config.init and weights_of_run(config.init)
     if config.resume:
-        weights, _, options = read_psfm(os.path.join(state['folder'], 'model.safetensors'))
-        kept = getattr(options, 'kept', None)  # weights may be older than this setting
+        begun = os.path.join(state['folder'], 'model.safetensors')
+    if begun:  # what these weights never saw stays held out
+        weights, _, options = read_psfm(begun)
+        if options.data == config.data:
+            kept = getattr(options, 'kept', None)  # weights may be older than this setting
     source = make_source(config, 'train', multiple, device, rank, world_size, say, kept)
     held_out = make_source(config, 'val', multiple, device, say=quiet, kept=kept)
     log = open_run(config, first, is_main)

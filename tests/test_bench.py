@@ -108,7 +108,10 @@ def test_a_folder_that_is_not_the_release(tmp_path):
 
 def test_predict_ends_with_json(capsys):
     bench.main(['--images', '8', '--views', '4', '8', '--predict'])
-    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    said = capsys.readouterr().out
+    assert 'views a scene' in said
+    report = json.loads(said.splitlines()[-1])
+    assert report[0]['attention'] < report[1]['attention'] < 1
     assert [(run['scenes'], run['views']) for run in report] == [(2, 4), (1, 8)]
 
 

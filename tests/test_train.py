@@ -388,6 +388,11 @@ def test_what_is_held_out_stays_so_when_the_folder_grows(scenes, tmp_path, monke
     assert held_out <= names('val')
     assert not held_out & names('train')
     assert len(names('train')) >= 16
+    other = [str(tmp_path / 'other') if x == str(tmp_path / 'out') else x for x in options]
+    main([*other, '--steps', '1', '--init', str(tmp_path / 'out')])     # begins with its weights
+    assert held_out <= names('val')
+    assert not held_out & names('train')
+    main([*options, '--steps', '3', '--resume'])
     before = names('val')
     evaluation.main(['field', '--run', str(tmp_path / 'out'), '--device', 'cpu'])
     assert names('val') == before
@@ -395,7 +400,7 @@ def test_what_is_held_out_stays_so_when_the_folder_grows(scenes, tmp_path, monke
     for scene, frame in itertools.product('xyz', range(5)):      # nothing that was held out
         picture(photos / scene / f'{frame}.jpg')
     with pytest.raises(InputError, match='lacks what this run held out'):
-        main([*options, '--steps', '3', '--resume'])
+        main([*options, '--steps', '4', '--resume'])
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path, capsys):
