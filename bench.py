@@ -35,7 +35,7 @@ from adapter import SceneLatents, answer_loss
 from chat import to_device
 from common import Parser, autocast_on, number, peak_memory, pick_device, pick_dtype, run_script
 from data import CELL, RoomPool
-from model import RoPE2D, compile_blocks
+from model import compile_blocks
 from psfm import load_psfm, random_view_mask
 from questions import RoomQuestions
 from speed import (CPU_ATTENTION, GIGA, PEAKS, QWEN_3B, TINY_QWEN, Clock, batch_shape, build,
@@ -48,7 +48,6 @@ from train import PRESETS, Config
 def time_parts(psfm, images, clock, autocast):
     """-> list of (part, ms, FLOPs) for one training step on images (B, V, 3, H, W)."""
     backbone = psfm.backbone
-    aggregator = psfm.backbone.aggregator
     B, V = images.shape[:2]
     size = images.shape[-2:]
     device = images.device
@@ -58,23 +57,11 @@ def time_parts(psfm, images, clock, autocast):
     def part(name, call, before=lambda: ()):
         rows.append((name, *clock.measure(call, before)))
 
-    def run(blocks, x, *arguments):
-        for block in blocks:
-            x = block(x, *arguments)
-
     with autocast, torch.no_grad():
         patches, grid = backbone.embed(images)
-        special = aggregator.num_special
-        P = special + patches.shape[2]
-        C = patches.shape[3]
-        x = torch.randn(B * V, P, C, device=device)
-        y = x.view(B, V * P, C)
-        in_frame = RoPE2D(grid, aggregator.head_dim, 1, special, device=device)
-        across = RoPE2D(grid, aggregator.head_dim, V, special, device=device)
         tokens = backbone.attend(patches, grid, mask, num_context)[-1]
         part('patch embed', lambda: backbone.embed(images))
-        part('frame blocks', lambda: run(aggregator.frame_blocks, x, in_frame))
-        part('global blocks', lambda: run(aggregator.global_blocks, y, across, num_context * P))
+        part('alternating blocks', lambda: backbone.attend(patches, grid, mask, num_context))
         part('camera head', lambda: backbone.read(tokens, grid))
 
     with autocast:
@@ -146,10 +133,10 @@ def bench_step(psfm, config, V, clock, autocast):
     print(f'\n{B} scenes x {V} views of {width} x {height}: the first step took {first:.1f} s; '
           f'after that all parts take {total:.0f} ms, {1e3 * B * V / total:.0f} views/s, peak '
           f'memory {memory:.1f} GB')
-    print(f'{"part":16s}{"ms":>9s}{"share":>8s}{"GFLOP":>10s}{"TFLOP/s":>9s}{"MFU":>7s}')
+    print(f'{"part":20s}{"ms":>9s}{"share":>8s}{"GFLOP":>10s}{"TFLOP/s":>9s}{"MFU":>7s}')
     for part, ms, f in [*rows, ('total', total, flops)]:
         mfu = f'{100 * f / ms * 1e3 / peak:.0f}%' if peak else '-'
-        print(f'{part:16s}{ms:9.1f}{100 * ms / total:7.0f}%{f / 1e9:10.1f}{f / ms / 1e9:9.2f}'
+        print(f'{part:20s}{ms:9.1f}{100 * ms / total:7.0f}%{f / 1e9:10.1f}{f / ms / 1e9:9.2f}'
               f'{mfu:>7s}')
     text, ratio = compare_masks(psfm.backbone, images, clock, autocast)
     print(text)
@@ -245,7 +232,7 @@ def count_step(psfm, config, V):
         with torch.no_grad():
             patches, grid = part('patch embed', lambda: backbone.embed(images))
             layers = (*backbone.depth_layers, -1) if config.depth_probe else (-1,)
-            tokens = part('frame and global blocks', lambda: backbone.aggregator.attend(
+            tokens = part('alternating blocks', lambda: backbone.mix(
                 patches, grid, num_context, layers))
             views = part('camera head', lambda: backbone.read(tokens[-1], grid))
             if config.depth_probe:

@@ -28,7 +28,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 
+from backbone import find_weights
 from common import InputError, find_checkpoint, find_file, load_strictly, opt, read_weights
+from da3 import DA3
 from model import (MLP, Encoder, Transformer, camera_rays, full_precision, init_linear,
                    invert_pose, take_views, to_4x4, turn_pairs)
 from vggt import VGGT
@@ -419,9 +421,17 @@ def fit_pictures(pictures, width, multiple):
     return to_one_height([fit_picture(picture, width, multiple) for picture in pictures])
 
 
+def open_backbone(source):
+    """A .safetensors file, a folder with model.safetensors, or a hub id -> VGGT or DA3."""
+    path = find_weights(source)
+    state, metadata = read_weights(path)
+    is_da3 = 'model.backbone.pretrained.cls_token' in state
+    return (DA3 if is_da3 else VGGT).from_state(state, metadata, path)
+
+
 def build_psfm(config, dtype=torch.float32, teacher=None):
     """An untrained PSFM with `config.backbone` loaded and frozen. Options as in PSFMConfig."""
-    backbone = VGGT.from_pretrained(config.backbone).freeze(dtype)
+    backbone = open_backbone(config.backbone).freeze(dtype)
     return PSFM(backbone, config, teacher)
 
 
@@ -437,7 +447,7 @@ def untrained_like(psfm, config, seed=0):
 
 def fingerprint(backbone):
     """Eight hex digits that tell backbones apart: a cheap check, of the camera token alone."""
-    token = backbone.aggregator.camera_token.detach().cpu().float()
+    token = backbone.camera_token.detach().cpu().float()
     return f'{zlib.crc32(token.numpy().tobytes()):08x}'
 
 

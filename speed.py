@@ -26,6 +26,7 @@ import model
 from adapter import SpatialVLM, add_lora, answer_loss, build_adapter
 from chat import to_device
 from common import autocast_on, write_json
+from da3 import DA3, DA3Config
 from mini_vggt import MINI
 from model import compile_blocks
 from psfm import PSFM, random_view_mask
@@ -98,10 +99,14 @@ class Clock:
 
 def build(config, dtype):
     """An untrained model of a preset's sizes, its backbone frozen in `dtype`."""
-    vggt = MINI
-    if config.data != 'rooms':
-        vggt = VGGTConfig(heads=('camera', 'depth') if config.depth_probe else ('camera',))
-    return PSFM(VGGT(vggt).freeze(dtype), config)
+    heads = ('camera', 'depth') if config.depth_probe else ('camera',)
+    if config.data == 'rooms':
+        backbone = VGGT(MINI)
+    elif 'DA3' in config.backbone:
+        backbone = DA3(DA3Config(heads=heads))
+    else:
+        backbone = VGGT(VGGTConfig(heads=heads))
+    return PSFM(backbone.freeze(dtype), config)
 
 
 def batch_shape(config, V):

@@ -3,6 +3,7 @@ Trains PSFM (Spa3R, arXiv 2602.21186).
 
     python train.py --config small                        # any laptop: rooms, mini backbone
     python train.py --config small --data photos/ --out out/photos    # your own pictures
+    python train.py --config photos --data photos/        # a laptop, Depth Anything 3
     python train.py --config medium --data scenes/        # one GPU, VGGT-1B
     torchrun --nproc_per_node 8 train.py --config base --data scenes/  # the paper
 
@@ -43,7 +44,8 @@ from speed import peak_flops
 @dataclass(frozen=True)
 class Config(PSFMConfig):
     # what is frozen
-    backbone: str = opt('weights/mini_vggt.safetensors', 'the VGGT: a file, a folder, or a hub id',
+    backbone: str = opt('weights/mini_vggt.safetensors', 'VGGT or Depth Anything 3: a file, a '
+                        'folder, or a hub id',
                         group='what is frozen')
     teacher: str = opt('', "a second teacher for the 'sem' head, a hub id of transformers")
     cameras: str = opt('predicted', 'predicted by the backbone (the paper) | given by the source '
@@ -93,6 +95,10 @@ PRESETS = {
     # any laptop: procedural rooms, the mini backbone
     'small': dict(images_per_batch=24, steps=1200, lr=2e-3, muon_lr=4e-3, min_lr=0.03,
                   eval_every=400, log_every=100),
+    # photographs on a laptop: the open backbone, 34 M parameters, at 224 pixels
+    'photos': dict(backbone='depth-anything/DA3-SMALL', data='', num_latents=64, image_width=224,
+                   images_per_batch=16, max_gap=8, steps=400, lr=2e-3, muon_lr=4e-3, min_lr=0.03,
+                   val_scenes=16, eval_every=100, log_every=10),
     # one consumer GPU: VGGT-1B at 224 pixels
     'medium': dict(backbone='facebook/VGGT-1B', data='', width=384, encoder_depth=4,
                    decoder_depth=4, num_heads=6, num_latents=64, image_width=224,

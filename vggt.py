@@ -15,17 +15,16 @@ trained is in mini_vggt.py. Shapes as in model.py; P = 1 camera token + register
 """
 import json
 import math
-import os
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import InputError, find_file, load_strictly, read_weights
-from model import (IMAGE_STATISTICS, MLP, Block, RoPE2D, cast_matrices, full_precision,
-                   init_linear, pose_encoding_to_cameras, take_views)
+from backbone import Backbone, DPTHead, patch_grid
+from common import InputError, load_strictly
+from model import (IMAGE_STATISTICS, MLP, Block, RoPE2D, full_precision, init_linear,
+                   pose_encoding_to_cameras)
 
 
 @dataclass(frozen=True)
@@ -54,14 +53,6 @@ class VGGTConfig:
 
 
 NORMS = {'layer': nn.LayerNorm, 'rms': nn.RMSNorm}    # of queries and keys in global blocks
-
-
-class Views(NamedTuple):
-    """What the backbone says of a set of views. The world is the first view's camera frame."""
-    features: torch.Tensor           # (B, V, N, 2C) patch features of the last layer
-    extrinsics: torch.Tensor         # (B, V, 3, 4) world-to-camera
-    intrinsics: torch.Tensor         # (B, V, 3, 3) pixels
-    grid: tuple                      # (h, w)
 
 
 # -----------------------------------------------------------------------------
@@ -159,12 +150,7 @@ class Aggregator(nn.Module):
 
         Every view is embedded on its own.
         """
-        H, W = images.shape[-2:]
-        p = self.patch_size
-        if H % p or W % p:
-            raise InputError(f'images of {W}x{H} pixels do not divide into patches of {p}: '
-                             f'crop to {W // p * p}x{H // p * p}')
-        grid = H // p, W // p
+        grid = patch_grid(images, self.patch_size)
         normalised = (images.flatten(0, 1) - self.mean) / self.std  # (B V, 3, H, W)
         patches = self.patch_embed(normalised, grid)  # (B V, N, C)
         return patches.unflatten(0, images.shape[:2]), grid
@@ -244,88 +230,6 @@ class CameraHead(nn.Module):
         return poses
 
 
-class ResidualConvUnit(nn.Module):
-    def __init__(self, dim):
-        super().__init__()
-        self.conv1, self.conv2 = [nn.Conv2d(dim, dim, 3, padding=1) for _ in range(2)]
-
-    def forward(self, x):
-        x = x.relu()  # the residual starts here too: the release's in-place ReLU changes x
-        return x + self.conv2(self.conv1(x).relu())
-
-
-class FusionBlock(nn.Module):
-    def __init__(self, dim, has_skip=True):
-        super().__init__()
-        self.out_conv = nn.Conv2d(dim, dim, 1)
-        if has_skip:
-            self.resConfUnit1 = ResidualConvUnit(dim)
-        self.resConfUnit2 = ResidualConvUnit(dim)
-
-    def forward(self, x, skip=None, size=None):
-        if skip is not None:
-            x = x + self.resConfUnit1(skip)
-        x = self.resConfUnit2(x)
-        size = size or (2 * x.shape[-2], 2 * x.shape[-1])
-        return self.out_conv(F.interpolate(x, size=size, mode='bilinear', align_corners=True))
-
-
-class DPTHead(nn.Module):
-    """Four layers' tokens -> a map as large as the image (arXiv 2103.13413), confidence last."""
-
-    def __init__(self, config, out_channels):
-        super().__init__()
-        dim, features = 2 * config.width, config.dpt_features
-        c0, c1, _, c3 = config.dpt_channels
-        self.layers, self.patch_size = config.dpt_layers, config.patch_size
-        self.norm = nn.LayerNorm(dim)
-        self.projects = nn.ModuleList(nn.Conv2d(dim, c, 1) for c in config.dpt_channels)
-        self.resize_layers = nn.ModuleList([
-            nn.ConvTranspose2d(c0, c0, 4, 4), nn.ConvTranspose2d(c1, c1, 2, 2),
-            nn.Identity(), nn.Conv2d(c3, c3, 3, 2, 1)])
-        self.scratch = nn.Module()
-        for i, c in enumerate(config.dpt_channels, 1):
-            convolution = nn.Conv2d(c, features, 3, padding=1, bias=False)
-            self.scratch.add_module(f'layer{i}_rn', convolution)
-            self.scratch.add_module(f'refinenet{i}', FusionBlock(features, has_skip=i < 4))
-        self.scratch.output_conv1 = nn.Conv2d(features, features // 2, 3, padding=1)
-        self.scratch.output_conv2 = nn.Sequential(
-            nn.Conv2d(features // 2, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, out_channels, 1))
-
-    @staticmethod
-    def add_positions(x, aspect):
-        """Adds waves of the place in the image to maps (n, c, h, w). `aspect` = W / H."""
-        n, c, h, w = x.shape
-        frequency = 100 ** -(torch.arange(c // 4, device=x.device) / (c / 4))
-        diagonal = math.hypot(aspect, 1)
-        u = torch.linspace(-1, 1, w, device=x.device) * (w - 1) / w * aspect / diagonal
-        v = torch.linspace(-1, 1, h, device=x.device) * (h - 1) / h / diagonal
-        u = (u * frequency[:, None])[:, None].expand(-1, h, -1)  # (c/4, h, w)
-        v = (v * frequency[:, None])[:, :, None].expand(-1, -1, w)
-        return x + 0.1 * torch.cat([u.sin(), u.cos(), v.sin(), v.cos()]).to(x.dtype)
-
-    def forward(self, layers, grid):
-        """{layer: patch tokens (B, V, N, 2C)} -> (B, V, out_channels, H, W), not activated."""
-        h, w = grid
-        aspect = w / h
-        B, V = layers[self.layers[-1]].shape[:2]
-        maps = []
-        for layer, project, resize in zip(self.layers, self.projects, self.resize_layers):
-            x = self.norm(layers[layer].flatten(0, 1))  # (B V, N, 2C)
-            x = x.transpose(1, 2).unflatten(2, (h, w))  # (B V, 2C, h, w)
-            maps.append(resize(self.add_positions(project(x), aspect)))
-        s = self.scratch  # fused from the coarsest to the finest
-        m1, m2 = s.layer1_rn(maps[0]), s.layer2_rn(maps[1])
-        m3, m4 = s.layer3_rn(maps[2]), s.layer4_rn(maps[3])
-        x = s.refinenet4(m4, size=m3.shape[-2:])
-        x = s.refinenet3(x, m3, size=m2.shape[-2:])
-        x = s.refinenet2(x, m2, size=m1.shape[-2:])
-        x = s.output_conv1(s.refinenet1(x, m1))
-        size = h * self.patch_size, w * self.patch_size
-        x = F.interpolate(x, size, mode='bilinear', align_corners=True)
-        return s.output_conv2(self.add_positions(x, aspect)).unflatten(0, (B, V))
-
-
 class CellHead(nn.Module):
     """The mini's dense head: an MLP on a patch's features answers for k x k cells of the patch."""
 
@@ -346,10 +250,12 @@ class CellHead(nn.Module):
 # -----------------------------------------------------------------------------
 # the backbone
 
-class VGGT(nn.Module):
+class VGGT(Backbone):
+    """Patch embed, alternating attention, and whichever heads the config names."""
+
     def __init__(self, config=VGGTConfig()):
         super().__init__()
-        self.config, self.frozen = config, False
+        self.config = config
         dim = 2 * config.width
         self.aggregator = Aggregator(config)
         if 'camera' in config.heads:
@@ -364,97 +270,40 @@ class VGGT(nn.Module):
         self.aggregator.apply(init_linear)
 
     @property
-    def feature_dim(self):
-        return 2 * self.config.width
+    def transformer(self):
+        return self.aggregator
+
+    @property
+    def num_special(self):
+        return self.aggregator.num_special
+
+    @property
+    def camera_token(self):
+        return self.aggregator.camera_token
 
     def embed(self, images):
         return self.aggregator.embed(images)
 
-    def forward(self, images, view_mask=None, num_context=None):
-        """Images (B, V, 3, H, W) in [0, 1] -> Views. Masks as in `attend`."""
-        patches, grid = self.embed(images)
-        return self.read(self.attend(patches, grid, view_mask, num_context)[-1], grid)
+    def mix(self, patches, grid, num_context, layers):
+        return self.aggregator.attend(patches, grid, num_context, layers)
 
-    def attend(self, patches, grid, view_mask=None, num_context=None, layers=(-1,)):
-        """Patch tokens (B, V, N, C), views in any order -> {layer: tokens (B, V, P, 2C)}.
+    def cameras(self, tokens, size):
+        return pose_encoding_to_cameras(self.camera_head(tokens)[-1], size)
 
-        `view_mask` (B, V), True = target: context views attend to context views only, targets to
-        all ("asymmetric"). Every sample has `num_context` context views, the first view among
-        them; giving the number avoids a GPU sync.
-        """
-        if view_mask is None:
-            return self.aggregator.attend(patches, grid, layers=layers)
-        if num_context is None:
-            num_context = int((~view_mask[0]).sum())
-        order = view_mask.int().argsort(dim=1, stable=True)  # (B, V), context first
-        outputs = self.aggregator.attend(take_views(patches, order), grid, num_context, layers)
-        back = order.argsort(dim=1)
-        return {layer: take_views(tokens, back) for layer, tokens in outputs.items()}
-
-    def features(self, tokens):
-        """Tokens (B, V, P, 2C) -> patch features (B, V, N, 2C)."""
-        return tokens[:, :, self.aggregator.num_special:]
-
-    @full_precision
-    def read(self, tokens, grid):
-        """Last layer's tokens (B, V, P, 2C) -> Views. In fp32: poses are too delicate for bf16."""
-        pose = self.camera_head(tokens[:, :, 0].float())[-1]
-        size = [n * self.config.patch_size for n in grid]
-        return Views(self.features(tokens), *pose_encoding_to_cameras(pose, size), grid)
-
-    @full_precision
-    def depth(self, layers, grid):
-        """{layer of config.dpt_layers: tokens (B, V, P, 2C)} -> depth, confidence: (B, V, H, W).
-
-        Depth is along the optical axis, in the unit of the cameras' translations.
-        """
-        patches = {i: self.features(layers[i]).float() for i in self.config.dpt_layers}
-        V = patches[self.config.dpt_layers[0]].shape[1]
-        outputs = []
-        for v in range(0, V, 4):  # the maps are large: four views at once
-            part = {i: x[:, v:v + 4] for i, x in patches.items()}
-            outputs.append(self.depth_head(part, grid))
-        output = torch.cat(outputs, 1)  # (B, V, 2, H, W)
-        return output[:, :, 0].exp(), 1 + output[:, :, 1].exp()
+    def patch_depth(self, layers, grid):
+        if 'cells' not in self.config.heads:
+            return super().patch_depth(layers, grid)
+        depth, _ = self.read_out(self.features(layers[-1]), grid)
+        return F.adaptive_avg_pool2d(depth, grid).flatten(2)
 
     def read_out(self, features, grid):
         """The mini's frozen heads on features (B, V, N, 2C), true or predicted.
         -> depth (B, V, 2h, 2w) in rooms.SCENE_UNITs, class logits (B, V, 2h, 2w, classes)"""
         return self.depth_cells(features, grid)[..., 0].exp(), self.class_cells(features, grid)
 
-    @property
-    def depth_layers(self):
-        """The layers that `patch_depth` needs beside the last one."""
-        return self.config.dpt_layers if 'depth' in self.config.heads else ()
-
-    def patch_depth(self, layers, grid):
-        """Mean depth of every patch, {layer: tokens} -> (B, V, N), by the depth head there is."""
-        has_cells = 'cells' in self.config.heads
-        features = self.features(layers[-1])
-        depth, _ = self.read_out(features, grid) if has_cells else self.depth(layers, grid)
-        return F.adaptive_avg_pool2d(depth, grid).flatten(2)
-
-    def freeze(self, dtype=torch.float32):
-        """Makes it a teacher for good: no gradients, eval mode that train() cannot undo.
-
-        Only the aggregator's matrices are cast to `dtype` (differs from the release: all fp16).
-        """
-        self.frozen = True
-        self.requires_grad_(False).eval()
-        cast_matrices(self.aggregator, dtype)
-        return self
-
-    def train(self, mode=True):
-        return super().train(mode and not self.frozen)
-
     @classmethod
-    def from_pretrained(cls, source):
-        """Loads weights strictly: a .safetensors file, a folder with model.safetensors, a hub id.
-
-        The file's metadata hold its config; released weights have none, and get the defaults.
-        """
-        path = find_weights(source)
-        state, metadata = read_weights(path)
+    def from_state(cls, state, metadata, path):
+        """A file's metadata hold its config; released weights have none, and get the defaults."""
         config = read_config(metadata['config'], path) if 'config' in metadata else VGGTConfig()
         with torch.device('meta'):  # costs nothing for weights that are replaced at once
             model = cls(config)
@@ -481,20 +330,3 @@ def read_config(text, path):
                          'python mini_vggt.py makes a backbone that does')
     return VGGTConfig(**{key: tuple(value) if isinstance(value, list) else value
                          for key, value in settings.items()})
-
-
-def find_weights(source):
-    """A .safetensors file, a folder with model.safetensors, or a hub id -> path of the file."""
-    path = find_file(os.fspath(source))
-    if os.path.isdir(path):
-        path = os.path.join(path, 'model.safetensors')
-    if os.path.isfile(path):
-        return path
-    if path.endswith('.safetensors') or path.count('/') != 1:
-        raise InputError(f'no weights at {path}')
-    try:
-        from huggingface_hub import hf_hub_download
-        return hf_hub_download(path, 'model.safetensors')
-    except Exception as error:
-        raise InputError(f'{path} is neither a file nor a folder here, and the hub did not give it '
-                         f'({type(error).__name__}): check name, network and access') from error

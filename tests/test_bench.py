@@ -22,7 +22,7 @@ def test_bench_ends_with_json():
     assert code == 0, said
     report = json.loads(said.strip().splitlines()[-1])
     assert report['runs'][0]['parts'].keys() \
-        == {'patch embed', 'frame blocks', 'global blocks', 'camera head', 'encoder', 'decoder',
+        == {'patch embed', 'alternating blocks', 'camera head', 'encoder', 'decoder',
             'head and loss', 'backward'}
     assert report['runs'][0]['render_share'] < 0.5
     assert min(report['finetune']['anew_ms'], report['finetune']['kept_ms']) > 0
@@ -37,7 +37,7 @@ def test_what_is_predicted_from_shapes_is_what_was_counted():
     counted = {part: flops for part, _, flops in rows}
     assert all(ms > 0 and flops > 0 for _, ms, flops in rows)
     predicted = bench.predict('small', SMALL, 6)
-    for part in ('patch embed', 'camera head', 'encoder', 'decoder'):
+    for part in ('patch embed', 'alternating blocks', 'camera head', 'encoder', 'decoder'):
         assert predicted['flops'][part] == counted[part], part
     assert predicted['trained'] == 1_427_328 - 2 * 256 and predicted['kept_gb'] > 0
 

@@ -17,6 +17,7 @@ from safetensors import safe_open
 
 from adapter import Adapter
 from common import InputError, load_strictly
+from da3 import DA3, DA3Config, config_of
 from psfm import PSFM, PSFMConfig
 from release import load_released, released_adapter
 from train import PRESETS, Config
@@ -46,6 +47,10 @@ def fill(name, shape):
         noise = 0.1 * noise
     if name.endswith('pose_branch.fc2.bias'):
         noise[7:] += 0.25
+    if name.endswith('fc_fov.0.weight'):
+        noise = 0.1 * noise
+    if name.endswith('fc_fov.0.bias'):
+        noise += 1
     return torch.from_numpy(np.ascontiguousarray(noise, dtype=np.float32))
 
 
@@ -98,6 +103,31 @@ def check_vggt(config, weights, given):
     if 'depth' in given:
         depth, confidence = model.depth(layers, grid)
         found.update(depth=depth[..., None], depth_conf=confidence)
+    for name, value in given.items():
+        assert_close(found[name], value, name)
+
+
+# -----------------------------------------------------------------------------
+# Depth Anything 3
+
+@torch.no_grad()
+def check_da3(config, weights, given):
+    model = DA3(DA3Config(
+        patch_size=config['patch_size'], width=config['embed_dim'], depth=config['depth'],
+        num_heads=config['num_heads'], position_grid=config['position_grid'],
+        alt_start=config['alt_start'], dpt_layers=tuple(config['out_layers']),
+        dpt_features=config['depth_features'], dpt_channels=tuple(config['depth_out_channels'])))
+    model.load(weights, 'the fixture')
+    model.freeze()
+    images, mask = given.pop('images'), given.pop('view_mask', None)
+    patches, grid = model.embed(images)
+    layers = model.attend(patches, grid, mask, layers=(*model.config.dpt_layers, -1))
+    views = model(images, mask)
+    first, camera_tokens = layers[model.config.dpt_layers[0]], layers[-1][:, :, 0]
+    found = dict(patch_tokens_first=model.features(first), patch_tokens_last=views.features,
+                 camera_tokens_last=camera_tokens, pose_enc=model.cam_dec(camera_tokens),
+                 extrinsics=views.extrinsics, intrinsics=views.intrinsics)
+    found['depth'], found['depth_conf'] = model.depth(layers, grid)
     for name, value in given.items():
         assert_close(found[name], value, name)
 
@@ -161,7 +191,7 @@ def check_adapter(config, weights, given):
 # -----------------------------------------------------------------------------
 # all of them
 
-CHECKS = {'vggt': check_vggt, 'vggt_masked': check_vggt, 'psfm': check_psfm,
+CHECKS = {'da3': check_da3, 'da3_masked': check_da3, 'vggt': check_vggt, 'vggt_masked': check_vggt, 'psfm': check_psfm,
           'adapter': check_adapter}
 
 
@@ -198,3 +228,17 @@ def test_released_names_load_strictly(which, load):
         state.pop(next(name for name in state if name.endswith(lost)))
         with pytest.raises(InputError, match=lost):
             load(state)
+
+
+@pytest.mark.skipif(not (FOLDER / 'da3_keys.json').is_file(), reason=f'no da3_keys.json in {FOLDER}')
+@pytest.mark.parametrize('which, millions', [('DA3-SMALL', 26), ('DA3-BASE', 103)])
+def test_open_names_load_strictly(which, millions):
+    shapes = json.loads((FOLDER / 'da3_keys.json').read_text())[which]
+    with torch.device('meta'):
+        state = {name: torch.empty(shape) for name, shape in shapes.items()}
+        model = DA3(config_of(state, which))
+        model.load(state, which, assign=True)
+        assert round(sum(p.numel() for p in model.parameters()) / 1e6) == millions
+        state.pop('model.backbone.pretrained.blocks.7.attn.q_norm.weight')
+        with pytest.raises(InputError, match='blocks.7.attn.q_norm.weight'):
+            model.load(state, which, assign=True)
