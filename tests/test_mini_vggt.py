@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import mini_vggt
+from backbone import Views
 from common import read_weights
 from data import RoomPool
 from mini_vggt import (MINI, Config, MiniVGGTTrainer, area_under_curve, evaluate_backbone,
@@ -18,7 +19,7 @@ from psfm import build_psfm
 from rooms import CLASSES, SCENE_UNIT, scene_extrinsics
 from test_vggt import TINY
 from train import Config as TrainConfig
-from vggt import Views
+
 
 SHIPPED = Path(mini_vggt.__file__).parent / 'weights' / 'mini_vggt.safetensors'
 
