@@ -334,6 +334,14 @@ def select(docs, args):
     def task(doc):
         return doc.get('question_type', doc.get('task'))
 
+    subset = getattr(args, 'subset', 'full')
+    if subset != 'full':
+        if any(not isinstance(doc.get('pruned'), bool) for doc in docs):
+            raise InputError(f'--subset {subset}: these files are older than the subsets (no field '
+                             '"pruned" in some questions)')
+        docs = [doc for doc in docs if doc['pruned'] == (subset == 'pruned')]
+        if not docs:
+            raise InputError(f'--subset {subset}: none of the questions is in it')
     if args.tasks:
         known = sorted({task(doc) for doc in docs})
         unknown = [name for name in args.tasks if name not in known]
@@ -430,6 +438,9 @@ def make_parser():
         c = command(benchmark, f'{of.title}: a folder with the files of the hub, or its id', name)
         c.add_argument('--data', required=True, help='the folder, or an id on the hub')
         c.add_argument('--run', default='out/vlm-small', help='a run of finetune.py')
+        if name == 'vsibench':
+            c.add_argument('--subset', default='full', choices=['full', 'debiased', 'pruned'],
+                           help='debiased: without the questions that need no looking (pruned)')
         c.add_argument('--tasks', nargs='+', default=[], help='only these')
         c.add_argument('--limit', type=number(int, 0), default=0, help='a sample of so many')
         c.add_argument('--frames', type=number(int, 1), default=32, help='of a video (32)')

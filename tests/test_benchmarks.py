@@ -304,6 +304,17 @@ def test_questions_without_their_pictures_are_left_out(run, tmp_path, capsys):
     assert '1 of 3 questions are left out' in capsys.readouterr().out
     with pytest.raises(InputError, match='--tasks nothing: vsibench has'):
         evaluation.main([*command, '--tasks', 'nothing'])
+    with pytest.raises(InputError, match='--subset pruned: none of the questions is in it'):
+        evaluation.main([*command, '--subset', 'pruned'])
+    path = tmp_path / 'bench' / 'test.jsonl'
+    whole = path.read_text()
+    path.write_text(whole.replace('"pruned"', '"first release"'))
+    with pytest.raises(InputError, match='--subset pruned: these files are older'):
+        evaluation.main([*command, '--subset', 'pruned'])
+    path.write_text(whole.replace('"pruned": false', '"pruned": true', 1))
+    for subset, count in (('full', 2), ('debiased', 1), ('pruned', 1)):
+        evaluation.main([*command, '--subset', subset])
+        assert f'VSI-Bench, {count} questions' in capsys.readouterr().out
     (videos / 'scene0000_00.mp4').unlink()
     with pytest.raises(InputError, match='none of the 3 questions has its pictures'):
         evaluation.main(command)
