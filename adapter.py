@@ -322,6 +322,15 @@ def load_spatial_vlm(folder, dtype=torch.float32, max_pixels=None):
 # -----------------------------------------------------------------------------
 # the latents of a scene, computed once
 
+def hash_of_encoder(psfm):
+    """Hex digits that tell encoders apart, by all the weights that z depends on."""
+    weights = hashlib.sha256()
+    state = dict(psfm.backbone.state_dict(), mean=psfm.geo_mean, std=psfm.geo_std)
+    for name, tensor in {**state, **psfm.encoder.state_dict(prefix='encoder.')}.items():
+        weights.update(name.encode() + tensor.detach().cpu().float().numpy().tobytes())
+    return weights.hexdigest()
+
+
 LATENTS = ('psfm', 'none', 'random', 'backbone')
 
 
@@ -345,11 +354,7 @@ class SceneLatents:
             psfm = untrained_like(psfm, config)
         self.psfm = psfm.eval().requires_grad_(False)
 
-        weights = hashlib.sha256()
-        state = dict(psfm.backbone.state_dict(), mean=psfm.geo_mean, std=psfm.geo_std)
-        for name, tensor in {**state, **psfm.encoder.state_dict(prefix='encoder.')}.items():
-            weights.update(name.encode() + tensor.detach().cpu().float().numpy().tobytes())
-        self.key = f'{kind} {weights.hexdigest()} {self.image_width}'
+        self.key = f'{kind} {hash_of_encoder(psfm)} {self.image_width}'
         if dtype != torch.float32:
             self.key += f' {dtype}'
 

@@ -11,18 +11,20 @@ A batch is a dict of tensors: images (B, V, 3, H, W) in [0, 1]. Rooms also know 
 (B, V, 3, 4), intrinsics (B, V, 3, 3) and, for cells of 4 x 4 pixels, depth (B, V, h, w) in metres
 and classes (B, V, h, w), indices into rooms.CLASSES.
 """
+import json
 import os
 import re
 from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
+from safetensors.torch import save_file
 
-from common import InputError, Parser, run_script, step_generator
+from common import InputError, Parser, read_weights, run_script, step_generator
 from media import (PICTURES, VIDEOS, even_frames, extract_frames, list_files, natural_order,
                    open_file, open_picture, reading_fault)
 from model import full_precision
-from psfm import fit_picture, to_one_height
+from psfm import fit_picture, fit_pictures, to_one_height
 from rooms import make_intrinsics, make_rooms, make_walk, render, room_seed, surface_classes
 
 CELL = 4                            # pixels a side: depth and classes have this resolution
@@ -388,6 +390,53 @@ def make_source(config, split, multiple, device='cpu', rank=0, world_size=1, say
         return RoomPool(split, 0, config.val_scenes, 0, (width, width), device)
     return PhotoFolder(config.data, split, config.seed, width, multiple, config.min_views,
                        (config.min_gap, config.max_gap), rank if split == 'train' else 0, say, kept)
+
+
+def stamp_of(path):
+    try:
+        return read_weights(path)[1].get('stamp')
+    except InputError:                # none there, or not whole
+        return None
+
+
+@torch.no_grad()
+def encode_scenes(psfm, folder, out, width, num_views, stamp, progress=iter):
+    """Every scene of a data set -> <out>/<scene>.safetensors, from `num_views` of its pictures.
+
+    A file holds z (Q, D), and the predicted cameras, extrinsics (V, 3, 4) and intrinsics (V, 3, 3)
+    of pictures resized to (H, W); its metadata say which pictures, H and W, and `stamp`, which
+    tells one encoder from another. What is there already and is the same is not computed again.
+    Pictures that cannot be read are left out by name. -> number of files written, scenes
+    """
+    found = find_scenes_or_say_why(folder)
+    device = psfm.geo_mean.device
+    written = 0
+    os.makedirs(out, exist_ok=True)
+    for name, paths in progress(found.scenes.items()):
+        paths = [paths[i] for i in even_frames(len(paths), num_views)]
+        faults = [reading_fault(path, os.stat(path).st_mtime_ns) for path in paths]
+        for fault in filter(None, faults):
+            print(f'{fault}; left out')
+        paths = [path for path, fault in zip(paths, faults) if not fault]
+        if not paths:
+            print(f'scene {name} is left out: none of its pictures can be read')
+            continue
+        path = os.path.join(out, name.replace('/', '--') + '.safetensors')
+        state = [(picture, os.stat(picture).st_mtime_ns) for picture in paths]
+        metadata = dict(pictures=json.dumps(paths), stamp=f'{stamp} {width} {state}')
+        if stamp_of(path) == metadata['stamp']:
+            continue
+        pictures = [open_picture(picture, width) for picture in paths]
+        images = fit_pictures(pictures, width, psfm.backbone.config.patch_size)
+        metadata['size'] = json.dumps(list(images.shape[-2:]))
+        views = psfm.backbone(images[None].to(device).float() / 255)
+        tensors = dict(z=psfm.encode(views.features, views.grid), extrinsics=views.extrinsics,
+                       intrinsics=views.intrinsics)
+        tensors = {key: x[0].float().cpu().contiguous() for key, x in tensors.items()}
+        save_file(tensors, f'{path}.{os.getpid()}', metadata)
+        os.replace(f'{path}.{os.getpid()}', path)
+        written += 1
+    return written, len(found.scenes)
 
 
 def check_pictures(scenes, sample):

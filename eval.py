@@ -5,6 +5,7 @@ What has been learned? One command for each question.
     python eval.py field --run out/small --path     # ... and path.gif: where no picture was taken
     python eval.py probe                            # what does z know of the room?
     python eval.py runs out/*                       # several runs side by side
+    python eval.py encode photos/ --run out/photos  # a file of latents and cameras for each scene
     python eval.py backbone                         # how good the mini VGGT is
     python eval.py rooms --run out/vlm-small        # fine-tuned VLMs on held-out rooms' questions
     python eval.py ablate                           # do the latents help? every kind, three seeds
@@ -23,13 +24,13 @@ import torch
 from tqdm import tqdm
 
 import finetune
-from adapter import LATENTS, SceneLatents, SpatialVLM
+from adapter import LATENTS, SceneLatents, SpatialVLM, hash_of_encoder
 from benchmarks import (BENCHMARKS, ask_benchmark, generate, leave_out_lost, read_answers,
                         read_benchmark, results_table)
 from chat import load_vlm
 from common import (InputError, Parser, autocast_on, check_same, find_checkpoint, find_file, number,
                     pick_device, pick_dtype, read_json, run_script, step_generator, write_json)
-from data import RoomPool, make_source
+from data import RoomPool, encode_scenes, make_source
 from draw import draw_field, draw_film
 from measure import answer_rooms, evaluate_field, field_table, rooms_table
 from media import open_picture, read_video
@@ -106,6 +107,14 @@ def probe(args):
     path = os.path.join(folder_beside(args.run), 'probe.json')
     write_json(path, scores)
     print(f'wrote {path}')
+
+
+def encode(args):
+    psfm, config = open_psfm(args.run, pick_device(args.device))
+    written, total = encode_scenes(
+        psfm, args.folder, args.out, config.image_width, args.views, hash_of_encoder(psfm),
+        lambda scenes: tqdm(scenes, 'encoding', disable=None))
+    print(f'{total} scenes, {written} of them encoded now, in {args.out}/')
 
 
 def backbone(args):
@@ -404,6 +413,12 @@ def make_parser():
     c.add_argument('--rooms', type=number(int, 200), default=2500, help='to fit on (2500)')
     c.add_argument('--held-out', type=number(int, 100), default=480, help='to ask about (480)')
     c.add_argument('--views', type=number(int, 1, RoomPool.VIEWS), default=6, help='a room (6)')
+
+    c = command(encode, 'a folder of scenes -> a file of latents and cameras for each')
+    c.add_argument('folder', help='pictures as data.py check understands them')
+    c.add_argument('--run', default=SHIPPED, help=f'a run, or a file (default: {SHIPPED})')
+    c.add_argument('--views', type=number(int, 1), default=8, help='of a scene, at most (8)')
+    c.add_argument('--out', default='out/encoded', help='(default: out/encoded)')
 
     c = command(runs, 'several runs side by side; those that differ in the seed share a row')
     c.add_argument('folders', nargs='+')

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 
 import eval as evaluation
 import finetune
@@ -17,8 +18,10 @@ from common import InputError
 from data import RoomPool
 from eval import load_answerer, main
 from probe import FACTS, PROBED
+from psfm import fit_pictures, load_psfm
 from questions import RoomQuestions
-from tiny import TINY_PSFM, options, refuse, save_tiny_vlm
+from test_data import make_folder
+from tiny import TINY_PSFM, options, picture, refuse, save_tiny_vlm
 
 ROOT = Path(__file__).parent.parent
 
@@ -301,6 +304,35 @@ def test_bad_input_to_the_script():
                           capture_output=True)
     assert done.returncode == 1
     assert done.stderr == 'error: no finished PSFM run among nowhere\n'
+
+
+def test_encode_writes_a_file_a_scene_and_resumes(tmp_path, capsys):
+    photos, out = make_folder(tmp_path / 'photos', scenes=2, frames=5), tmp_path / 'encoded'
+    (photos / 'scene1' / '2.jpg').write_text('no picture')
+    command = ['encode', str(photos), '--out', str(out), '--views', '3', '--device', 'cpu']
+    main(command)
+    said = capsys.readouterr().out
+    assert '2 scenes, 2 of them encoded now' in said and '2.jpg cannot be read' in said
+    psfm, config = load_psfm('weights/psfm_small.safetensors')
+    with safe_open(out / 'scene0.safetensors', 'pt') as file:
+        names = json.loads(file.metadata()['pictures'])
+        z, extrinsics = file.get_tensor('z'), file.get_tensor('extrinsics')
+        size = json.loads(file.metadata()['size'])
+    assert [Path(name).name for name in names] == ['0.jpg', '2.jpg', '4.jpg']
+    images = fit_pictures([Image.open(name) for name in names], config.image_width, 8)
+    assert list(images.shape[-2:]) == size == [48, 64]
+    assert torch.allclose(z, psfm.latents(images[None].float() / 255)[0], atol=1e-5)
+    assert extrinsics.shape == (3, 3, 4)
+    with safe_open(out / 'scene1.safetensors', 'pt') as file:
+        assert len(json.loads(file.metadata()['pictures'])) == 2
+    main(command)                                           # all there
+    assert '2 scenes, 0 of them encoded now' in capsys.readouterr().out
+    picture(photos / 'scene0' / '4.jpg', value=7)           # another picture, a spoiled file
+    (out / 'scene1.safetensors').write_bytes(b'cut')
+    main(command)
+    assert '2 scenes, 2 of them encoded now' in capsys.readouterr().out
+    assert sorted(path.name for path in out.iterdir()) == ['scene0.safetensors',
+                                                           'scene1.safetensors']
 
 
 def test_ask_uses_the_words_of_training(vlm, tuned, tmp_path, capsys, monkeypatch):
