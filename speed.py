@@ -16,6 +16,7 @@ import json
 import os
 import statistics
 import time
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -272,32 +273,44 @@ def vlm_cost(sizes, train, config, clock, dtype, is_cached=True, grid=(28, 36), 
 
 
 def report_parts(presets, clock, dtype, views, sizes, can_compile):
-    """{name: function that measures it}, what matters most first. presets: {name: Config}"""
+    """{name: function that measures it}, what matters most first. presets: {name: Config}
+
+    The depth probe is no part of the method, and off but where it is named.
+    """
+    presets = {name: dataclasses.replace(config, depth_probe=False)
+               for name, config in presets.items()}
     parts = {}
-    for name, config in presets.items():
-        config = dataclasses.replace(config, depth_probe=False)  # it is no part of the method
-        for V in views:
-            for compiled in (True, False)[not can_compile:]:
-                title = f'{name}, {V} views, {"compiled" if compiled else "eager"}'
-                parts[title] = lambda config=config, V=V, compiled=compiled: step_cost(
-                    config, V, clock, dtype, compiled)
-    name, config = next((name, config) for name, config in presets.items())
-    config = dataclasses.replace(config, depth_probe=False)
+
+    def add(name, config, V):
+        for compiled in (True, False) if can_compile else (False,):
+            title = f'{name}, {V} views, {"compiled" if compiled else "eager"}'
+            parts[title] = partial(step_cost, config, V, clock, dtype, compiled)
+
+    # one preset, and what single changes cost
+    name, config = next(iter(presets.items()))
     V = views[0]
+    add(name, config, V)
     changes = {'with --checkpointing': dict(checkpointing=True),
                'with the depth head and probe': dict(depth_probe=True),
                'two passes (another objective)': dict(context='separate')}
     for title, change in changes.items():
-        parts[f'{name}, {V} views, eager, {title}'] = lambda change=change: step_cost(
-            dataclasses.replace(config, **change), V, clock, dtype)
-    parts[f'{name}, {V} views, eager, with a dense mask'] = lambda: step_cost(
-        config, V, clock, dtype, around=dense_mask)
-    for train in ('adapter', 'lora', 'adapter+llm'):
+        changed = dataclasses.replace(config, **change)
+        parts[f'{name}, {V} views, eager, {title}'] = partial(step_cost, changed, V, clock, dtype)
+    parts[f'{name}, {V} views, eager, with a dense mask'] = partial(
+        step_cost, config, V, clock, dtype, around=dense_mask)
+
+    # the others
+    for name, config in presets.items():
+        for V in views:
+            add(name, config, V)
+    config = next(iter(presets.values()))
+
+    # fine-tuning
+    grid = (28, 36) if sizes is QWEN_3B else (4, 4)
+    for trained in ('adapter', 'lora', 'adapter+llm'):
         for is_cached in (True, False):
-            title = f'VLM, {train}, latents {"cached" if is_cached else "computed"}'
-            grid = (28, 36) if sizes is QWEN_3B else (4, 4)
-            parts[title] = lambda train=train, is_cached=is_cached, grid=grid: vlm_cost(
-                sizes, train, config, clock, dtype, is_cached, grid)
+            title = f'VLM, {trained}, latents {"cached" if is_cached else "computed"}'
+            parts[title] = partial(vlm_cost, sizes, trained, config, clock, dtype, is_cached, grid)
     return parts
 
 
@@ -325,7 +338,6 @@ def report(parts, path, clock):
                 continue
             finally:
                 if clock.device.type == 'cuda':
-                    torch._dynamo.reset()
                     torch.cuda.empty_cache()
             write_json(path, results)
         print(report_line(name, results[name]), flush=True)

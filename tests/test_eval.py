@@ -306,7 +306,7 @@ def test_bad_input_to_the_script():
     assert done.stderr == 'error: no finished PSFM run among nowhere\n'
 
 
-def test_encode_writes_a_file_a_scene_and_resumes(tmp_path, capsys):
+def test_encode_writes_a_file_a_scene_and_resumes(tmp_path, capsys, monkeypatch):
     photos, out = make_folder(tmp_path / 'photos', scenes=2, frames=5), tmp_path / 'encoded'
     (photos / 'scene1' / '2.jpg').write_text('no picture')
     command = ['encode', str(photos), '--out', str(out), '--views', '3', '--device', 'cpu']
@@ -325,6 +325,17 @@ def test_encode_writes_a_file_a_scene_and_resumes(tmp_path, capsys):
     assert extrinsics.shape == (3, 3, 4)
     with safe_open(out / 'scene1.safetensors', 'pt') as file:
         assert len(json.loads(file.metadata()['pictures'])) == 2
+
+    # as the README says
+    (tmp_path / 'latents').mkdir()
+    os.link(out / 'scene0.safetensors', tmp_path / 'latents' / 'kitchen.safetensors')
+    monkeypatch.chdir(tmp_path)
+    (code,) = [block.split('```')[0] for block in (ROOT / 'README.md').read_text().split('```python')
+               if 'latents/kitchen' in block]
+    found = {}
+    exec(code, found)
+    assert torch.equal(found['z'], z) and found['pictures'] == names
+
     main(command)                                           # all there
     assert '2 scenes, 0 of them encoded now' in capsys.readouterr().out
     picture(photos / 'scene0' / '4.jpg', value=7)           # another picture, a spoiled file
