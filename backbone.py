@@ -147,7 +147,7 @@ class Backbone(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source):
-        """Loads weights strictly: a .safetensors file, a folder with model.safetensors, a hub id."""
+        """Loads strictly: a .safetensors file, a folder with model.safetensors, a hub id."""
         path = find_weights(source)
         return cls.from_state(*read_weights(path), path)
 

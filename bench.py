@@ -291,11 +291,12 @@ def predict(name, config, V):
 
 def print_growth(results):
     """What a view costs, the more of them a scene has."""
-    print(f'\n{"views a scene":>14s}{"TFLOP a view":>14s}{"in attention":>14s}{"GB kept a view":>16s}')
+    titles = 'views a scene', 'TFLOP a view', 'in attention', 'GB kept a view'
+    print('\n' + ''.join(f'{title:>15s}' for title in titles))
     for x in results:
         per_view = x['kept_gb'] / x['scenes'] / x['views']
-        print(f'{x["views"]:14d}{x["per_view"] / 1e12:14.3f}{100 * x["attention"]:13.0f}%'
-              f'{per_view:16.3f}')
+        print(f'{x["views"]:15d}{x["per_view"] / 1e12:15.3f}{100 * x["attention"]:14.0f}%'
+              f'{per_view:15.3f}')
 
 
 # -----------------------------------------------------------------------------
@@ -343,59 +344,6 @@ def make_parser():
     return parser
 
 
-def main(argv=None):
-    args = make_parser().parse_args(argv)
-
-    # the machine
-    device = pick_device(args.device)
-    dtype, _ = pick_dtype(args.dtype, device)
-    autocast = autocast_on(device, dtype)
-    clock = Clock(device, args.repeats)
-    name = f'{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads'
-    if device.type == 'cuda':
-        name = torch.cuda.get_device_name(device)
-
-    # which sizes
-    is_report = args.report or (device.type == 'cuda' and not (
-        args.config or args.predict or args.release or args.profile))
-    config = Config(**PRESETS[args.config or ('base' if args.release else 'small')])
-    if args.images:
-        config = dataclasses.replace(config, images_per_batch=args.images)
-    compiled = ', compiled' if args.compile else ''
-    if args.predict:
-        results = [predict(args.config or 'small', config, V) for V in args.views]
-        if len(results) > 1:
-            print_growth(results)
-        print(json.dumps(results))
-        return
-    print(f'{name}, torch {torch.__version__}, {dtype}{compiled}')
-    if is_report:
-        print(json.dumps(full_report(clock, dtype, name)))
-        return
-    if args.release:
-        if device.type == 'cpu':      # a ViT-S as the backbone, 384 wide: minutes, not hours
-            config = dataclasses.replace(config, width=384, num_heads=6, num_latents=64,
-                                         image_width=min(config.image_width, 224))
-        print(json.dumps([compare(args.release, config, V, clock, dtype, device.type != 'cpu')
-                          for V in args.views]))
-        return
-
-    # the model, without the depth probe, which is no part of the method
-    torch.manual_seed(0)
-    psfm = build(dataclasses.replace(config, depth_probe=False), dtype).to(device)
-    if args.compile:
-        compile_blocks(psfm)
-    numbers = dict(config=args.config or 'small', device=name, torch=torch.__version__,
-                   dtype=str(dtype), compile=args.compile)
-    numbers['runs'] = [bench_step(psfm, config, V, clock, autocast) for V in args.views]
-    if args.profile:
-        write_trace(psfm, torch.rand(batch_shape(config, args.views[0]), device=device), autocast,
-                    args.profile)
-    if numbers['config'] == 'small':
-        numbers['finetune'] = bench_finetune(clock, autocast)
-    print(json.dumps(numbers))
-
-
 def write_trace(psfm, images, autocast, path):
     """One forward and backward pass through torch.profiler."""
     with torch.profiler.profile(record_shapes=True) as profile:
@@ -404,6 +352,64 @@ def write_trace(psfm, images, autocast, path):
         loss.backward()
     profile.export_chrome_trace(path)
     print(f'wrote {path}')
+
+
+def by_parts(args, config, clock, dtype, name):
+    """The tables of one preset. -> dict"""
+    device = clock.device
+    autocast = autocast_on(device, dtype)
+    torch.manual_seed(0)
+    # without the depth probe, which is no part of the method
+    psfm = build(dataclasses.replace(config, depth_probe=False), dtype).to(device)
+    if args.compile:
+        compile_blocks(psfm)
+    preset = args.config or 'small'
+    numbers = dict(config=preset, device=name, torch=torch.__version__, dtype=str(dtype),
+                   compile=args.compile)
+    numbers['runs'] = [bench_step(psfm, config, V, clock, autocast) for V in args.views]
+    if args.profile:
+        images = torch.rand(batch_shape(config, args.views[0]), device=device)
+        write_trace(psfm, images, autocast, args.profile)
+    if preset == 'small':
+        numbers['finetune'] = bench_finetune(clock, autocast)
+    return numbers
+
+
+def beside_the_release(args, config, clock, dtype):
+    """-> list of dicts, one for each number of views"""
+    is_cpu = clock.device.type == 'cpu'
+    if is_cpu:  # a ViT-S as the backbone, 384 wide: minutes, not hours
+        config = dataclasses.replace(config, width=384, num_heads=6, num_latents=64,
+                                     image_width=min(config.image_width, 224))
+    return [compare(args.release, config, V, clock, dtype, not is_cpu) for V in args.views]
+
+
+def main(argv=None):
+    args = make_parser().parse_args(argv)
+    device = pick_device(args.device)
+    dtype, _ = pick_dtype(args.dtype, device)
+    clock = Clock(device, args.repeats)
+    name = f'{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads'
+    if device.type == 'cuda':
+        name = torch.cuda.get_device_name(device)
+    is_plain = not (args.config or args.predict or args.release or args.profile)
+    preset = args.config or ('base' if args.release else 'small')
+    config = Config(**PRESETS[preset])
+    if args.images:
+        config = dataclasses.replace(config, images_per_batch=args.images)
+
+    print(f'{preset} on {name}, torch {torch.__version__}, {dtype}'
+          + ', compiled' * args.compile)
+    if args.predict:
+        numbers = [predict(preset, config, V) for V in args.views]
+        print_growth(numbers)
+    elif args.release:
+        numbers = beside_the_release(args, config, clock, dtype)
+    elif args.report or (is_plain and device.type == 'cuda'):
+        numbers = full_report(clock, dtype, name)
+    else:
+        numbers = by_parts(args, config, clock, dtype, name)
+    print(json.dumps(numbers))
 
 
 if __name__ == '__main__':

@@ -199,7 +199,7 @@ def config_of(state, path):
         channels = [len(state[f'model.head.projects.{i}.weight']) for i in range(4)]
         features = len(state['model.head.scratch.layer1_rn.weight'])
     except KeyError as error:
-        raise InputError(f'{path} is no Depth Anything 3 of the any-view kind: no {error}') from error
+        raise InputError(f'{path} is no any-view Depth Anything 3: no {error}') from error
     depth = len({name.split('.')[4] for name in state if re.match(vit + r'blocks\.\d', name)})
     if depth != 12:
         raise InputError(f'{path} has {depth} blocks: only DA3-SMALL and DA3-BASE, with 12, are '

@@ -341,8 +341,8 @@ def compile_blocks(model):
     """torch.compile, block by block: the layers of a stack share the code, at any view count."""
     # several kinds of stacks share this code, with and without gradients
     torch._dynamo.config.recompile_limit = 64
-    # the slice `c:` has no size that the compiler could know; SDPA is fused anyway. Not a decorator:
-    # that would import the compiler, a second, into every run
+    # the slice `c:` has no size that the compiler could know; SDPA is fused anyway. (As a decorator
+    # this would import the compiler into every run: a second.)
     global split_attention
     split_attention = torch.compiler.disable(split_attention)
     for module in model.modules():

@@ -1,9 +1,9 @@
 """
 What whole training steps cost.
 
-    report(...)     `python bench.py` on a GPU: every preset, what single speed-ups are worth, `small`
-                    from start to finish, and a step of a 3 B VLM
-    compare(...)    `python bench.py --release FOLDER`: ours beside the release's own modules
+    report     `python bench.py` on a GPU: every preset, what single speed-ups are worth, `small`
+               from start to finish, and a step of a 3 B VLM
+    compare    `python bench.py --release FOLDER`: ours beside the release's own modules
 
 A step is forward, backward and AdamW on one batch that stays on the device, with random weights.
 Times are medians after a warm-up. FLOPs are those of our lean step, counted on the split
@@ -221,7 +221,8 @@ QWEN_3B = dict(      # Qwen2.5-VL-3B's sizes
                      rope_parameters=dict(rope_type='default', rope_theta=1e6,
                                           mrope_section=[16, 24, 24])),
     vision_config=dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16,
-                       out_hidden_size=2048, window_size=112, fullatt_block_indexes=[7, 15, 23, 31]),
+                       out_hidden_size=2048, window_size=112,
+                       fullatt_block_indexes=[7, 15, 23, 31]),
     tie_word_embeddings=True)
 TINY_QWEN = dict(    # the same code on a laptop
     text_config=dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2,

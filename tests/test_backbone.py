@@ -106,5 +106,5 @@ def test_files_tell_which_backbone_they_hold(tmp_path):
     with pytest.raises(InputError, match='missing head.norm.bias'):
         open_backbone(path)
     save_file({'model.backbone.pretrained.cls_token': torch.ones(1, 1, 64)}, path)
-    with pytest.raises(InputError, match='is no Depth Anything 3 of the any-view kind'):
+    with pytest.raises(InputError, match='is no any-view Depth Anything 3'):
         open_backbone(path)
