@@ -22,7 +22,8 @@ import torch
 from tqdm import tqdm
 
 from common import InputError, autocast_on
-from media import media_fault, open_picture, read_records, read_video
+from media import media_fault, open_picture, read_video
+from records import read_records
 
 LETTER_PROMPT = "Answer with the option's letter from the given choices directly."
 WORD_PROMPT = 'Please answer the question using a single word or phrase.'

@@ -13,16 +13,14 @@ and classes (B, V, h, w), indices into rooms.CLASSES.
 """
 import json
 import os
-import re
 from collections import Counter
-from dataclasses import dataclass, field
 
 import torch
 from safetensors.torch import save_file
 
 from common import InputError, Parser, read_weights, run_script, step_generator
-from media import (PICTURES, VIDEOS, even_frames, extract_frames, list_files, natural_order,
-                   open_file, open_picture, reading_fault)
+from media import (even_frames, find_scenes_or_say_why, natural_order, open_file, open_picture,
+                   reading_fault)
 from model import full_precision
 from psfm import fit_picture, fit_pictures, to_one_height
 from rooms import make_intrinsics, make_rooms, make_walk, render, room_seed, surface_classes
@@ -127,138 +125,6 @@ class RoomPool:
 # -----------------------------------------------------------------------------
 # data sets of photographs
 
-# where the pictures of a scene are, below its folder: what such a data set is called, and the lists
-# of its splits. Of several that a scene has, the first is taken: the others show the same.
-SCANNET = {'train': 'scannetv2_train.txt', 'val': 'scannetv2_val.txt'}
-SCANNETPP = {'train': 'splits/nvs_sem_train.txt', 'val': 'splits/nvs_sem_val.txt'}
-LAYOUTS = {'dslr/undistorted_images': ('ScanNet++', SCANNETPP),
-           'iphone/rgb': ('ScanNet++ (iPhone)', SCANNETPP),
-           'color': ('ScanNet', SCANNET),
-           'frames/color': ('ScanNet', SCANNET),
-           'images': ('folders with images/, as COLMAP has them', {}),
-           'image': ('folders with image/, as SUN3D has them', {}),
-           'rgb': ('folders with rgb/', {}),
-           '.': ('folders', {})}
-BASES = ('data', 'scans', 'scans_test')     # folders of scenes: no part of a scene's name
-DEEPEST = 6                                 # folders in folders
-
-# a word in a name that says: measured or computed, no photograph
-NO_PHOTO = {'depth', 'disparity', 'mask', 'masks', 'label', 'labels', 'instance', 'semantic',
-            'segmentation', 'normal', 'normals', 'confidence'}
-UNREAD = ('.gif', '.ppm', '.jp2', '.jxl', '.exr', '.dng', '.cr2', '.cr3', '.nef', '.arw', '.raf',
-          '.rw2', '.orf', '.wmv', '.flv', '.mxf')     # pictures and videos that we cannot read
-
-
-def is_photo(name):
-    return NO_PHOTO.isdisjoint(re.split('[^a-z]+', name.lower()))
-
-
-def list_photos(folder):
-    """The pictures directly in a folder, but not the depth maps and the like among them."""
-    pictures = list_files(folder, PICTURES) if os.path.isdir(folder) else []
-    photos = [path for path in pictures if is_photo(os.path.basename(path))]
-    return photos or pictures
-
-
-def scene_name(folder, root):
-    parts = os.path.relpath(folder, root).split(os.sep)
-    if len(parts) > 1 and parts[0] in BASES:
-        parts = parts[1:]
-    return '/'.join(parts) if parts != ['.'] else '(its own pictures)'
-
-
-@dataclass
-class Found:
-    """What is in a data set. `unused` counts kinds of files and folders that are passed over."""
-    scenes: dict = field(default_factory=dict)     # name -> its pictures in order
-    layout: str = 'folders'                        # what it is called
-    lists: dict = field(default_factory=dict)      # split -> the file that may name its scenes
-    splits: dict = field(default_factory=dict)     # split -> names of its scenes, if it is there
-    unused: Counter = field(default_factory=Counter)
-
-    def say_unused(self):
-        kinds = [f'{kind} ({n})' for kind, n in self.unused.most_common(8)]
-        return f'not used: {", ".join(kinds)}' if kinds else ''
-
-
-def photos_inside(folder):
-    """-> the key of LAYOUTS that says where a folder has its photographs, and these; or None, []"""
-    for inside in LAYOUTS:
-        photos = list_photos(os.path.join(folder, inside))
-        if photos:
-            return inside, photos
-    return None, []
-
-
-def add_videos(found, folder, root, say):
-    """Every video directly in a folder is a scene."""
-    for path in list_files(folder):
-        ending = os.path.splitext(path)[1].lower()
-        if ending in UNREAD:
-            found.unused[ending] += 1
-        if ending in VIDEOS:
-            try:
-                frames = list_files(extract_frames(path), PICTURES)
-                found.scenes[os.path.relpath(path, root)] = frames
-            except InputError as error:
-                say(f'{error}; left out')
-
-
-def read_splits(root, lists):
-    """{split: names of scenes}, as far as the files of `lists` are there."""
-    splits = {}
-    for split, name in lists.items():
-        for folder in ('.', *BASES):
-            path = os.path.join(root, folder, name)
-            if split not in splits and os.path.isfile(path):
-                with open(path) as file:
-                    splits[split] = file.read().split()
-    return splits
-
-
-def find_scenes(root, say=print):
-    """Scenes in a folder, at any depth: pictures as in LAYOUTS, and videos. -> Found"""
-    found, insides = Found(), Counter()
-    if os.path.isfile(root):
-        found.scenes[os.path.basename(root)] = list_files(extract_frames(root), PICTURES)
-    for folder, below, _ in os.walk(root, followlinks=True):
-        name = scene_name(folder, root)
-        inside, photos = photos_inside(folder)
-        if inside:
-            found.scenes[name] = photos
-            insides[inside] += 1
-        # `below` is where the walk goes on
-        below[:] = sorted((x for x in below if not x.startswith('.')), key=natural_order)
-        found.unused.update(f'{x}/' for x in below if not is_photo(x))
-        below[:] = filter(is_photo, below)
-        if inside in (None, '.'):
-            add_videos(found, folder, root, say)
-        else:                         # beside it lie the same pictures in other sizes
-            found.unused.update(f'{x}/' for x in below if x != inside.split('/')[0])
-            below.clear()
-        if name.count('/') >= DEEPEST:
-            below.clear()
-    insides['videos'] = len(found.scenes) - insides.total()
-    most = insides.most_common(1)[0][0]
-    found.layout, found.lists = LAYOUTS.get(most, ('videos', {}))
-    found.splits = read_splits(root, found.lists)
-    return found
-
-
-def find_scenes_or_say_why(root, say=print):
-    """As find_scenes. Raises InputError if there is nothing to find."""
-    if os.path.isfile(root) and not root.lower().endswith(VIDEOS):
-        raise InputError(f'{root} is no video ({" ".join(VIDEOS)}): take a folder of pictures')
-    if not os.path.exists(root):
-        raise InputError(f'no folder {root}, and no such video: it takes a folder of pictures, of '
-                         'sub-folders with pictures, or of videos')
-    found = find_scenes(root, say)
-    if not found.scenes:
-        raise InputError(f'no pictures in {root} nor below it ({" ".join(PICTURES)}), no videos'
-                         + f'; {found.say_unused()}' * bool(found.unused))
-    return found
-
-
 class PhotoFolder:
     """Scenes of photographs, in any layout of `find_scenes`.
 
@@ -278,6 +144,8 @@ class PhotoFolder:
         if found.unused:
             say(f'{root}: {found.say_unused()}')
         scenes = found.scenes
+        if 'val' in found.splits and 'train' not in found.splits:
+            found.splits['train'] = [x for x in scenes if x not in found.splits['val']]
         if found.splits:
             listed = set().union(*found.splits.values())
             scenes = {name: pictures for name, pictures in scenes.items() if name in listed}
@@ -285,7 +153,7 @@ class PhotoFolder:
                 raise InputError(f'{root}: none of the scenes on the lists of {found.layout} is '
                                  f'there; see python data.py check {root}')
         scenes = self.leave_out(root, scenes, min_views, say)
-        if found.splits:
+        if 'val' in found.splits:
             self.scenes = self.split_by_lists(root, scenes, found.splits, found.layout)
         elif len(scenes) > 1:
             self.scenes = self.split_by_scenes(scenes)
@@ -439,6 +307,12 @@ def encode_scenes(psfm, folder, out, width, num_views, stamp, progress=iter):
     return written, len(found.scenes)
 
 
+def shown_size(path):
+    with open_file(path) as picture:
+        is_turned = picture.getexif().get(274, 1) in (5, 6, 7, 8)  # as ImageOps.exif_transpose
+        return picture.size[::-1] if is_turned else picture.size
+
+
 def check_pictures(scenes, sample):
     """Looks at `sample` pictures of each scene. -> Counter of their sizes, faults"""
     sizes, faults = Counter(), []
@@ -448,7 +322,7 @@ def check_pictures(scenes, sample):
             if fault:
                 faults.append(fault)
             else:
-                sizes[open_file(pictures[i]).size] += 1
+                sizes[shown_size(pictures[i])] += 1
     return sizes, faults
 
 
@@ -473,7 +347,11 @@ def check(root):
         lines.append(f'on no list, not used: {len(unlisted)} scenes ({", ".join(unlisted[:3])})')
     if found.unused:
         lines.append(found.say_unused())
-    if 'train' not in splits and found.lists:
+    if 'val' in splits and 'train' not in splits:
+        lines.append('no list of the training scenes: all that are not on the val list are used')
+    if 'train' in splits and 'val' not in splits:
+        lines.append('no list of the val scenes: a tenth of those on the train list is held out')
+    if not splits and found.lists:
         wanted = ' and '.join(found.lists.values())
         lines.append(f'no list of the training scenes ({wanted}): without it a tenth is held out, '
                      'and scenes that VSI-Bench asks about may be trained on')

@@ -33,9 +33,9 @@ from common import (InputError, autocast_on, check_finite, join_processes, learn
                     take_step, write_checkpoint, write_json)
 from draw import draw_maps
 from measure import answer_rooms, held_out_loss, rooms_line, rooms_table
-from media import Conversations, Part
 from mini_vlm import ground
 from questions import RoomQuestions
+from records import Conversations, Part
 from release import open_psfm
 from rooms import check_classes
 
@@ -241,6 +241,7 @@ def train(name, config, data=None, held_out=None):
     say = tqdm.write if is_main else quiet
     state = read_state(config)
     first = state['step']
+    began -= state['metrics'].get('seconds', 0)  # of the sessions before
     dtype, reason = pick_dtype(state['dtype'], device)
     autocast = autocast_on(device, dtype)
     torch.manual_seed(config.seed)
@@ -249,6 +250,10 @@ def train(name, config, data=None, held_out=None):
     if data is None:
         data, held_out = make_data(config, functools.partial(
             tqdm, desc='rendering rooms', leave=False, disable=None), say)
+    stamp = getattr(data, 'stamp', None)
+    if state['metrics'].get('data', stamp) != stamp:
+        raise InputError(f'--resume: {config.data} holds other records than when the run began: '
+                         'what was held out would be trained on; use another --out')
     # latents in the run's dtype where that is much faster: not on a CPU, where it is a third
     model, chat, latents = build_model(config, dtype if device.type == 'cuda' else torch.float32)
     if config.resume:  # replaces the model just built; `latents` stays
@@ -349,7 +354,7 @@ def train(name, config, data=None, held_out=None):
                 say(f'step {done:05d}/{config.steps:05d} | held-out loss {metrics["loss"]:.4f}, '
                     f'answers right {metrics["accuracy"]:.3f}')
             brief = {key: value for key, value in metrics.items() if key not in ('scores', 'maps')}
-            brief['seconds'] = time.time() - began
+            brief.update(seconds=time.time() - began, data=stamp)
             log.write(json.dumps(dict(step=done, metrics=brief)) + '\n')
             save(model, chat, optimizers, done, config, dtype, brief, is_main, sharded)
 

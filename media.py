@@ -1,8 +1,8 @@
 """
-What people bring: pictures, videos, and conversations about them.
+What people bring: pictures, videos, and folders of them in many layouts.
 
-Pictures and frames come out upright, RGB, as a viewer or a player shows them. What cannot be read
-raises an InputError that names the file, and of a list of records also the record.
+They come out upright, RGB, as a viewer or a player shows them. What cannot be read raises an
+InputError that names the file.
 """
 import functools
 import hashlib
@@ -10,12 +10,13 @@ import json
 import os
 import re
 import shutil
+from collections import Counter
+from dataclasses import dataclass, field
 
 import numpy as np
-import torch
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageOps, features
 
-from common import InputError, step_generator
+from common import InputError
 
 PICTURES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.tif', '.tiff', '.avif', '.heic', '.heif')
 VIDEOS = ('.mp4', '.mov', '.m4v', '.avi', '.mkv', '.webm', '.3gp', '.ts', '.mts', '.mpg', '.mpeg')
@@ -51,6 +52,22 @@ def list_files(folder, endings=''):
             if entry.name.lower().endswith(endings) and entry.is_file()]
 
 
+# a word in a name that says: measured or computed, no photograph
+NO_PHOTO = {'depth', 'disparity', 'mask', 'masks', 'label', 'labels', 'instance', 'semantic',
+            'segmentation', 'normal', 'normals', 'confidence'}
+
+
+def is_photo(name):
+    return NO_PHOTO.isdisjoint(re.split('[^a-z]+', name.lower()))
+
+
+def list_photos(folder):
+    """The pictures directly in a folder, but not the depth maps and the like among them."""
+    pictures = list_files(folder, PICTURES) if os.path.isdir(folder) else []
+    photos = [path for path in pictures if is_photo(os.path.basename(path))]
+    return photos or pictures
+
+
 def list_folders(folder):
     """Names of the folders directly in `folder`, in natural order."""
     return [entry.name for entry in list_visible(folder) if entry.is_dir()]
@@ -58,6 +75,13 @@ def list_folders(folder):
 
 # -----------------------------------------------------------------------------
 # pictures
+
+def check_shape(picture, path):
+    short, long = sorted(picture.size)
+    if long > THINNEST * short:
+        raise InputError(f'{path} cannot be read: {picture.width} x {picture.height} pixels, '
+                         f'thinner than 1 : {THINNEST}')
+
 
 def open_file(path):
     """PIL image, of which only the header is read. Raises InputError, or Pillow's own errors."""
@@ -71,14 +95,12 @@ def open_file(path):
     try:
         picture = Image.open(path)
     except Image.UnidentifiedImageError as error:
-        reason = NEEDS.get(ending, 'not a picture')
+        can_read = ending != '.avif' or features.check('avif')
+        reason = 'not a picture' if can_read else NEEDS[ending]
         raise InputError(f'{path} cannot be read: {reason}') from error
-    short, long = sorted(picture.size)
-    if long > THINNEST * short:
-        raise InputError(f'{path} cannot be read: {picture.width} x {picture.height} pixels, '
-                         f'thinner than 1 : {THINNEST}')
+    check_shape(picture, path)
     most = MOST_PIXELS_OF_JPEG if picture.format in ('JPEG', 'MPO') else MOST_PIXELS
-    if short * long > most:
+    if picture.width * picture.height > most:
         raise InputError(f'{path} cannot be read: {picture.width} x {picture.height} pixels, more '
                          f'than the {most // 10 ** 6} million that a {picture.format} may have')
     return picture
@@ -96,16 +118,24 @@ def open_picture(path, width=None):
             picture.draft('RGB', (width or 4096, width or 4096))  # JPEG: decodes at 1/2, 1/4, 1/8
             picture = ImageOps.exif_transpose(picture)
             if picture.mode.startswith(('I', 'F')):  # 16 bits and more: stretched to 8
-                values = np.asarray(picture, dtype=np.float64)
-                low, high = values.min(), values.max()
-                values = (values - low) * (255 / max(high - low, 1e-9))
-                picture = Image.fromarray(values.astype(np.uint8))
+                picture = Image.fromarray(stretch(np.asarray(picture, dtype=np.float64)))
             elif picture.mode in ('LA', 'PA', 'RGBA') or 'transparency' in picture.info:
                 white = Image.new('RGBA', picture.size, 'white')
                 picture = Image.alpha_composite(white, picture.convert('RGBA'))
             return picture.convert('RGB')
-    except (OSError, SyntaxError, ValueError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # of spoiled files, Pillow's readers raise whatever there is
         raise InputError(f'{path} cannot be read: {error}') from error
+
+
+def stretch(values):
+    """Numbers of any range -> 0 .. 255; what is no number is black, a uniform picture grey."""
+    finite = values[np.isfinite(values)]
+    low, high = (finite.min(), finite.max()) if finite.size else (0, 0)
+    values = np.nan_to_num(values, nan=low, posinf=high, neginf=low)
+    share = (values - low) / (high - low) if high > low else np.full(values.shape, 0.5)
+    return (255 * share).astype(np.uint8)
 
 
 @functools.lru_cache(maxsize=None)
@@ -122,7 +152,7 @@ def media_fault(path, is_video=False, with_header=True):
     if not os.path.exists(path):
         return f'missing {path}'
     if os.path.isdir(path):
-        return None if is_video and list_files(path, PICTURES) else f'{path} is a folder'
+        return None if is_video and list_photos(path) else f'{path} is a folder'
     if os.path.getsize(path) == 0:
         return f'{path} is empty'
     if is_video or not with_header:
@@ -131,7 +161,7 @@ def media_fault(path, is_video=False, with_header=True):
         open_file(path).close()
     except InputError as error:
         return str(error)
-    except (OSError, SyntaxError, ValueError) as error:
+    except Exception as error:  # as in open_picture
         return f'{path} cannot be read: {error}'
 
 
@@ -166,7 +196,7 @@ def read_video(path, num_frames, every=None):
     if not os.path.isdir(path):
         yield from decode_video(path, num_frames, every)
         return
-    pictures = list_files(path, PICTURES)
+    pictures = list_photos(path)
     if not pictures:
         raise InputError(f'no frames in the folder {path} ({" ".join(PICTURES)})')
     for i in choose_frames(range(len(pictures)), num_frames, every):
@@ -205,39 +235,57 @@ def decode_video(path, num_frames, every):
     except ImportError as error:
         raise InputError(f'{path}: video files need PyAV (pip install av)') from error
 
-    i, done = -1, 0
+    moment, done = -1.0, 0
     try:
-        with av.open(path) as container:  # headers are often wrong: count what a player shows
-            stream = container.streams.video[0]
-            packets = [x for x in container.demux(stream) if x.size > 0 and not x.is_discard]
-            times = sorted(float(x.pts * x.time_base) for x in packets if x.pts is not None)
-            if len(times) < len(packets):  # not every format says when a frame is shown
-                times = [j / float(stream.average_rate or 30) for j in range(len(packets))]
-        wanted = choose_frames(times, num_frames, every)
+        with av.open(path) as container:
+            if not container.streams.video:
+                raise InputError(f'{path} has no pictures, only sound')
+            times, has_times = shown_times(container)
+        wanted = [times[i] for i in choose_frames(times, num_frames, every)]
         with av.open(path) as container:
             stream = container.streams.video[0]
             stream.thread_type = 'AUTO'
             aspect = stream.sample_aspect_ratio
-            for i, last in enumerate(container.decode(stream)):
-                if i == wanted[done]:
-                    yield as_shown(last, aspect)
+            for i, frame in enumerate(container.decode(stream)):
+                moment = frame.time if has_times else times[min(i, len(times) - 1)]
+                if moment > wanted[done] - 1e-4:
+                    last = as_shown(frame, aspect)
+                    check_shape(last, path)
+                    yield last
                     done += 1
-                if i >= wanted[-1]:
-                    break
-    except (av.error.FFmpegError, IndexError, ValueError) as error:
+                if done == len(wanted):
+                    return
+    except (av.error.FFmpegError, IndexError, ValueError, TypeError) as error:
         raise InputError(f'{path} cannot be read as a video, or not to its end: {error}') from error
 
-    if not wanted or i < 0.9 * wanted[-1]:
+    if moment < times[0] + 0.9 * (wanted[-1] - times[0]):
         raise InputError(f'{path} ends early: {done} of {len(wanted)} frames were read')
     for _ in wanted[done:]:  # there may be a few more packets than frames: the last stands in
-        yield as_shown(last, aspect)
+        yield last
+
+
+def shown_times(container):
+    """When the frames of a video are shown, from its packets: headers are often wrong.
+
+    What comes before the first key frame cannot be decoded, and what a trim hides is not shown.
+    -> seconds, rising; whether the file itself tells them
+    """
+    stream = container.streams.video[0]
+    packets = [x for x in container.demux(stream) if x.size > 0 and not x.is_discard]
+    while packets and not packets[0].is_keyframe:
+        packets.pop(0)
+    if any(x.pts is None for x in packets):  # not every format says when a frame is shown
+        rate = float(stream.average_rate or 30)
+        return [i / rate for i in range(len(packets))], False
+    times = [float(x.pts * x.time_base) for x in packets]
+    return sorted(time for time in times if time >= times[0]), True
 
 
 def extract_frames(path, per_second=2, height=518):
     """Frames of a video, as JPEGs in a folder of ours, once for each state of the file."""
     stat = os.stat(path)
     state = f'{os.path.abspath(path)} {stat.st_size} {stat.st_mtime_ns}'
-    folder = os.path.join(FRAMES, hashlib.sha256(state.encode()).hexdigest()[:16])
+    folder = os.path.join(FRAMES, hashlib.sha256(os.fsencode(state)).hexdigest()[:16])
     if os.path.isdir(folder):
         return folder
     unfinished = f'{folder}.{os.getpid()}'
@@ -274,7 +322,9 @@ def draw_markers(images, spar_info):
         marks = [(name.split('_')[0], mark) for name, marks in info.items()
                  if name.endswith(f'_{kind}') for mark in marks]
         for i, (colour, mark) in enumerate(marks):
-            on = where[i] if i < len(where) and where[i] < len(images) else 0
+            on = where[i] if i < len(where) else 0
+            if not 0 <= on < len(images):
+                raise ValueError(f'there is no image {on}')
             pen = ImageDraw.Draw(images[on])
             size = images[on].size
             x = [value * size[j % 2] / 1000 for j, value in enumerate(mark)]
@@ -289,185 +339,157 @@ def draw_markers(images, spar_info):
 
 
 # -----------------------------------------------------------------------------
-# conversations about pictures, from files
+# data sets: which scenes are in a folder
 
-def read_records(path):
-    """Yields (number from 1, record, fault) of a .jsonl file, or of a .json file with one list."""
-    try:
-        with open(path, encoding='utf-8-sig') as file:  # with or without a byte-order mark
-            if path.endswith('.jsonl'):
-                lines = [(number, line) for number, line in enumerate(file, 1) if line.strip()]
-            else:
-                records = json.load(file)
-    except FileNotFoundError as error:
-        raise InputError(f'no file {path}') from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f'{path} cannot be read as JSON: {error}') from error
-    if not path.endswith('.jsonl'):
-        if not isinstance(records, list):
-            raise InputError(f'{path} holds a {type(records).__name__}, not a list of records')
-        yield from ((number, record, None) for number, record in enumerate(records, 1))
-        return
-    for number, line in lines:
+# where the pictures of a scene are, below its folder: what such a data set is called, and the lists
+# of its splits. Of several that a scene has, the first is taken: the others show the same.
+SCANNET = {'train': 'scannetv2_train.txt', 'val': 'scannetv2_val.txt'}
+SCANNETPP = {'train': 'splits/nvs_sem_train.txt', 'val': 'splits/nvs_sem_val.txt'}
+LAYOUTS = {'dslr/undistorted_images': ('ScanNet++', SCANNETPP),
+           'iphone/rgb': ('ScanNet++ (iPhone)', SCANNETPP),
+           'color': ('ScanNet', SCANNET),
+           'frames/color': ('ScanNet', SCANNET),
+           'images': ('folders with images/, as COLMAP has them', {}),
+           'image': ('folders with image/, as SUN3D has them', {}),
+           'rgb': ('folders with rgb/', {}),
+           '.': ('folders', {})}
+BASES = ('data', 'scans', 'scans_test')     # folders of scenes: no part of a scene's name
+DEEPEST = 6                                 # folders in folders
+
+UNREAD = ('.gif', '.ppm', '.jp2', '.jxl', '.exr', '.dng', '.cr2', '.cr3', '.nef', '.arw', '.raf',
+          '.rw2', '.orf', '.wmv', '.flv', '.mxf')     # pictures and videos that we cannot read
+
+
+def scene_name(folder, root):
+    parts = os.path.relpath(folder, root).split(os.sep)
+    if len(parts) > 1 and parts[0] in BASES:
+        parts = parts[1:]
+    return '/'.join(parts) if parts != ['.'] else '(its own pictures)'
+
+
+@dataclass
+class Found:
+    """What is in a data set. `unused` counts kinds of files and folders that are passed over."""
+    scenes: dict = field(default_factory=dict)     # name -> its pictures in order
+    layout: str = 'folders'                        # what it is called
+    lists: dict = field(default_factory=dict)      # split -> the file that may name its scenes
+    splits: dict = field(default_factory=dict)     # split -> names of its scenes, if it is there
+    unused: Counter = field(default_factory=Counter)
+
+    def say_unused(self):
+        kinds = [f'{kind} ({n})' for kind, n in self.unused.most_common(8)]
+        return f'not used: {", ".join(kinds)}' if kinds else ''
+
+
+def photos_inside(folder):
+    """-> the key of LAYOUTS that says where a folder has its photographs, and these; or None, []"""
+    for inside in LAYOUTS:
+        photos = list_photos(os.path.join(folder, inside))
+        if photos:
+            return inside, photos
+    return None, []
+
+
+def add_videos(found, folder, root, say):
+    """Every video directly in a folder is a scene."""
+    for path in list_files(folder, VIDEOS):
         try:
-            yield number, json.loads(line), None
-        except (ValueError, RecursionError) as error:
-            yield number, None, f'not JSON ({error})'
-
-
-class Conversations(torch.utils.data.Dataset):
-    """Records of instruction data from JSON and JSONL files, as in LLaVA, VSI-590K, VG-LLM.
-
-    files: paths, with an optional share after a colon ('vsi_590k.jsonl:0.25' takes a quarter, the
-    same one every time). A record: `conversations`, and `image` or `images` (a path or a list) or
-    `video` (a file or a folder of frames), paths relative to `media`. <video>, and a single
-    <image> before a video, stand for all its frames. `spar_info`: markers to draw on the images.
-    All records are looked at beforehand, and their pictures' headers in the first CHECKED. A faulty
-    one raises an error that names file and record, or with `skip_bad` is counted and left out.
-    """
-    CHECKED = 20_000
-
-    def __init__(self, files, media, num_frames=8, skip_bad=False, say=print):
-        self.media, self.num_frames, self.records = media, num_frames, []
-        fault_of = functools.lru_cache(maxsize=None)(media_fault)  # many ask about one picture
-        for file in files:
-            path, share = file, 1.0
-            if re.fullmatch(r'.*:[0-9.]+', file):
-                path, _, share = file.rpartition(':')
-            if not 0 < float(share) <= 1:
-                raise InputError(f'{file}: the share after the colon must be between 0 and 1')
-            faults, kept = [], []
-            for number, record, fault in read_records(path):
-                with_header = number <= self.CHECKED
-                fault = fault or record_fault(record, media, fault_of, with_header)
-                if fault:
-                    faults.append(f'{path}, record {number}: {fault}')
-                else:
-                    kept.append(dict(record, where=f'{path}, record {number}'))
-            total = len(faults) + len(kept)
-            if faults and not skip_bad:
-                raise InputError(f'{faults[0]} ({len(faults)} such records of {total}; '
-                                 '--skip-bad leaves them out)')
-            if faults:
-                say(f'{path}: {len(faults)} of {total} records left out; the first: {faults[0]}')
-            lot = torch.randperm(len(kept), generator=step_generator(0, 8))
-            chosen = sorted(lot[:round(float(share) * len(kept))].tolist())
-            self.records += [kept[i] for i in chosen]
-        if not self.records:
-            raise InputError(f'no usable record in {" ".join(files)}')
-
-    def __len__(self):
-        return len(self.records)
-
-    def __getitem__(self, i):
-        record, video = self.records[i], self.records[i].get('video')
-        try:
-            if video:
-                path = os.path.join(self.media, video)
-                images = list(read_video(path, self.num_frames, every=2.0))
-            else:
-                paths = media_paths(record)
-                images = [open_picture(os.path.join(self.media, path)) for path in paths]
-            if record.get('spar_info'):
-                images = draw_markers(images, record['spar_info'])
+            frames = list_files(extract_frames(path), PICTURES)
+            found.scenes[os.path.relpath(path, root)] = frames
         except InputError as error:
-            raise InputError(f'{record["where"]}: {error}') from error
-        turns = []
-        for turn in record['conversations']:
-            text = str(turn['value'])
-            if video:                 # VSI-590K writes <image> before videos too
-                frames = '<image>' * len(images)
-                text = re.sub(r'<(video|image)>\n?', lambda _: frames, text, count=1)
-            turns.append({'from': turn['from'], 'value': text.replace('<image>\n', '<image>')})
-        return dict(images=images, conversations=turns, where=record['where'])
+            say(f'{error}; left out')
 
 
-def media_paths(record):
-    paths = record.get('images') or record.get('image') or []
-    return paths if isinstance(paths, list) else [paths]
+def count_unused(found, folder, photos, is_scene):
+    """Counts what in a folder is passed over: unreadable kinds, depth maps, broken links; beside a
+    scene's own folder of pictures, all pictures."""
+    taken = {os.path.basename(path) for path in photos}
+    for entry in list_visible(folder):
+        ending = os.path.splitext(entry.name)[1].lower()
+        if not entry.is_file() and not entry.is_dir():
+            found.unused['broken links'] += 1
+        elif ending in UNREAD:
+            found.unused[ending] += 1
+        elif ending in PICTURES and entry.is_file() and entry.name not in taken:
+            named = 'pictures' if is_photo(entry.name) else 'pictures named depth, mask, ...'
+            found.unused[named] += 1
+        elif ending in VIDEOS and is_scene:
+            found.unused[ending] += 1
 
 
-def turns_fault(turns):
-    """What is wrong with the turns of a record, or None."""
-    if not isinstance(turns, list) or len(turns) < 2:
-        return 'no list of at least two turns under "conversations"'
-    for i, turn in enumerate(turns):
-        if not isinstance(turn, dict):
-            return f'turn {i + 1} is not an object'
-        if turn.get('from') not in ('human', 'gpt'):
-            return f'turn {i + 1} is from {turn.get("from")!r}, not "human" or "gpt"'
-        if turn['from'] != ('human', 'gpt')[i % 2]:
-            return f'turn {i + 1} is from {turn["from"]!r}; human and gpt take turns, human first'
-        value = turn.get('value')
-        if turn['from'] == 'gpt' and type(value) in (int, float):
-            continue                  # a number is an answer
-        if not isinstance(value, str):
-            return f'turn {i + 1} has no text under "value"'
-        if turn['from'] == 'gpt' and not value.strip():
-            return f'turn {i + 1} has an empty answer'
-        if value != value.encode('utf-8', 'ignore').decode():
-            return f'turn {i + 1} holds half a character (a lone surrogate)'
-    if len(turns) % 2:
-        return 'the last turn is a question without an answer'
+def read_splits(root, lists):
+    """{split: names of scenes}, as far as the files of `lists` are there."""
+    splits = {}
+    for split, name in lists.items():
+        for folder in ('.', *BASES):
+            path = os.path.join(root, folder, name)
+            if split not in splits and os.path.isfile(path):
+                with open(path, encoding='utf-8-sig', errors='replace') as file:
+                    splits[split] = list(dict.fromkeys(file.read().split()))
+    return splits
 
 
-def record_fault(record, media, fault_of=media_fault, with_header=True):
-    """What is wrong with a record of instruction data, or None."""
-    turns = record.get('conversations') if isinstance(record, dict) else None
-    fault = turns_fault(turns)
-    if fault:
-        return fault
-    text = ''.join(str(turn['value']) for turn in turns)
-    num_videos, num_images = text.count('<video>'), text.count('<image>')
-    video, paths = record.get('video'), media_paths(record)
-    if video is not None:
-        paths = [video]
-        if not isinstance(video, str):
-            return '"video" is not one path'
-        if num_videos + num_images != 1:
-            return f'{num_videos + num_images} <video> tokens for one video'
-    elif num_videos:
-        return 'a <video> token, but no "video"'
-    elif num_images != len(paths):
-        return f'{num_images} <image> tokens for {len(paths)} images'
-    if record.get('spar_info'):
-        try:
-            draw_markers([Image.new('RGB', (8, 8))] * max(1, len(paths)), record['spar_info'])
-        except (ValueError, TypeError, AttributeError, LookupError) as error:
-            return f'"spar_info" cannot be read ({error})'
-    if not all(isinstance(path, str) for path in paths):
-        return '"images" holds what is not a path'
-    paths = [os.path.join(media, path) for path in paths]
-    faults = [fault_of(path, video is not None, with_header) for path in paths]
-    faults = list(filter(None, faults))
-    if faults:
-        return faults[0] + (f'; {len(faults) - 1} more of its files' if len(faults) > 1 else '')
+def find_scenes(root, say=print):
+    """Scenes in a folder, at any depth: pictures as in LAYOUTS, and videos. -> Found"""
+    found, insides = Found(), Counter()
+    if os.path.isfile(root):
+        found.scenes[os.path.basename(root)] = list_files(extract_frames(root), PICTURES)
+    seen = set()
+
+    def cannot_list(error):
+        say(f'{error.filename} cannot be listed ({error.strerror}); left out')
+
+    for folder, below, _ in os.walk(root, followlinks=True, onerror=cannot_list):
+        if os.path.realpath(folder) in seen:  # links lead back
+            below.clear()
+            continue
+        seen.add(os.path.realpath(folder))
+        name = scene_name(folder, root)
+        if name in found.scenes:
+            name = os.path.relpath(folder, root)
+        inside, photos = photos_inside(folder)
+        if inside:
+            found.scenes[name] = photos
+            insides[inside] += 1
+            seen.add(os.path.realpath(os.path.join(folder, inside)))
+        if inside in (None, '.'):
+            count_unused(found, folder, photos, False)
+        else:
+            count_unused(found, folder, [], True)
+            count_unused(found, os.path.join(folder, inside), photos, False)
+        # `below` is where the walk goes on
+        below[:] = sorted((x for x in below if not x.startswith('.')), key=natural_order)
+        found.unused.update(f'{x}/' for x in below if not is_photo(x))
+        below[:] = filter(is_photo, below)
+        if inside in (None, '.'):
+            add_videos(found, folder, root, say)
+        else:                         # beside it lie the same pictures in other sizes
+            found.unused.update(f'{x}/' for x in below if x != inside.split('/')[0])
+            below.clear()
+        if name.count('/') >= DEEPEST and below:
+            found.unused[f'folders more than {DEEPEST} deep'] += len(below)
+            below.clear()
+    insides['videos'] = len(found.scenes) - insides.total()
+    most = insides.most_common(1)[0][0]
+    found.layout, found.lists = LAYOUTS.get(most, ('videos', {}))
+    found.splits = read_splits(root, found.lists)
+    held_out = found.splits.get('val', ())
+    both = [name for name in found.splits.get('train', ()) if name in held_out]
+    if both:
+        say(f'{root}: on both lists, and held out: {", ".join(both[:5])} ({len(both)} in all)')
+        found.splits['train'] = [x for x in found.splits['train'] if x not in held_out]
+    return found
 
 
-class Part(torch.utils.data.Dataset):
-    """Those records of `data` whose `indices` are given.
-
-    With `skip_bad`, the next record of the part stands in for one that turns out to be unreadable.
-    """
-
-    def __init__(self, data, indices, skip_bad=False, say=print):
-        self.data, self.indices, self.skip_bad, self.say = data, indices, skip_bad, say
-        self.bad = set()
-
-    def __len__(self):
-        return len(self.indices)
-
-    def __getitem__(self, i):
-        if i >= len(self):
-            raise IndexError(i)       # ends a loop over all
-        for place in range(i, i + len(self)):
-            index = self.indices[place % len(self)]
-            try:
-                return self.data[index]
-            except InputError as error:
-                if not self.skip_bad:
-                    raise InputError(f'{error} (--skip-bad leaves it out)') from error
-                if index not in self.bad:
-                    self.bad.add(index)
-                    self.say(f'{error}; the next record stands in for it ({len(self.bad)} so far)')
-        raise InputError('none of the records can be read; the last fault is named above')
+def find_scenes_or_say_why(root, say=print):
+    """As find_scenes. Raises InputError if there is nothing to find."""
+    if os.path.isfile(root) and not root.lower().endswith(VIDEOS):
+        raise InputError(f'{root} is no video ({" ".join(VIDEOS)}): take a folder of pictures')
+    if not os.path.exists(root):
+        raise InputError(f'no folder {root}, and no such video: it takes a folder of pictures, of '
+                         'sub-folders with pictures, or of videos')
+    found = find_scenes(root, say)
+    if not found.scenes:
+        raise InputError(f'no pictures in {root} nor below it ({" ".join(PICTURES)}), no videos'
+                         + f'; {found.say_unused()}' * bool(found.unused))
+    return found

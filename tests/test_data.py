@@ -10,8 +10,8 @@ from PIL import Image
 import data
 import media
 from common import InputError, step_generator
-from data import PhotoFolder, RoomPool, check, find_scenes, make_source
-from media import read_video
+from data import PhotoFolder, RoomPool, check, make_source
+from media import find_scenes, read_video
 from psfm import fit_pictures
 from tiny import make_video, names_of, picture
 from train import parse_config
@@ -311,10 +311,10 @@ def together(root):
 
 
 @pytest.mark.parametrize('make, name, unused', [
-    (seven_scenes, 'chess/seq-01', {}), (sun3d, 'hotel/room/scan1', {'depth/': 1}),
+    (seven_scenes, 'chess/seq-01', {'pictures named depth, mask, ...': 4}), (sun3d, 'hotel/room/scan1', {'depth/': 1}),
     (scannet_frames, 'scene0000_00', {}), (iphone, '0a7cc12c0e', {}),
     (colmap, 'garden', {'images_4/': 1, 'sparse/': 1}),
-    (flat_with_depth, '(its own pictures)', {'depth/': 1}), (together, '(its own pictures)', {})])
+    (flat_with_depth, '(its own pictures)', {'depth/': 1}), (together, '(its own pictures)', {'pictures named depth, mask, ...': 8})])
 def test_layouts(tmp_path, make, name, unused):
     make(tmp_path)
     found = find_scenes(str(tmp_path))

@@ -15,7 +15,7 @@ from chat import Chat, load_vlm
 from common import InputError
 from eval import load_answerer
 from finetune import Config, Encoded
-from media import Conversations
+from records import Conversations
 from questions import RoomQuestions
 from rooms import CLASSES
 from tiny import GOOD, losses, options, save_tiny_vlm, turns, write

@@ -11,9 +11,10 @@ from PIL import Image
 
 import media
 from common import InputError
-from media import (PICTURES, Conversations, Part, draw_markers, extract_frames, list_files,
-                   natural_order, open_picture, read_video, record_fault)
+from media import (PICTURES, draw_markers, extract_frames, list_files, natural_order,
+                   open_picture, read_video)
 from psfm import fit_picture
+from records import Conversations, Part, record_fault
 from tiny import GOOD, make_video, names_of, picture, turns, write
 
 
@@ -70,6 +71,7 @@ def test_strips_are_no_pictures(tmp_path, size):
 
 def test_a_format_without_a_reader_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'pillow_heif', None)  # as if not installed
+    monkeypatch.setattr(media.features, 'check', lambda name: False)
     for name, remedy in (('a.HEIC', 'pip install pillow-heif'), ('a.avif', 'pip install -U pil')):
         (tmp_path / name).write_bytes(b'as a phone writes it')
         with pytest.raises(InputError, match=f'{name} cannot be read: {remedy}'):
@@ -205,8 +207,9 @@ def test_what_is_no_video(tmp_path):
         container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     (tmp_path / 'empty.mp4').touch()
-    for name in ('sound.mp4', 'empty.mp4'):
-        with pytest.raises(InputError, match=f'{name} cannot be read as a video'):
+    for name, fault in (('sound.mp4', 'has no pictures, only sound'),
+                        ('empty.mp4', 'cannot be read as a video')):
+        with pytest.raises(InputError, match=f'{name} {fault}'):
             list(read_video(str(tmp_path / name), 4))
 
 
@@ -293,7 +296,7 @@ def test_records_that_break_when_they_are_read_are_skipped(folder):
         places = [part[i]['where'] for i in range(3)]
         assert [where[-1] for where in places] == ['3', '3', '3']
     assert len(list(part)) == 3
-    assert len(said) == 2 and 'record 4: ' in said[0] and '(2 so far)' in said[1]
+    assert len(said) == 2 and 'record 4: ' in said[0] and '(2 so far ' in said[1]
     with pytest.raises(InputError, match='record 4: .*b.png cannot be read.*--skip-bad'):
         Part(data, [3, 2])[0]
     with pytest.raises(InputError, match='none of the records can be read'):

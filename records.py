@@ -1,0 +1,203 @@
+"""
+Records of instruction data from files: conversations about pictures, as LLaVA, VSI-590K and the
+VG-LLM mix have them.
+
+A faulty record is named by its file and its number, before the training.
+"""
+import functools
+import json
+import os
+import re
+import zlib
+
+import torch
+from PIL import Image
+
+from common import InputError, step_generator
+from media import draw_markers, media_fault, open_picture, read_video
+
+
+def read_records(path):
+    """Yields (number from 1, record, fault) of a .jsonl file, or of a .json file with one list."""
+    try:
+        with open(path, encoding='utf-8-sig') as file:  # with or without a byte-order mark
+            if path.endswith('.jsonl'):
+                lines = [(number, line) for number, line in enumerate(file, 1) if line.strip()]
+            else:
+                records = json.load(file)
+    except FileNotFoundError as error:
+        raise InputError(f'no file {path}') from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f'{path} cannot be read as JSON: {error}') from error
+    if not path.endswith('.jsonl'):
+        if not isinstance(records, list):
+            raise InputError(f'{path} holds a {type(records).__name__}, not a list of records')
+        yield from ((number, record, None) for number, record in enumerate(records, 1))
+        return
+    for number, line in lines:
+        try:
+            yield number, json.loads(line), None
+        except (ValueError, RecursionError) as error:
+            yield number, None, f'not JSON ({error})'
+
+
+class Conversations(torch.utils.data.Dataset):
+    """Records of instruction data from JSON and JSONL files, as in LLaVA, VSI-590K, VG-LLM.
+
+    files: paths, with an optional share after a colon ('vsi_590k.jsonl:0.25' takes a quarter, the
+    same one every time). A record: `conversations`, and `image` or `images` (a path or a list) or
+    `video` (a file or a folder of frames), paths relative to `media`. <video>, and a single
+    <image> before a video, stand for all its frames. `spar_info`: markers to draw on the images.
+    All records are looked at beforehand, and their pictures' headers in the first CHECKED. A faulty
+    one raises an error that names file and record, or with `skip_bad` is counted and left out.
+    """
+    CHECKED = 20_000
+
+    def __init__(self, files, media, num_frames=8, skip_bad=False, say=print):
+        self.media, self.num_frames, self.records = media, num_frames, []
+        fault_of = functools.lru_cache(maxsize=None)(media_fault)  # many ask about one picture
+        for file in files:
+            path, share = file, 1.0
+            if re.fullmatch(r'.*:(\d*\.)?\d+', file):
+                path, _, share = file.rpartition(':')
+            if not 0 < float(share) <= 1:
+                raise InputError(f'{file}: the share after the colon must be between 0 and 1')
+            faults, kept = [], []
+            for number, record, fault in read_records(path):
+                with_header = number <= self.CHECKED
+                fault = fault or record_fault(record, media, fault_of, with_header)
+                if fault:
+                    faults.append(f'{path}, record {number}: {fault}')
+                else:
+                    kept.append(dict(record, where=f'{path}, record {number}'))
+            total = len(faults) + len(kept)
+            if faults and not skip_bad:
+                raise InputError(f'{faults[0]} ({len(faults)} such records of {total}; '
+                                 '--skip-bad leaves them out)')
+            if faults:
+                say(f'{path}: {len(faults)} of {total} records left out; the first: {faults[0]}')
+            lot = torch.randperm(len(kept), generator=step_generator(0, 8))
+            chosen = sorted(lot[:round(float(share) * len(kept))].tolist())
+            self.records += [kept[i] for i in chosen]
+        if not self.records:
+            raise InputError(f'no usable record in {" ".join(files)}')
+        self.stamp = zlib.crc32(json.dumps(self.records).encode())  # tells other records
+
+    def __len__(self):
+        return len(self.records)
+
+    def __getitem__(self, i):
+        record, video = self.records[i], self.records[i].get('video')
+        try:
+            if video:
+                path = os.path.join(self.media, video)
+                images = list(read_video(path, self.num_frames, every=2.0))
+            else:
+                paths = media_paths(record)
+                images = [open_picture(os.path.join(self.media, path)) for path in paths]
+            if record.get('spar_info'):
+                images = draw_markers(images, record['spar_info'])
+        except (InputError, ValueError) as error:
+            raise InputError(f'{record["where"]}: {error}') from error
+        turns = []
+        for turn in record['conversations']:
+            text = str(turn['value'])
+            if video:                 # VSI-590K writes <image> before videos too
+                frames = '<image>' * len(images)
+                text = re.sub(r'<(video|image)>\n?', lambda _: frames, text, count=1)
+            turns.append({'from': turn['from'], 'value': text.replace('<image>\n', '<image>')})
+        return dict(images=images, conversations=turns, where=record['where'])
+
+
+def media_paths(record):
+    paths = record.get('images') or record.get('image') or []
+    return paths if isinstance(paths, list) else [paths]
+
+
+def turns_fault(turns):
+    """What is wrong with the turns of a record, or None."""
+    if not isinstance(turns, list) or len(turns) < 2:
+        return 'no list of at least two turns under "conversations"'
+    for i, turn in enumerate(turns):
+        if not isinstance(turn, dict):
+            return f'turn {i + 1} is not an object'
+        if turn.get('from') not in ('human', 'gpt'):
+            return f'turn {i + 1} is from {turn.get("from")!r}, not "human" or "gpt"'
+        if turn['from'] != ('human', 'gpt')[i % 2]:
+            return f'turn {i + 1} is from {turn["from"]!r}; human and gpt take turns, human first'
+        value = turn.get('value')
+        if turn['from'] == 'gpt' and type(value) in (int, float):
+            continue                  # a number is an answer
+        if not isinstance(value, str):
+            return f'turn {i + 1} has no text under "value"'
+        if turn['from'] == 'gpt' and not value.strip():
+            return f'turn {i + 1} has an empty answer'
+        if value != value.encode('utf-8', 'ignore').decode():
+            return f'turn {i + 1} holds half a character (a lone surrogate)'
+    if len(turns) % 2:
+        return 'the last turn is a question without an answer'
+
+
+def record_fault(record, media, fault_of=media_fault, with_header=True):
+    """What is wrong with a record of instruction data, or None."""
+    turns = record.get('conversations') if isinstance(record, dict) else None
+    fault = turns_fault(turns)
+    if fault:
+        return fault
+    text = ''.join(str(turn['value']) for turn in turns)
+    num_videos, num_images = text.count('<video>'), text.count('<image>')
+    video, paths = record.get('video'), media_paths(record)
+    if video is not None:
+        paths = [video]
+        if not isinstance(video, str) or not video:
+            return '"video" is not one path'
+        if num_videos + num_images != 1:
+            return f'{num_videos + num_images} <video> tokens for one video'
+    elif num_videos:
+        return 'a <video> token, but no "video"'
+    elif num_images != len(paths):
+        return f'{num_images} <image> tokens for {len(paths)} images'
+    if record.get('spar_info'):
+        try:
+            count = 64 if video else max(1, len(paths))  # how many frames is not known yet
+            draw_markers([Image.new('RGB', (8, 8))] * count, record['spar_info'])
+        except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError,
+                RecursionError) as error:
+            return f'"spar_info" cannot be read ({error})'
+    if not all(isinstance(path, str) for path in paths):
+        return '"images" holds what is not a path'
+    paths = [os.path.join(media, path) for path in paths]
+    faults = [fault_of(path, video is not None, with_header) for path in paths]
+    faults = list(filter(None, faults))
+    if faults:
+        return faults[0] + (f'; {len(faults) - 1} more of its files' if len(faults) > 1 else '')
+
+
+class Part(torch.utils.data.Dataset):
+    """Those records of `data` whose `indices` are given.
+
+    With `skip_bad`, the next record of the part stands in for one that turns out to be unreadable.
+    """
+
+    def __init__(self, data, indices, skip_bad=False, say=print):
+        self.data, self.indices, self.skip_bad, self.say = data, indices, skip_bad, say
+        self.stamp, self.bad = data.stamp, set()
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, i):
+        if i >= len(self):
+            raise IndexError(i)       # ends a loop over all
+        for place in range(i, i + len(self)):
+            index = self.indices[place % len(self)]
+            try:
+                return self.data[index]
+            except InputError as error:
+                if not self.skip_bad:
+                    raise InputError(f'{error} (--skip-bad leaves it out)') from error
+                if index not in self.bad:
+                    self.bad.add(index)
+                    self.say(f'{error}; the next record stands in for it ({len(self.bad)} so far in '
+                             'this process)')
+        raise InputError('none of the records can be read; the last fault is named above')
