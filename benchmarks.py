@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from chat import as_text
 from common import InputError, autocast_on
 from media import media_fault, open_picture, read_video
 from records import read_records
@@ -44,6 +45,7 @@ def read_lines(path):
 
 def read_parquet(root, *patterns):
     """Rows, as dicts, of the parquet files that fit the first pattern that any fits."""
+    root = glob.escape(root)
     found = [sorted(glob.glob(os.path.join(root, pattern))) for pattern in patterns]
     paths = next(filter(None, found), None)
     if paths is None:
@@ -83,6 +85,10 @@ def relative_accuracy(error):
     """
     theta = np.linspace(0.5, 0.95, 10)
     return (np.asarray(error)[..., None] <= 1 - theta).mean(-1)
+
+
+def as_list(value):
+    return value if isinstance(value, list) else [value] if value else []
 
 
 def mean(values):
@@ -157,7 +163,7 @@ class CVBench:
     new_tokens = 1024
 
     def read(self, root):
-        if glob.glob(os.path.join(root, 'test*.parquet')):
+        if glob.glob(os.path.join(glob.escape(root), 'test*.parquet')):
             docs = read_parquet(root, 'test.parquet', 'test-*.parquet', 'test_*.parquet')
         else:
             paths = [os.path.join(root, f'test_{half}.jsonl') for half in ('2d', '3d')]
@@ -279,7 +285,7 @@ class ViewSpatial:
     def place(self, doc, i, root):
         doc['key'] = str(i)
         doc['media'] = [os.path.join(root, path.removeprefix('ViewSpatial-Bench/'))
-                        for path in doc.get('image_path') or []]
+                        for path in as_list(doc.get('image_path'))]
 
     def prompt(self, doc):
         return (f'{doc["question"]}{doc["choices"]}\nReply only to the corresponding option.\n'
@@ -315,6 +321,8 @@ def read_benchmark(name, root):
     """Questions from a folder with the hub's files: the documents' own fields, `key` (which tells
     one question from another) and `media`: the path of a video, or a list of paths or bytes."""
     docs = BENCHMARKS[name].read(root)
+    if not docs:
+        raise InputError(f'{root}: there are no questions in the files of {name}')
     keys = set()
     for i, doc in enumerate(docs):
         lacking = [field for field in BENCHMARKS[name].fields if doc.get(field) is None]
@@ -322,12 +330,15 @@ def read_benchmark(name, root):
             raise InputError(f'{root}: question {i} of {name} has no {" nor ".join(lacking)}')
         try:  # what is done with it later
             BENCHMARKS[name].place(doc, i, root)
-            if not all(isinstance(x, (str, bytes)) for x in doc['media']):
-                raise TypeError('its pictures are neither bytes nor paths')
+            if not doc['media'] or not all(isinstance(x, (str, bytes)) for x in doc['media']):
+                raise TypeError('it has no pictures, or what is neither bytes nor a path')
+            names = [doc.get(field, '') for field in ('question_type', 'task', 'source')]
+            if not all(isinstance(x, str) for x in names):
+                raise TypeError('the name of a task or a source is no text')
             prompt(name, doc)
             [score(name, doc, output) for output in ('A', '1')]
-            {doc.get(field) for field in ('question_type', 'task', 'source')}  # names of groups
-        except (TypeError, AttributeError, LookupError) as error:
+            aggregate(name, [(doc, 0.0)])
+        except (TypeError, AttributeError, LookupError, ValueError, ArithmeticError) as error:
             raise InputError(f'{root}: question {i} of {name} is unusable ({error})') from error
         if doc['key'] in keys:
             raise InputError(f'{root}: two questions of {name} have the id {doc["key"]}')
@@ -392,7 +403,7 @@ def leave_out_lost(docs, root):
         there += [] if faults else [doc]
         lost += faults[:1]
     if lost:
-        zipped = glob.glob(os.path.join(root, '*.zip'))
+        zipped = glob.glob(os.path.join(glob.escape(root), '*.zip'))
         hint = f" (in {root} lie .zip files: unpack them there, unzip '*.zip')" if zipped else ''
         if not there:
             raise InputError(f'none of the {len(docs)} questions has its pictures; the first: '
@@ -448,7 +459,7 @@ def ask_benchmark(name, docs, answerer, path, num_frames, batch):
                 except InputError as error:
                     tqdm.write(f'question {doc["key"]} is left out: {error}')
                     continue
-                text = '<image>' * len(images) + prompt(name, doc)
+                text = '<image>' * len(images) + as_text(prompt(name, doc))
                 items.append(dict(images=images, conversations=[{'from': 'human', 'value': text}]))
                 keys.append(doc['key'])
             if not items:

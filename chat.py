@@ -16,6 +16,14 @@ import torch
 from common import InputError, find_file, some
 
 
+BREAK = '\ue001'      # where a text is cut before it becomes tokens
+
+
+def as_text(text):
+    """A text in which <image> is nothing but text."""
+    return text.replace('<image>', f'<{BREAK}image>')
+
+
 class Chat:
     """Conversations about pictures -> token ids, labels, pixels, for the Qwen2-VL family (2.5, 3).
 
@@ -25,7 +33,6 @@ class Chat:
     tokens as its picture has merged patches. `max_pixels`: larger pictures are scaled down.
     """
     SYSTEM = 'You are a helpful assistant.'
-    BREAK = '\ue001'
 
     def __init__(self, tokenizer, image_processor, max_pixels=None):
         self.tokenizer, self.image_processor = tokenizer, image_processor
@@ -73,12 +80,13 @@ class Chat:
 
     def tokens(self, text):
         """Token ids of a text; at a BREAK it is cut, and its parts do not know each other."""
-        parts = self.tokenizer(text.split(self.BREAK), add_special_tokens=False).input_ids
+        parts = self.tokenizer(text.split(BREAK), add_special_tokens=False).input_ids
         return [token for part in parts for token in part]
 
     def plain(self, text):
         """A text that is nothing but text: a special token's name in it is cut in two."""
-        return self.special.sub(lambda found: found[0][0] + self.BREAK + found[0][1:], text)
+        text = text.encode('utf-8', 'replace').decode()  # half characters become question marks
+        return self.special.sub(lambda found: found[0][0] + BREAK + found[0][1:], text)
 
     def encode(self, item):
         """-> dict of input_ids and labels (lists; -100 where not an answer), pixel_values,

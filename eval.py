@@ -27,7 +27,7 @@ import finetune
 from adapter import LATENTS, SceneLatents, SpatialVLM, hash_of_encoder
 from benchmarks import (BENCHMARKS, ask_benchmark, generate, leave_out_lost, read_answers,
                         read_benchmark, results_table)
-from chat import load_vlm
+from chat import as_text, load_vlm
 from common import (InputError, Parser, autocast_on, check_same, find_checkpoint, find_file, number,
                     pick_device, pick_dtype, read_json, run_script, step_generator, write_json)
 from data import RoomPool, encode_scenes, make_source
@@ -247,7 +247,7 @@ def ask(args):
     else:
         pictures = list(read_video(args.video, args.frames or settings['num_frames']))
     question = in_training_words(args.question, model.vlm, chat, settings)
-    turn = {'from': 'human', 'value': '<image>' * len(pictures) + question}
+    turn = {'from': 'human', 'value': '<image>' * len(pictures) + as_text(question)}
     item = dict(images=pictures, conversations=[turn])
     z = latents([pictures]) if latents else None
     print(generate(model, chat, z, [item], autocast_on(device, torch.float32), 64)[0])

@@ -27,13 +27,13 @@ from tqdm import tqdm
 from adapter import (LATENTS, SceneLatents, SpatialVLM, add_lora, answer_loss, build_adapter,
                      load_spatial_vlm, save_spatial_vlm)
 from chat import load_vlm, to_device
-from common import (InputError, autocast_on, check_finite, join_processes, learning_rate,
-                    load_optimizers, make_optimizers, open_run, opt, parse_options, peak_memory,
-                    pick_dtype, quiet, read_state, run_script, set_rates, step_generator,
-                    take_step, write_checkpoint, write_json)
+from common import (InputError, autocast_on, check_finite, join_processes, open_run, opt,
+                    parse_options, peak_memory, pick_dtype, quiet, read_state, run_script,
+                    step_generator, write_checkpoint, write_json)
 from draw import draw_maps
 from measure import answer_rooms, held_out_loss, rooms_line, rooms_table
 from mini_vlm import ground
+from optim import learning_rate, load_optimizers, make_optimizers, set_rates, take_step
 from questions import RoomQuestions
 from records import Conversations, Part
 from release import open_psfm

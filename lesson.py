@@ -14,8 +14,8 @@ from types import SimpleNamespace
 import torch
 from PIL import Image
 
-from common import make_optimizers, set_rates
 from model import take_views
+from optim import make_optimizers, set_rates
 from psfm import PSFM, PSFMConfig, context_index, load_psfm, random_view_mask
 from rooms import make_intrinsics, make_rooms, make_walk, render, room_seed
 from vggt import VGGT

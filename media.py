@@ -362,7 +362,7 @@ UNREAD = ('.gif', '.ppm', '.jp2', '.jxl', '.exr', '.dng', '.cr2', '.cr3', '.nef'
 
 def scene_name(folder, root):
     parts = os.path.relpath(folder, root).split(os.sep)
-    if len(parts) > 1 and parts[0] in BASES:
+    if len(parts) > 1 and parts[0] in BASES and not os.path.isdir(os.path.join(root, *parts[1:])):
         parts = parts[1:]
     return '/'.join(parts) if parts != ['.'] else '(its own pictures)'
 

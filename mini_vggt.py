@@ -24,13 +24,13 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from common import (autocast_on, check_finite, learning_rate, load_optimizers, load_strictly,
-                    make_optimizers, open_run, opt, parse_options, pick_device, pick_dtype,
-                    read_state, read_weights, run_script, set_rates, step_generator, take_step,
+from common import (autocast_on, check_finite, load_strictly, open_run, opt, parse_options,
+                    pick_device, pick_dtype, read_state, read_weights, run_script, step_generator,
                     write_checkpoint)
 from data import RoomPool
 from model import (MLP, camera_rays, full_precision, invert_pose, pose_encoding_to_cameras,
                    relative_pose)
+from optim import learning_rate, load_optimizers, make_optimizers, set_rates, take_step
 from rooms import CLASSES, SCENE_UNIT, STRUCTURE, check_classes, scene_extrinsics
 from vggt import VGGT, CellHead, VGGTConfig
 

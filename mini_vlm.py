@@ -30,12 +30,12 @@ from tqdm import tqdm
 
 from adapter import SpatialVLM, answer_loss
 from chat import Chat, load_vlm, to_device
-from common import (InputError, autocast_on, find_file, learning_rate, load_optimizers,
-                    load_strictly, make_optimizers, opt, parse_options, pick_device, pick_dtype,
-                    read_state, read_weights, run_script, set_rates, step_generator, take_step,
+from common import (InputError, autocast_on, find_file, load_strictly, opt, parse_options,
+                    pick_device, pick_dtype, read_state, read_weights, run_script, step_generator,
                     write_checkpoint)
 from measure import held_out_loss
 from mini_vggt import LoopConfig, fit
+from optim import learning_rate, load_optimizers, make_optimizers, set_rates, take_step
 from questions import (ANSWER_WORDS, RoomQuestions, as_prompt, as_record, ask, ask_map, ask_order,
                        draw, in_map_frame, in_words, shuffled, to_turns, view_rooms,
                        where_categories_stand)

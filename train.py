@@ -26,14 +26,14 @@ from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from common import (InputError, autocast_on, check_finite, join_processes, learning_rate,
-                    load_optimizers, load_strictly, make_optimizers, open_run, opt,
-                    parse_options, peak_memory, pick_dtype, quiet, read_state, read_weights,
-                    run_script, set_rates, step_generator, take_step, write_checkpoint, write_json)
+from common import (InputError, autocast_on, check_finite, join_processes, load_strictly, open_run,
+                    opt, parse_options, peak_memory, pick_dtype, quiet, read_state, read_weights,
+                    run_script, step_generator, write_checkpoint, write_json)
 from data import RoomPool, make_source
 from draw import draw_curve, draw_field
 from measure import evaluate_field, field_line, field_table, knows_rooms
 from model import compile_blocks
+from optim import learning_rate, load_optimizers, make_optimizers, set_rates, take_step
 from psfm import (FROZEN, PSFMConfig, build_psfm, check_psfm_config, fingerprint,
                   random_view_mask, read_psfm, weights_of_run)
 from release import load_teacher

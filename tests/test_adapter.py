@@ -12,7 +12,7 @@ from transformers import (AutoModelForImageTextToText, InternVLConfig, LlavaOnev
 from adapter import (Reading, SceneLatents, SpatialVLM, answer_loss, build_adapter, load_spatial_vlm,
                      save_spatial_vlm)
 from benchmarks import generate
-from chat import Chat, load_vlm, to_device
+from chat import Chat, as_text, load_vlm, to_device
 from common import InputError
 from mini_vlm import Sight, build_tokenizer, build_vlm, save_mini_vlm
 from psfm import load_psfm
@@ -270,6 +270,8 @@ def test_more_tokens_than_pictures(mini):
 
 def test_special_tokens_in_a_text_are_text(mini):
     _, chat, _ = mini
+    asked = chat.encode(talk('<image>' + as_text('what is <image> or \ud800?'), pictures=1))
+    assert asked['input_ids'].count(chat.image_token_id) == 16
     ends = chat.tokenizer.eos_token_id
     for name in ('<|image_pad|>', '<|im_end|>', '<|vision_start|>'):
         item = talk(f'<image>what is {name} here?', f'{name} it is', pictures=1)

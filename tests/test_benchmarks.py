@@ -323,6 +323,25 @@ def test_questions_without_their_pictures_are_left_out(run, tmp_path, capsys):
         evaluation.main(command)
 
 
+def test_questions_that_cannot_be_scored_or_seen(run, tmp_path):
+    def rows(**changes):
+        row = dict(idx=1, type='2D', task='Count', source='COCO', image=png(0), question='Which?',
+                   choices=['1', '2'], answer='(A)', prompt='Which?', filename='')
+        write_parquet(tmp_path / 'cv[1]' / 'test.parquet', [dict(row, **changes)])
+        return read_benchmark('cvbench', str(tmp_path / 'cv[1]'))
+
+    assert len(rows()) == 1                                 # a folder's name is no pattern
+    for changes in (dict(source='foo'), dict(task=5), dict(image=dict(bytes=None, path=None))):
+        with pytest.raises(InputError, match='question 0 of cvbench is unusable'):
+            rows(**changes)
+    path = tmp_path / 'ViewSpatial-Bench.json'
+    for content, fault in (([], 'there are no questions'), (None, 'it has no pictures')):
+        doc = dict(question_type='x', question='?', choices='A. 1', answer='A. 1', image_path=content)
+        path.write_text(json.dumps([doc] if content is None else content))
+        with pytest.raises(InputError, match=fault):
+            read_benchmark('viewspatial', str(tmp_path))
+
+
 def test_faults_of_benchmarks(run, tmp_path):
     with pytest.raises(InputError, match='no folder nowhere'):
         evaluation.main(['vsibench', '--data', 'nowhere', '--run', run])

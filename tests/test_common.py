@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import common
-from common import (Muon, find_checkpoint, learning_rate, make_optimizers, orthogonalise, read_json,
-                    set_rates, write_checkpoint)
+from common import find_checkpoint, read_json, write_checkpoint
+from optim import learning_rate, make_optimizers, Muon, orthogonalise, set_rates
 from psfm import build_psfm
 from train import Config
 

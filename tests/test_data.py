@@ -336,10 +336,63 @@ def test_nothing_is_passed_over_silently(tmp_path):
     assert 'phone.heic cannot be read: pip install pillow-heif; left out' in said[1]
 
 
-def test_a_ring_of_links_ends(tmp_path):
-    make_folder(tmp_path, scenes=1)
+def test_a_ring_of_links_shows_nothing_twice(tmp_path):
+    make_folder(tmp_path, scenes=2)
     (tmp_path / 'scene0' / 'back').symlink_to(tmp_path)
-    assert 'scene0' in find_scenes(str(tmp_path)).scenes
+    (tmp_path / 'again').symlink_to(tmp_path / 'scene1')
+    found = find_scenes(str(tmp_path))
+    assert sorted(found.scenes) == ['again', 'scene0']      # scene1 under its first name
+    assert '2 scenes, 12 pictures' in check(str(tmp_path))
+
+
+def test_scenes_of_one_name_are_two_scenes(tmp_path):
+    for i, folder in enumerate(('kitchen', 'data/kitchen', 'scans/kitchen')):
+        make_folder(tmp_path / folder, scenes=1, frames=3 + i)
+        (tmp_path / folder / 'scene0').rename(tmp_path / folder / 'color')
+    scenes = find_scenes(str(tmp_path)).scenes
+    assert sorted(map(len, scenes.values())) == [3, 4, 5]
+
+
+def test_what_is_on_both_lists_is_held_out(tmp_path, capsys):
+    root = make_scannet(tmp_path / 'data')
+    (root / 'scannetv2_train.txt').write_bytes(b'\xef\xbb\xbfscene0000_00 scene0001_00 \xff')
+    train, val = [PhotoFolder(str(root), split, 0, 28, 14, 4) for split in ('train', 'val')]
+    assert len(train.scenes) == len(val.scenes) == 1
+    assert 'scene0001_00' in val.scenes[0][0] and 'scene0000_00' in train.scenes[0][0]
+    assert 'on both lists, and held out: scene0001_00 (1 in all)' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('split, held_out', [('train', 1), ('val', 1)])
+def test_one_list_is_enough(tmp_path, split, held_out):
+    root = make_scannet(tmp_path / 'data')
+    (root / f'scannetv2_{split}.txt').unlink()              # the other list is left
+    train, val = [PhotoFolder(str(root), part, 0, 28, 14, 4) for part in ('train', 'val')]
+    assert len(val.scenes) == held_out
+    assert len(train.scenes) == (2 if split == 'train' else 1)
+    assert not set(sum(train.scenes, [])) & set(sum(val.scenes, []))
+    assert f'no list of the {"training" if split == "train" else "val"} scenes' in check(str(root))
+
+
+def test_more_that_is_not_passed_over_silently(tmp_path):
+    for i in range(3):
+        picture(tmp_path / 'a' / f'{i}.jpg')
+        picture(tmp_path / 'a' / 'images' / f'{i}.jpg')
+    (tmp_path / 'a' / 'images' / 'x.DNG').touch()
+    (tmp_path / 'a' / 'gone.jpg').symlink_to(tmp_path / 'nowhere')
+    (tmp_path / 'a' / 'film.mp4').touch()
+    picture(tmp_path / 'b' / '1.jpg')
+    picture(tmp_path / 'b' / 'depth of field.jpg')
+    picture(tmp_path / '1' / '2' / '3' / '4' / '5' / '6' / '7' / '8' / '1.jpg')
+    assert find_scenes(str(tmp_path)).unused == {
+        'pictures': 3, '.dng': 1, 'broken links': 1, '.mp4': 1, 'pictures named depth, mask, ...': 1,
+        'folders more than 6 deep': 1}
+
+
+def test_sizes_are_as_shown(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture(tmp_path / 'a.jpg', size=(80, 60), exif=exif)
+    assert 'sizes: 60 x 80 (1 of' in check(str(tmp_path))
 
 
 def test_scannet_without_lists(tmp_path):

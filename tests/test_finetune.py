@@ -184,6 +184,21 @@ def test_files_end_to_end(vlm, media):
         finetune.main(options(vlm, media, *of_files(media, '--val-scenes', '6')))
 
 
+def test_a_file_that_has_grown_is_not_resumed(vlm, media):
+    arguments = of_files(media, '--warmup', '0')
+    finetune.main(options(vlm, media, *arguments, '--steps', '1'))
+    path = media / 'run' / 'checkpoint' / 'state.json'
+    state = json.loads(path.read_text())
+    state['metrics']['seconds'] += 1000
+    path.write_text(json.dumps(state))
+    finetune.main(options(vlm, media, *arguments, '--steps', '2', '--resume'))
+    assert json.loads((media / 'run' / 'metrics.json').read_text())['seconds'] > 1000
+    with open(media / 'data.jsonl', 'a') as file:
+        file.write('\n' + json.dumps(GOOD))
+    with pytest.raises(InputError, match='--resume: .* holds other records than when the run began'):
+        finetune.main(options(vlm, media, *arguments, '--steps', '3', '--resume'))
+
+
 def test_own_pictures_have_as_many_tokens_after_resume_and_in_eval(vlm, media, monkeypatch):
     """The mini VLM's own processor allows 64 x 64 pixels, whatever --max-pixels says."""
     Image.new('RGB', (640, 480), 'red').save(media / 'a.png')  # a photo of a camera

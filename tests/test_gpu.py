@@ -12,9 +12,10 @@ import finetune
 import train
 from adapter import SpatialVLM, answer_loss, build_adapter
 from chat import load_vlm, to_device
-from common import autocast_on, make_optimizers, take_step
+from common import autocast_on
 from data import RoomPool
 from model import compile_blocks
+from optim import make_optimizers, take_step
 from psfm import PSFM, PSFMConfig, load_psfm
 from questions import RoomQuestions
 from test_parity import CHECKS, FILES, read

@@ -1,6 +1,8 @@
 """Pictures, videos and records of conversations: every kind that people have, and every fault."""
 import json
+import os
 import shutil
+import struct
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -67,6 +69,35 @@ def test_strips_are_no_pictures(tmp_path, size):
     picture(tmp_path / 'a.png', size=size)
     with pytest.raises(InputError, match='a.png cannot be read: .*thinner than 1 : 200'):
         open_picture(str(tmp_path / 'a.png'))
+
+
+def test_numbers_that_are_none_and_pictures_of_one_value(tmp_path):
+    values = np.full((40, 60), np.nan, np.float32)
+    values[:20, :30], values[:20, 30:] = 5, np.inf
+    values[0, 0] = 7
+    Image.fromarray(values).save(tmp_path / 'a.tif')
+    shown = np.asarray(open_picture(str(tmp_path / 'a.tif')))[..., 0]
+    assert shown[0, 0] == shown[0, 40] == 255 and shown[10, 10] == shown[30, 30] == 0
+    Image.fromarray(np.full((40, 60), 30_000, np.uint16)).save(tmp_path / 'b.png')
+    assert (np.asarray(open_picture(str(tmp_path / 'b.png'))) == 127).all()
+
+
+def test_readers_that_raise_anything(tmp_path, monkeypatch):
+    picture(tmp_path / 'a.jpg')
+
+    def read_exif(picture):
+        raise struct.error('a width that is a text')
+    image = Image.fromarray(np.random.RandomState(0).randint(0, 255, (64, 64, 3), np.uint8))
+    image.save(tmp_path / 'b.avif')
+    content = bytearray((tmp_path / 'b.avif').read_bytes())
+    start = content.index(b'mdat') + 4
+    content[start:start + 50] = bytes(50)
+    (tmp_path / 'b.avif').write_bytes(content)
+    with pytest.raises(InputError, match='b.avif cannot be read'):
+        open_picture(str(tmp_path / 'b.avif'))
+    monkeypatch.setattr(media.ImageOps, 'exif_transpose', read_exif)
+    with pytest.raises(InputError, match='a.jpg cannot be read: a width that is a text'):
+        open_picture(str(tmp_path / 'a.jpg'))
 
 
 def test_a_format_without_a_reader_says_what_to_install(tmp_path, monkeypatch):
@@ -198,6 +229,40 @@ def test_frames_are_even_in_time_where_the_rate_varies(tmp_path):
     assert len(list(read_video(str(path), 6))) == 6     # by number, as benchmarks want it
 
 
+def test_a_film_that_begins_in_the_middle_of_a_group(tmp_path):
+    """What comes before the first key frame cannot be shown; the others keep their places."""
+    av = pytest.importorskip('av')
+
+    def every_eight(stream):
+        stream.codec_context.gop_size = 8
+
+    whole = make_video(tmp_path / 'whole.ts', frames=20, prepare=every_eight, codec='libx264')
+    with av.open(str(whole)) as source, av.open(str(tmp_path / 'cut.ts'), 'w') as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in [x for x in source.demux(video=0) if x.dts is not None][4:]:
+            packet.stream = stream
+            target.mux(packet)
+    shown = [image.getpixel((30, 20))[0] / 12 for image in read_video(str(tmp_path / 'cut.ts'), 4)]
+    assert len(shown) == 4 and shown == sorted(shown)
+    assert abs(shown[0] - 8) < 0.7 and abs(shown[-1] - 19) < 0.7 and len(set(shown)) == 4
+
+
+def test_films_that_are_strips_and_names_that_are_no_unicode(tmp_path):
+    thin = make_video(tmp_path / 'thin.mp4', size=(600, 2))
+    with pytest.raises(InputError, match='thin.mp4 cannot be read: 600 x 2 pixels, thinner'):
+        list(read_video(str(thin), 4))
+    name = os.fsdecode(b'caf\xe9.mp4')
+    make_video(tmp_path / 'a.mp4').rename(tmp_path / name)
+    assert len(list_files(extract_frames(str(tmp_path / name)), PICTURES)) == 4
+
+
+def test_depth_maps_are_no_frames(tmp_path):
+    for i in range(4):
+        picture(tmp_path / f'frame-{i}.color.png', value=200)
+        picture(tmp_path / f'frame-{i}.depth.png', mode='I;16', value=3)
+    assert all(image.getpixel((3, 3))[0] == 200 for image in read_video(str(tmp_path), 10))
+
+
 def test_what_is_no_video(tmp_path):
     av = pytest.importorskip('av')
     with av.open(str(tmp_path / 'sound.mp4'), 'w') as container:
@@ -245,6 +310,10 @@ def folder(tmp_path):
     (dict(GOOD, conversations=turns(('human', '<image> \ud800'), ('gpt', 'y'))), 'half a char'),
     (dict(GOOD, conversations=turns(('human', '<image> x'), ('gpt', ['y']))), 'no text under'),
     (dict(GOOD, image=7), 'not a path'),
+    (dict(video='', conversations=turns(('human', '<video> x'), ('gpt', 'y'))), 'not one path'),
+    (dict(GOOD, spar_info=dict(red_point=[[1, 2]], point_img_idx=[[10 ** 30]])), 'spar_info'),
+    (dict(GOOD, spar_info=dict(red_point=[[1, 2]], point_img_idx=[[1]])), 'there is no image 1'),
+    (dict(GOOD, spar_info='[' * 100_000), 'spar_info'),
     (dict(video='gone', conversations=turns(('human', '<video> x'), ('gpt', 'y'))),
      'missing .*gone'),
     (dict(video='frames', conversations=turns(('human', '<video><video> x'), ('gpt', 'y'))),
@@ -324,6 +393,9 @@ def test_shares_of_files(folder):
     assert len(Conversations([f'{path}:0.25', path], str(folder))) == 25
     with pytest.raises(InputError, match='between 0 and 1'):
         Conversations([f'{path}:7'], str(folder))
+    for share in ('0.2.5', '.'):
+        with pytest.raises(InputError, match='no file'):
+            Conversations([f'{path}:{share}'], str(folder))
 
 
 # -----------------------------------------------------------------------------

@@ -4,8 +4,9 @@ import os
 import pytest
 import torch
 
-from common import InputError, make_optimizers
+from common import InputError
 from model import to_4x4
+from optim import make_optimizers
 from psfm import (PSFM, FieldDecoder, PRoPE, PSFMConfig, context_index, load_psfm,
                   random_view_mask)
 from test_model import random_extrinsics

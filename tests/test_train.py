@@ -426,6 +426,28 @@ def test_a_spoiled_log_does_not_stop_a_resume(tmp_path):
     assert [json.loads(line)['step'] for line in lines] == [1, 1, 2, 2]
 
 
+@pytest.mark.parametrize('change', [dict(dtype='foo'), dict(step=-1), dict(metrics=dict(seconds='x'))])
+def test_a_spoiled_state_is_refused(tmp_path, capsys, change):
+    out = tmp_path / 'run'
+    main([*TINY, '--out', str(out), '--steps', '1'])
+    path = out / 'checkpoint' / 'state.json'
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    refuse(f'{out}/checkpoint/state.json is not the state of a run', main,
+           [*TINY, '--out', str(out), '--steps', '2', '--resume'], capsys)
+
+
+def test_optimizers_of_other_shapes_are_refused(tmp_path, capsys):
+    out = tmp_path / 'run'
+    main([*TINY, '--out', str(out), '--steps', '1'])
+    path = out / 'checkpoint' / 'optimizer.pt'
+    states = torch.load(path)
+    for of_p in states[0]['state'].values():
+        of_p['exp_avg'] = of_p['exp_avg'][:1]
+    torch.save(states, path)
+    refuse('does not hold the optimizers of this run (other shapes)', main,
+           [*TINY, '--out', str(out), '--steps', '2', '--resume'], capsys)
+
+
 def test_seconds_are_those_of_all_sessions(tmp_path):
     out = tmp_path / 'run'
     main([*TINY, '--out', str(out), '--steps', '1'])

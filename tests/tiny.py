@@ -70,13 +70,13 @@ def picture(path, size=(80, 60), mode='RGB', value=None, **options):
     image.save(path, **options)
 
 
-def make_video(path, frames=20, size=(64, 48), rate=10, draw=None, prepare=None):
+def make_video(path, frames=20, size=(64, 48), rate=10, draw=None, prepare=None, codec='mpeg4'):
     """Ten frames a second, from black to red, or what `draw` makes of a number. `prepare` may
     set what it likes of the stream."""
     av = pytest.importorskip('av')
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), 'w') as container:
-        stream = container.add_stream('mpeg4', rate=rate)
+        stream = container.add_stream(codec, rate=rate)
         stream.width, stream.height, stream.pix_fmt = *size, 'yuv420p'
         if prepare:
             prepare(stream)
