@@ -24,7 +24,7 @@ def test_the_lesson_runs_and_leaves_its_pictures(tmp_path):
 def test_the_lesson_imports_the_method_and_the_rooms_alone():
     lines = (ROOT / 'lesson.py').read_text().splitlines()
     modules = {line.split()[1] for line in lines if line.startswith('from ')}
-    assert modules <= {'common', 'model', 'vggt', 'psfm', 'rooms', 'PIL', 'types'}
+    assert modules <= {'optim', 'model', 'vggt', 'psfm', 'rooms', 'PIL', 'types'}
     assert len(lines) <= 200
     exercises = [line for line in lines if line.startswith('# ') and line[2:4] in
                  ('1.', '2.', '3.', '4.', '5.')]
