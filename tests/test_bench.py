@@ -117,9 +117,9 @@ def test_predict_ends_with_json(capsys):
 
 @pytest.mark.parametrize('name', PRESETS)
 def test_bench_knows_every_preset(name, monkeypatch):
-    def reached(config):
+    def reached(*_):
         raise InputError('reached the model')
 
-    monkeypatch.setattr(speed, 'VGGT', reached)
+    monkeypatch.setattr(speed, 'PSFM', reached)
     with pytest.raises(InputError, match='reached the model'):
         bench.main(['--config', name, '--device', 'cpu'])
