@@ -120,7 +120,7 @@ def test_bench_knows_every_preset(name, monkeypatch):
     def reached(*_):
         raise InputError('reached the model')
 
-    for name in ('VGGT', 'DA3'):
-        monkeypatch.setattr(speed, name, reached)
+    for backbone in ('VGGT', 'DA3'):
+        monkeypatch.setattr(speed, backbone, reached)
     with pytest.raises(InputError, match='reached the model'):
         bench.main(['--config', name, '--device', 'cpu'])
