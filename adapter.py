@@ -184,7 +184,8 @@ class Reading:
     """Scenes that a SpatialVLM has read once, to be asked about as often as one likes.
 
     All questions about a scene begin with its pictures. Their keys and values are computed here
-    and shared: the answers are those of `generate`, in a fraction of the time.
+    and shared: greedy answers in a fraction of the time, those of `generate` for a VLM whose
+    generation config asks for nothing else (no penalties).
     """
 
     @torch.no_grad()

@@ -35,7 +35,7 @@ from adapter import SceneLatents, answer_loss
 from chat import to_device
 from common import Parser, autocast_on, number, peak_memory, pick_device, pick_dtype, run_script
 from data import CELL, RoomPool
-from model import compile_blocks
+from model import compile_blocks, has_compiler
 from psfm import load_psfm, random_view_mask
 from questions import RoomQuestions
 from speed import (CPU_ATTENTION, GIGA, PEAKS, QWEN_3B, TINY_QWEN, Clock, batch_shape, build,
@@ -304,6 +304,7 @@ def print_growth(results):
 def small_from_start_to_finish():
     """-> dict of seconds and R2 of `python train.py --config small`"""
     out = os.path.join('out', 'bench', 'small')
+    torch.cuda.reset_peak_memory_stats()
     train.main(['--config', 'small', '--out', out])
     with open(os.path.join(out, 'metrics.json')) as file:
         metrics = json.load(file)
@@ -317,18 +318,18 @@ def full_report(clock, dtype, name):
     names = ('base', 'medium', 'photos') if is_gpu else ('small',)
     presets = {name: Config(**PRESETS[name]) for name in names}
     parts = report_parts(presets, clock, dtype, (8, 4, 12) if is_gpu else (4,),
-                         QWEN_3B if is_gpu else TINY_QWEN, can_compile=is_gpu)
+                         QWEN_3B if is_gpu else TINY_QWEN, can_compile=is_gpu and has_compiler())
     if is_gpu:
         first = dict(list(parts.items())[:6])
         parts = {**first, 'small, from start to finish': small_from_start_to_finish, **parts}
-    file = f'{name.replace(" ", "-")}-{str(dtype).removeprefix("torch.")}.json'
+    file = f'{name}-{dtype}-{torch.__version__}.json'.replace(' ', '-').replace('torch.', '')
     return report(parts, os.path.join('out', 'bench', file), clock)
 
 
 def make_parser():
     parser = Parser(description=__doc__)
     parser.add_argument('--config', choices=list(PRESETS), help='a preset, part by part')
-    parser.add_argument('--views', type=number(int, 1), nargs='+', default=[6],
+    parser.add_argument('--views', type=number(int, 1), nargs='+',
                         help='view counts to measure (default: 6)')
     parser.add_argument('--images', type=number(int, 1), help="a batch (default: the preset's)")
     parser.add_argument('--repeats', type=number(int, 1), default=7, help='of each part (7)')
@@ -392,7 +393,9 @@ def main(argv=None):
     name = f'{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads'
     if device.type == 'cuda':
         name = torch.cuda.get_device_name(device)
-    is_plain = not (args.config or args.predict or args.release or args.profile)
+    is_plain = not any(vars(args)[name] for name in (
+        'config', 'views', 'images', 'compile', 'predict', 'release', 'profile'))
+    args.views = args.views or [6]
     preset = args.config or ('base' if args.release else 'small')
     config = Config(**PRESETS[preset])
     if args.images:

@@ -332,8 +332,9 @@ def read_state(config):
             or not isinstance(state['metrics'].get('seconds', 0), (int, float)):
         raise InputError(f'--resume: {folder}/state.json is not the state of a run')
     check_same(folder, state['config'], config, FREE)
-    if state.get('processes', '1') != PROCESSES:  # each draws its own samples
-        raise InputError(f'--resume: {config.out} was trained by {state["processes"]} processes, '
+    theirs = state.get('processes', '1')
+    if theirs != PROCESSES:  # each draws its own samples
+        raise InputError(f'--resume: {config.out} was trained by {theirs} processes, '
                          f'these are {PROCESSES}: start as many')
     if state['step'] >= (config.steps or state['config']['steps']):
         raise InputError(f'--resume: {config.out} has had all {state["step"]} steps; add more')

@@ -197,6 +197,9 @@ class PhotoFolder:
 
     def split_by_scenes(self, scenes):
         names = sorted(scenes, key=natural_order)
+        if self.kept == []:
+            raise InputError('when this run began there was one scene, and nothing was held out; '
+                             'now there are more: begin anew in another --out')
         # the last one, and every tenth before it
         self.kept = held_out = self.kept or names[::-1][::10]
         few = len(held_out) < 4
@@ -205,7 +208,7 @@ class PhotoFolder:
 
     def split_pictures(self, pictures, min_views):
         last = pictures[len(pictures) * 3 // 4:]
-        if len(last) < min_views or self.kept == []:
+        if len(pictures) < 4 * min_views or self.kept == []:
             self.kept = []
             self.held_out = (f'nothing, for the one scene has fewer than {4 * min_views} pictures: '
                              'this is measured on training views')
@@ -289,7 +292,7 @@ def encode_scenes(psfm, folder, out, width, num_views, stamp, progress=iter):
         if not paths:
             print(f'scene {name} is left out: none of its pictures can be read')
             continue
-        path = os.path.join(out, name.replace('/', '--') + '.safetensors')
+        path = os.path.join(out, name.replace('--', '---').replace('/', '--') + '.safetensors')
         state = [(picture, os.stat(picture).st_mtime_ns) for picture in paths]
         metadata = dict(pictures=json.dumps(paths), stamp=f'{stamp} {width} {state}')
         if stamp_of(path) == metadata['stamp']:

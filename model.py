@@ -18,6 +18,8 @@ Shapes, in every file:
     P = special tokens + N, all tokens of a view    nh heads    d channels per head
 """
 import functools
+import os
+import shutil
 
 import torch
 import torch.nn as nn
@@ -317,7 +319,7 @@ class Transformer(nn.Module):
                                preserve_rng_state=False)
             else:
                 x = block(x, position, num_kept=leaves)
-        return self.norm(x)
+        return self.norm(x[:, -num_kept:])  # without blocks, nothing was cut yet
 
 
 def init_linear(module):
@@ -335,6 +337,11 @@ def cast_matrices(model, dtype):
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             module.to(dtype)
+
+
+def has_compiler():
+    """torch.compile needs a C compiler."""
+    return any(shutil.which(name) for name in (os.environ.get('CC', 'cc'), 'gcc', 'cl'))
 
 
 def compile_blocks(model):

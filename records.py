@@ -198,6 +198,6 @@ class Part(torch.utils.data.Dataset):
                     raise InputError(f'{error} (--skip-bad leaves it out)') from error
                 if index not in self.bad:
                     self.bad.add(index)
-                    self.say(f'{error}; the next record stands in for it ({len(self.bad)} so far in '
-                             'this process)')
+                    self.say(f'{error}; the next record stands in for it ({len(self.bad)} so far '
+                             'in this process)')
         raise InputError('none of the records can be read; the last fault is named above')

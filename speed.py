@@ -12,6 +12,7 @@ the device's dense bf16 peak.
 """
 import contextlib
 import dataclasses
+import gc
 import json
 import os
 import statistics
@@ -80,7 +81,7 @@ class Clock:
 
     def now(self):
         if self.device.type == 'cuda':
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
     def once(self, call, *arguments):
@@ -197,7 +198,7 @@ def step_cost(config, V, clock, dtype, compiled=False, around=contextlib.nullcon
     shape = batch_shape(config, V)
     torch.manual_seed(0)
     with device:
-        psfm = build(config, dtype)
+        psfm = build(config, dtype).to(device)  # some buffers begin on the CPU
         images = torch.rand(shape)
     view_mask, _ = random_view_mask(*shape[:2], config.mask_ratio, device=device)
     step = Step(psfm.train(), lambda: psfm(images, view_mask=view_mask)['loss'],
@@ -206,6 +207,7 @@ def step_cost(config, V, clock, dtype, compiled=False, around=contextlib.nullcon
     psfm.encoder.transformer.checkpointing = config.checkpointing
     psfm.decoder.transformer.checkpointing = config.checkpointing
     if compiled:
+        torch._dynamo.reset()  # so that the first step is a cold one
         compile_blocks(psfm)
     with around():
         cost = time_step(step, clock)
@@ -249,7 +251,7 @@ def vlm_cost(sizes, train, config, clock, dtype, is_cached=True, grid=(28, 36), 
             add_lora(vlm, 16)
         words = torch.randint(1000, (text,))
         pixels = torch.randn(frames * h * w, 3 * 2 * 14 * 14)
-        psfm = None if is_cached else build(config, dtype)
+        psfm = None if is_cached else build(config, dtype).to(device)
         z = torch.randn(1, config.num_latents, config.width)
         images = torch.rand(1, frames, *batch_shape(config, frames)[2:])
     vlm.gradient_checkpointing_enable()
@@ -338,6 +340,7 @@ def report(parts, path, clock):
                 print(f'{name:52s}does not fit')
                 continue
             finally:
+                gc.collect()  # a model that is compiled or wrapped refers to itself
                 if clock.device.type == 'cuda':
                     torch.cuda.empty_cache()
             write_json(path, results)

@@ -16,7 +16,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import shutil
 import time
 from dataclasses import dataclass
 
@@ -32,7 +31,7 @@ from common import (InputError, autocast_on, check_finite, join_processes, load_
 from data import RoomPool, make_source
 from draw import draw_curve, draw_field
 from measure import evaluate_field, field_line, field_table, knows_rooms
-from model import compile_blocks
+from model import compile_blocks, has_compiler
 from optim import learning_rate, load_optimizers, make_optimizers, set_rates, take_step
 from psfm import (FROZEN, PSFMConfig, build_psfm, check_psfm_config, fingerprint,
                   random_view_mask, read_psfm, weights_of_run)
@@ -152,7 +151,7 @@ def compile_if_possible(psfm, config, device, say):
     """torch.compile, by default on a CUDA GPU, where there is a C compiler."""
     if not config.compile and not (config.compile is None and device.type == 'cuda'):
         return
-    if any(shutil.which(compiler) for compiler in (os.environ.get('CC', 'cc'), 'gcc', 'cl')):
+    if has_compiler():
         compile_blocks(psfm)
     else:
         say('not compiled: torch.compile needs a C compiler, and there is none on the PATH')

@@ -70,6 +70,16 @@ def test_the_report_continues_where_it_was_cut_off(tmp_path, capsys):
     assert json.loads((tmp_path / 'bench' / 'it.json').read_text()) == results
 
 
+def test_buffers_that_begin_on_the_cpu_follow():
+    """`meta` in the place of a GPU: what stays behind on the CPU raises."""
+    for name in ('small', 'photos', 'medium'):
+        config = Config(**PRESETS[name])
+        with torch.device('meta'):
+            psfm = speed.build(config, torch.float32).to('meta')
+            images = torch.rand(speed.batch_shape(config, 4))
+        assert psfm.backbone.embed(images)[0].device.type == 'meta'
+
+
 def test_parts_of_the_report():
     """Whole steps of a small PSFM, all of its changes, and of a tiny VLM."""
     clock = speed.Clock(torch.device('cpu'), 1)

@@ -126,6 +126,11 @@ def test_rows_that_do_not_leave_are_not_needed():
     assert torch.allclose(*gradients, atol=1e-5)
 
 
+def test_without_blocks_only_what_is_asked_for_leaves():
+    out = Transformer(32, 0, 2)(torch.randn(2, 9, 32), NoPosition(), 4)
+    assert out.shape == (2, 4, 32)
+
+
 def test_checkpointing_changes_memory_and_nothing_else():
     torch.manual_seed(0)
     transformer = Transformer(64, 6, 2)

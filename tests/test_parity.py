@@ -91,7 +91,7 @@ def build_vggt(config):
 def check_vggt(config, weights, given):
     model = build_vggt(config)
     model.load(weights, 'the fixture')
-    model.freeze()
+    model.freeze().to(given['images'].device)
     images, mask = given.pop('images'), given.pop('view_mask', None)
     patches, grid = model.embed(images)
     layers = model.attend(patches, grid, mask, layers=(0, -1, *model.config.dpt_layers))
@@ -118,7 +118,7 @@ def check_da3(config, weights, given):
         alt_start=config['alt_start'], dpt_layers=tuple(config['out_layers']),
         dpt_features=config['depth_features'], dpt_channels=tuple(config['depth_out_channels'])))
     model.load(weights, 'the fixture')
-    model.freeze()
+    model.freeze().to(given['images'].device)
     images, mask = given.pop('images'), given.pop('view_mask', None)
     patches, grid = model.embed(images)
     layers = model.attend(patches, grid, mask, layers=(*model.config.dpt_layers, -1))
