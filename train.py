@@ -273,6 +273,13 @@ def banner(name, config, psfm, source, held_out, device, dtype, reason):
     return text
 
 
+def last_r2(metrics):
+    """R2 of the last evaluation, or None before the first."""
+    of_psfm = metrics.get('psfm')
+    r2 = of_psfm.get('r2') if isinstance(of_psfm, dict) else None
+    return r2 if isinstance(r2, float) else None
+
+
 def log_line(record, parts, config, mfu):
     """One human-readable line. `parts`: names of the losses. R2 is of the last evaluation."""
     losses = [f'{key} {record[key]:.3f}' for key in parts if key != 'loss']
@@ -374,7 +381,7 @@ def train(name, config):
 
         # log
         if is_logged:
-            r2 = metrics['psfm']['r2'] if metrics else None
+            r2 = last_r2(metrics)
             record = dict(step=done, **values, r2=r2, lr=share * config.lr,
                           grad_norm=norm.item(), step_ms=1e3 * busy / (done - logged),
                           views_per_second=views_done / busy,

@@ -436,6 +436,16 @@ def test_a_spoiled_state_is_refused(tmp_path, capsys, change):
            [*TINY, '--out', str(out), '--steps', '2', '--resume'], capsys)
 
 
+@pytest.mark.parametrize('metrics', [{}, dict(a=1), dict(psfm=1), dict(psfm=dict(r2='x'))])
+def test_a_run_goes_on_whatever_its_last_numbers_were(tmp_path, metrics):
+    out = tmp_path / 'run'
+    main([*TINY, '--out', str(out), '--steps', '1'])
+    path = out / 'checkpoint' / 'state.json'
+    path.write_text(json.dumps({**json.loads(path.read_text()), 'metrics': metrics}))
+    main([*TINY, '--out', str(out), '--steps', '2', '--resume'])
+    assert [step for step, *_ in losses(out)] == [1, 2]
+
+
 def test_optimizers_of_other_shapes_are_refused(tmp_path, capsys):
     out = tmp_path / 'run'
     main([*TINY, '--out', str(out), '--steps', '1'])
