@@ -33,7 +33,8 @@ import finetune
 import train
 from adapter import SceneLatents, answer_loss
 from chat import to_device
-from common import Parser, autocast_on, number, peak_memory, pick_device, pick_dtype, run_script
+from common import (Parser, autocast_on, number, peak_memory, pick_device, pick_dtype, read_json,
+                    run_script)
 from data import CELL, RoomPool
 from model import compile_blocks, has_compiler
 from psfm import load_psfm, random_view_mask
@@ -306,8 +307,7 @@ def small_from_start_to_finish():
     out = os.path.join('out', 'bench', 'small')
     torch.cuda.reset_peak_memory_stats()
     train.main(['--config', 'small', '--out', out])
-    with open(os.path.join(out, 'metrics.json')) as file:
-        metrics = json.load(file)
+    metrics = read_json(os.path.join(out, 'metrics.json'))
     return dict(ms=1e3 * metrics['seconds'], peak_gb=metrics['peak_memory_gb'], cold_s=0,
                 r2=metrics['psfm']['r2'])
 

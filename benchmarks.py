@@ -24,7 +24,7 @@ from tqdm import tqdm
 from chat import as_text
 from common import InputError, autocast_on
 from media import media_fault, open_picture, read_video
-from records import read_records
+from records import as_list, read_records
 
 LETTER_PROMPT = "Answer with the option's letter from the given choices directly."
 WORD_PROMPT = 'Please answer the question using a single word or phrase.'
@@ -85,10 +85,6 @@ def relative_accuracy(error):
     """
     theta = np.linspace(0.5, 0.95, 10)
     return (np.asarray(error)[..., None] <= 1 - theta).mean(-1)
-
-
-def as_list(value):
-    return value if isinstance(value, list) else [value] if value else []
 
 
 def mean(values):

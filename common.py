@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import datetime
 import difflib
-import glob
 import json
 import math
 import os
@@ -264,9 +263,10 @@ def load_strictly(module, state, source, skip=(), assign=False):
 
 def flush_to_disk(folder):
     """Waits until every file below `folder` is on the disk."""
-    for path in filter(os.path.isfile, glob.glob(f'{glob.escape(folder)}/**', recursive=True)):
-        with open(path, 'rb') as file:
-            os.fsync(file.fileno())
+    for path, _, names in os.walk(folder):
+        for name in names:
+            with open(os.path.join(path, name), 'rb') as file:
+                os.fsync(file.fileno())
 
 
 def write_checkpoint(run, step, optimizers, config, dtype, metrics, save_model):

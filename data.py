@@ -169,7 +169,7 @@ class PhotoFolder:
         usable = {}
         for name, pictures in scenes.items():
             if are_checked:
-                faults = [reading_fault(path, os.stat(path).st_mtime_ns) for path in pictures]
+                faults = [reading_fault(path) for path in pictures]
                 pictures = [path for path, fault in zip(pictures, faults) if not fault]
                 faults = list(filter(None, faults))
                 for fault in faults[:5]:
@@ -285,7 +285,7 @@ def encode_scenes(psfm, folder, out, width, num_views, stamp, progress=iter):
     os.makedirs(out, exist_ok=True)
     for name, paths in progress(found.scenes.items()):
         paths = [paths[i] for i in even_frames(len(paths), num_views)]
-        faults = [reading_fault(path, os.stat(path).st_mtime_ns) for path in paths]
+        faults = [reading_fault(path) for path in paths]
         for fault in filter(None, faults):
             print(f'{fault}; left out')
         paths = [path for path, fault in zip(paths, faults) if not fault]
@@ -321,7 +321,7 @@ def check_pictures(scenes, sample):
     sizes, faults = Counter(), []
     for pictures in list(scenes.values())[:500]:
         for i in even_frames(len(pictures), sample):
-            fault = reading_fault(pictures[i], os.stat(pictures[i]).st_mtime_ns)
+            fault = reading_fault(pictures[i])
             if fault:
                 faults.append(fault)
             else:

@@ -84,7 +84,7 @@ def check_shape(picture, path):
 
 
 def open_file(path):
-    """PIL image, of which only the header is read. Raises InputError, or Pillow's own errors."""
+    """PIL image, of which only the header is read. Raises InputError with the path."""
     ending = os.path.splitext(path)[1].lower() if isinstance(path, str) else ''
     if ending in ('.heic', '.heif'):
         try:
@@ -98,6 +98,8 @@ def open_file(path):
         can_read = ending != '.avif' or features.check('avif')
         reason = 'not a picture' if can_read else NEEDS[ending]
         raise InputError(f'{path} cannot be read: {reason}') from error
+    except Exception as error:  # of spoiled files, Pillow's readers raise whatever there is
+        raise InputError(f'{path} cannot be read: {error}') from error
     check_shape(picture, path)
     most = MOST_PIXELS_OF_JPEG if picture.format in ('JPEG', 'MPO') else MOST_PIXELS
     if picture.width * picture.height > most:
@@ -125,7 +127,7 @@ def open_picture(path, width=None):
             return picture.convert('RGB')
     except InputError:
         raise
-    except Exception as error:  # of spoiled files, Pillow's readers raise whatever there is
+    except Exception as error:  # as in open_file
         raise InputError(f'{path} cannot be read: {error}') from error
 
 
@@ -139,12 +141,16 @@ def stretch(values):
 
 
 @functools.lru_cache(maxsize=None)
-def reading_fault(path, changed):
-    """Why a picture cannot be read, or None. Asked once of a file, until it is `changed`."""
+def fault_of_state(path, changed):
     try:
         open_picture(path, 32)
     except InputError as error:
         return str(error)
+
+
+def reading_fault(path):
+    """Why a picture cannot be read, or None. It is read once, until the file changes."""
+    return fault_of_state(path, os.stat(path).st_mtime_ns)
 
 
 def media_fault(path, is_video=False, with_header=True):
@@ -161,8 +167,6 @@ def media_fault(path, is_video=False, with_header=True):
         open_file(path).close()
     except InputError as error:
         return str(error)
-    except Exception as error:  # as in open_picture
-        return f'{path} cannot be read: {error}'
 
 
 # -----------------------------------------------------------------------------

@@ -109,9 +109,13 @@ class Conversations(torch.utils.data.Dataset):
         return dict(images=images, conversations=turns, where=record['where'])
 
 
+def as_list(value):
+    """A list as it is, one thing as a list, nothing as none."""
+    return value if isinstance(value, list) else [value] if value else []
+
+
 def media_paths(record):
-    paths = record.get('images') or record.get('image') or []
-    return paths if isinstance(paths, list) else [paths]
+    return as_list(record.get('images') or record.get('image'))
 
 
 def turns_fault(turns):

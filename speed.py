@@ -13,7 +13,6 @@ the device's dense bf16 peak.
 import contextlib
 import dataclasses
 import gc
-import json
 import os
 import statistics
 import time
@@ -27,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 import model
 from adapter import SpatialVLM, add_lora, answer_loss, build_adapter
 from chat import to_device
-from common import autocast_on, write_json
+from common import autocast_on, read_json, write_json
 from da3 import DA3, DA3Config
 from mini_vggt import MINI
 from model import compile_blocks
@@ -327,10 +326,7 @@ def report_line(name, x):
 
 def report(parts, path, clock):
     """Measures every part that is not in the file `path` yet, and writes it there as it comes."""
-    results = {}
-    if os.path.isfile(path):
-        with open(path) as file:
-            results = json.load(file)
+    results = read_json(path) if os.path.isfile(path) else {}
     os.makedirs(os.path.dirname(path), exist_ok=True)
     for name, measure in parts.items():
         if name not in results:
