@@ -114,7 +114,7 @@ def encode(args):
     written, total = encode_scenes(
         psfm, args.folder, args.out, config.image_width, args.views, hash_of_encoder(psfm),
         lambda scenes: tqdm(scenes, 'encoding', disable=None))
-    print(f'{total} scenes, {written} of them encoded now, in {args.out}/')
+    print(f'{total} scenes, {written} of them encoded now, in {args.out.rstrip("/")}/')
 
 
 def backbone(args):
