@@ -113,9 +113,9 @@ class SpatialVLM(nn.Module):
             rows = tokens.flatten(0, -2) if is_tensor else torch.cat(list(tokens))
             if self.latents is not None:
                 rows = self.fuse(rows)
-                lengths = [len(part) for part in tokens]
-                new_tokens = rows.view(tokens.shape) if is_tensor else rows.split(lengths)
-                outputs.pooler_output = new_tokens
+            rows = rows.to(self.vlm.get_input_embeddings().weight.dtype)  # under autocast too
+            lengths = [len(part) for part in tokens]
+            outputs.pooler_output = rows.view(tokens.shape) if is_tensor else rows.split(lengths)
             self.image_tokens = rows
             return outputs
         return get_image_features
@@ -172,7 +172,7 @@ class SpatialVLM(nn.Module):
         if self.adapter is not None:
             self.adapter.requires_grad_(True)
         if what == 'adapter+llm':
-            self.vlm.model.language_model.requires_grad_(True)
+            self.vlm.get_decoder().requires_grad_(True)
             self.vlm.get_output_embeddings().requires_grad_(True)
         if what == 'lora':
             for name, p in self.vlm.named_parameters():
@@ -197,9 +197,11 @@ class Reading:
         self.images = '<image>' * len(scenes[0])
         items = []
         for pictures in scenes:
-            item = self.encode('', pictures)
-            end = self.end_of_images(item['input_ids'])
-            items.append(dict(item, input_ids=item['input_ids'][:end], labels=item['labels'][:end]))
+            self.looked = chat.look(pictures)
+            item = self.encode('')
+            ids = item['input_ids']
+            end = len(ids) - ids[::-1].index(chat.image_token_id)  # after the last picture
+            items.append(dict(item, input_ids=ids[:end], labels=ids[:end]))
         if len({len(item['input_ids']) for item in items}) > 1:
             raise InputError('scenes whose pictures differ in number or size are asked one by one')
         batch = to_device(chat.batch(items), model.vlm, self.device)
@@ -214,20 +216,16 @@ class Reading:
         if 'position_ids' in batch:  # Qwen2-VL counts a picture's sides, not its tokens
             self.next_position = batch['position_ids'].amax((0, 2)) + 1
 
-    def encode(self, question, pictures=()):
+    def encode(self, question):
         turn = {'from': 'human', 'value': self.images + question}
-        return self.chat.encode(dict(images=pictures, conversations=[turn]))
-
-    def end_of_images(self, ids):
-        return len(ids) - ids[::-1].index(self.chat.image_token_id)
+        return self.chat.encode(dict(conversations=[turn]), self.looked)
 
     @torch.no_grad()
     def answer(self, questions, max_new_tokens):
         """[(number of the scene, question)] -> greedy answers."""
         rows = []
         for _, question in questions:
-            ids = self.encode(question)['input_ids']
-            ids = ids[self.end_of_images(ids):]
+            ids = self.encode(question)['input_ids'][self.length:]
             rows.append(dict(input_ids=ids, labels=ids))
         batch = self.chat.batch(rows, left=True)
         ids, mask = [batch[name].to(self.device) for name in ('input_ids', 'attention_mask')]
@@ -247,7 +245,7 @@ class Reading:
                     logits_to_keep=1, **{self.name: cache})
             new = outputs.logits[:, -1].argmax(-1).masked_fill(is_done, tokenizer.pad_token_id)
             answers.append(new)
-            is_done |= new == tokenizer.eos_token_id
+            is_done |= new == self.chat.end_of_turn
             if is_done.all():
                 break
             ids, place, mask = new[:, None], place[:, -1:] + 1, F.pad(mask, (0, 1), value=1)
@@ -263,7 +261,7 @@ def add_lora(vlm, rank):
         raise InputError('--train lora needs peft (pip install peft)') from error
     targets = ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj']
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)
-    inject_adapter_in_model(config, vlm.model.language_model)
+    inject_adapter_in_model(config, vlm.get_decoder())
 
 
 def answer_loss(logits, labels):

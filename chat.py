@@ -4,19 +4,98 @@ An open vision-language model, and how it reads conversations about pictures.
     vlm, chat = load_vlm('Qwen/Qwen2.5-VL-3B-Instruct')       # a folder, or a hub id
     batch = chat.batch([chat.encode(item) for item in items])
 
-`Chat` lays conversations out as the VLM was trained to read them: its own chat template, and as
-many placeholder tokens a picture as the picture has tokens. (transformers' own processors need
-torchvision; tokenizer and image processor do not.)
+`Chat` lays conversations out as the VLM was trained to read them: its own chat template, and in
+the place of a picture what the VLM's own processor class of transformers puts there: as many
+placeholder tokens as the picture (or all its tiles) will have, and what belongs around them.
 """
 import functools
+import importlib
+import math
 import re
+from typing import NamedTuple
 
 import torch
 
 from common import InputError, find_file, some
 
-
 BREAK = '\ue001'      # where a text is cut before it becomes tokens
+
+
+class Family(NamedTuple):
+    """A kind of VLMs: classes of transformers, and what their names do not tell."""
+    image_processor: str   # module and class; in PIL's form, which needs no torchvision
+    processor: str         # whose replace_image_token tells what stands for a picture
+    system: str = ''       # the system prompt
+    length: str = ''       # the processor's argument for the number of tokens of a tile
+
+
+QWEN = ('qwen2_vl', 'Qwen2VLImageProcessorPil')
+ASSISTANT = 'You are a helpful assistant.'
+FAMILIES = {  # by the model_type in config.json
+    'qwen2_vl': Family(QWEN, 'Qwen2VLProcessor', ASSISTANT),
+    'qwen2_5_vl': Family(QWEN, 'Qwen2_5_VLProcessor', ASSISTANT),
+    'qwen3_vl': Family(QWEN, 'Qwen3VLProcessor', ASSISTANT),
+    'internvl': Family(('got_ocr2', 'GotOcr2ImageProcessorPil'), 'InternVLProcessor',
+                       length='image_seq_length'),
+    # SmolVLM lays pictures out as Idefics 3 does; its own class asks for num2words, for videos
+    'smolvlm': Family(('smolvlm', 'SmolVLMImageProcessorPil'), 'Idefics3Processor',
+                      length='image_seq_len'),
+}
+NAMES = 'Qwen2-VL, Qwen2.5-VL, Qwen3-VL, InternVL, SmolVLM'
+
+
+def tokens_of_tile(config):
+    """How many tokens a tile of a picture becomes, of VLMs whose tiles are all of one size."""
+    if config.model_type == 'internvl':
+        return config.image_seq_length
+    side = config.vision_config.image_size // config.vision_config.patch_size
+    return side ** 2 // config.scale_factor ** 2
+
+
+def load_image_processor(config, source):
+    """The image processor in a folder, or on the hub, for a VLM with this configuration."""
+    module, name = FAMILIES[config.model_type].image_processor
+    module = importlib.import_module(f'transformers.models.{module}.image_processing_pil_{module}')
+    return getattr(module, name).from_pretrained(source)
+
+
+def make_processor(config, tokenizer, image_processor):
+    """The VLM's own processor class, without its part for videos, which needs torchvision."""
+    import transformers
+    family = FAMILIES[config.model_type]
+    processor = getattr(transformers, family.processor)
+    without_check = dict(check_argument_for_proper_class=lambda *_: None)
+    processor = type(processor.__name__, (processor,), without_check)
+    parts = dict(image_processor=image_processor, tokenizer=tokenizer)
+    if 'video_processor' in processor.get_attributes():
+        parts['video_processor'] = None
+    if family.length:
+        parts[family.length] = tokens_of_tile(config)
+    return processor(**parts)
+
+
+def fewer_pixels(config, image_processor, max_pixels):
+    """Options of an image processor that keep a picture within max_pixels, or None: its own.
+
+    Where a picture is cut into tiles, it may have as many tiles as that, but always one.
+    """
+    if config.model_type == 'internvl':
+        side = image_processor.size['height']
+        tiles = image_processor.max_patches
+        if max_pixels:
+            tiles = min(tiles, max(1, max_pixels // side ** 2))
+        return dict(crop_to_patches=True, max_patches=tiles)
+    if config.model_type == 'smolvlm':
+        side = image_processor.max_image_size['longest_edge']
+        edge = image_processor.size['longest_edge']
+        if max_pixels:
+            edge = min(edge, side * max(1, math.isqrt(max_pixels) // side))
+        return dict(size=dict(longest_edge=edge), return_row_col_info=True)
+    own = image_processor.size    # Qwen2-VL's "edges" are numbers of pixels
+    if not max_pixels or max_pixels >= own['longest_edge']:
+        return {}
+    return dict(size=dict(shortest_edge=min(max_pixels, own['shortest_edge']),
+                          longest_edge=max_pixels))
 
 
 def as_text(text):
@@ -25,30 +104,38 @@ def as_text(text):
 
 
 class Chat:
-    """Conversations about pictures -> token ids, labels, pixels, for the Qwen2-VL family (2.5, 3).
+    """Conversations about pictures -> token ids, labels, pixels, for the VLMs of FAMILIES.
 
     An item is a dict: `images`, a list of PIL images, and `conversations`, a list of {'from':
     'human' | 'gpt', 'value': text}, in which every <image> stands for the next of the images.
-    The tokenizer's own chat template lays out the text. Every <image> becomes as many placeholder
-    tokens as its picture has merged patches. `max_pixels`: larger pictures are scaled down.
+    The tokenizer's own chat template lays out the text. `config`: of the VLM. `max_pixels`:
+    larger pictures are scaled down.
     """
-    SYSTEM = 'You are a helpful assistant.'
 
-    def __init__(self, tokenizer, image_processor, max_pixels=None):
+    def __init__(self, config, tokenizer, image_processor, max_pixels=None):
         self.tokenizer, self.image_processor = tokenizer, image_processor
-        self.image_token_id = tokenizer.convert_tokens_to_ids('<|image_pad|>')
+        self.processor = make_processor(config, tokenizer, image_processor)
+        self.image_token = self.processor.image_token
+        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+        self.system = FAMILIES[config.model_type].system
+        self.counts_sides = config.model_type.startswith('qwen')  # a picture's, for positions
         special = [token.content for token in tokenizer.added_tokens_decoder.values()
                    if token.special]
         self.special = re.compile('|'.join(map(re.escape, special)) or '(?!)')
-        self.sizes, own = {}, image_processor.size  # its "edges" are numbers of pixels
-        if max_pixels and max_pixels < own['longest_edge']:
-            edges = dict(shortest_edge=min(max_pixels, own['shortest_edge']),
-                         longest_edge=max_pixels)
-            self.sizes = dict(size=edges)
+        self.options = fewer_pixels(config, image_processor, max_pixels)
+
+    @functools.cached_property
+    def end_of_turn(self):
+        """The token that ends an answer: the first that the chat template puts after it."""
+        *_, answer = self.layout((('user', (True,)), ('assistant', (True,))))
+        return self.tokens(answer[-1])[0]
 
     def text(self, turns, **options):
         """[(role, text with <image>)] -> the chat template's text, the system prompt in front."""
-        messages = [dict(role='system', content=[dict(type='text', text=self.SYSTEM)])]
+        messages = []
+        if self.system:
+            content = [dict(type='text', text=self.system)]
+            messages.append(dict(role='system', content=content))
         for role, text in turns:
             content = []
             for part in re.split('(<image>)', text):
@@ -63,12 +150,13 @@ class Chat:
     def layout(self, shape):
         """The chat template's text around the texts of a conversation (cached: templates are slow).
 
-        `shape`: per turn, (role, k), where its images split its text into k parts. -> per turn, the
-        k + 1 pieces that go around those k parts. A question's last piece ends where its answer
-        begins, so that no token straddles the two.
+        `shape`: per turn, (role, of each part between its images whether there is text). -> per
+        turn, the k + 1 pieces that go around its k texts. A question's last piece ends where its
+        answer begins, so that no token straddles the two.
         """
         mark, chunks, done = '\ue000', [], ''
-        turns = [(role, '<image>'.join([mark] * parts)) for role, parts in shape]
+        turns = [(role, '<image>'.join(mark if is_text else '' for is_text in parts))
+                 for role, parts in shape]
         for i, (role, _) in enumerate(turns):
             upto = self.text(turns[:i + 1], add_generation_prompt=role == 'user')
             if not upto.startswith(done):
@@ -88,40 +176,45 @@ class Chat:
         text = text.encode('utf-8', 'replace').decode()  # half characters become question marks
         return self.special.sub(lambda found: found[0][0] + BREAK + found[0][1:], text)
 
-    def encode(self, item):
-        """-> dict of input_ids and labels (lists; -100 where not an answer), pixel_values,
-        image_grid_thw. A conversation that ends with a question waits for its answer.
+    def look(self, images):
+        """PIL images -> pixels as the VLM takes them, and per image the text in its place."""
+        if not images:
+            return {}, []
+        pixels = self.image_processor(images=images, return_tensors='pt', **self.options)
+        texts = [self.processor.replace_image_token(pixels, i) for i in range(len(images))]
+        names = ('pixel_values', 'image_grid_thw')
+        return {name: pixels[name] for name in names if name in pixels}, texts
+
+    def encode(self, item, looked=None):
+        """-> dict of input_ids and labels (lists; -100 where not an answer), and the pixels.
+
+        A conversation that ends with a question waits for its answer. `looked`: what `look` says
+        of the images, if it is known.
         """
-        # the text
+        pixels, seen = looked or self.look(item['images'])
+
         turns = []
         for turn in item['conversations']:
             role = 'user' if turn['from'] == 'human' else 'assistant'
             turns.append((role, turn['value'].split('<image>')))
-        layout = self.layout(tuple((role, len(texts)) for role, texts in turns))
+        places = sum(len(texts) - 1 for _, texts in turns)
+        if places != len(seen):
+            raise InputError(f'{places} <image> tokens for {len(seen)} images')
+
+        layout = self.layout(tuple((role, tuple(map(bool, texts))) for role, texts in turns))
+        seen = iter(seen)
         ids, labels = [], []
         for (role, texts), pieces in zip(turns, layout):
-            texts = [*map(self.plain, texts), '']
+            pieces = [re.sub(re.escape(self.image_token), lambda _: next(seen), piece)
+                      for piece in pieces]
+            texts = [*map(self.plain, filter(None, texts)), '']
             new = self.tokens(''.join(piece + text for piece, text in zip(pieces, texts)))
             ids += new
             end = 0
             if role == 'assistant':  # learned up to the end-of-turn token; the rest is template
-                end = len(new) - new[::-1].index(self.tokenizer.eos_token_id)
+                end = len(new) - new[::-1].index(self.end_of_turn)
             labels += new[:end] + [-100] * (len(new) - end)
-        if not item['images']:
-            return dict(input_ids=ids, labels=labels)
-        # the pictures: every placeholder is repeated, once a merged patch
-        pixels = self.image_processor(images=item['images'], return_tensors='pt', **self.sizes)
-        merged = self.image_processor.merge_size ** 2
-        counts = (pixels['image_grid_thw'].prod(-1) // merged).tolist()
-        if ids.count(self.image_token_id) != len(counts):
-            raise InputError(f'{ids.count(self.image_token_id)} <image> tokens '
-                             f'for {len(counts)} images')
-        all_ids, all_labels, counts = [], [], iter(counts)
-        for token, label in zip(ids, labels):
-            times = next(counts) if token == self.image_token_id else 1
-            all_ids += [token] * times
-            all_labels += [label] * times
-        return dict(input_ids=all_ids, labels=all_labels, **pixels)
+        return dict(input_ids=ids, labels=labels, **pixels)
 
     def batch(self, items, left=False):
         """Encoded items -> tensors, padded on the right, or on the `left` for generation."""
@@ -135,12 +228,13 @@ class Chat:
         ids = torch.tensor(ids)  # (B, T)
         labels = torch.tensor([pad(item['labels'], -100) for item in items])
         mask = torch.tensor([pad([1] * len(item['input_ids']), 0) for item in items])
-        batch = dict(input_ids=ids, labels=labels, attention_mask=mask,
-                     mm_token_type_ids=(ids == self.image_token_id).int())
+        batch = dict(input_ids=ids, labels=labels, attention_mask=mask)
+        if self.counts_sides:
+            batch['mm_token_type_ids'] = (ids == self.image_token_id).int()
         for name in ('pixel_values', 'image_grid_thw'):
             parts = [item[name] for item in items if name in item]
-            if parts:
-                batch[name] = torch.cat(parts)
+            if parts:  # tiles of SmolVLM: (1, tiles, 3, H, W)
+                batch[name] = torch.cat(parts, dim=1 if parts[0].ndim == 5 else 0)
         return batch
 
     def save_pretrained(self, folder):
@@ -153,16 +247,20 @@ def load_vlm(source, dtype=torch.float32, max_pixels=None, leave=()):
 
     Unexpected weights whose names contain one of `leave` are ignored; lm_head may be tied.
     """
-    from transformers import AutoModelForImageTextToText, AutoTokenizer
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+    import transformers
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
     source = find_file(source)
     disable_progress_bar()
     try:
+        config = AutoConfig.from_pretrained(source)
+        if config.model_type not in FAMILIES:
+            raise InputError(f'{source} is a {config.model_type}, whose pictures Chat cannot lay '
+                             f'out: it knows {NAMES}')
         vlm, report = AutoModelForImageTextToText.from_pretrained(
             source, dtype=dtype, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(source)
-        image_processor = Qwen2VLImageProcessorPil.from_pretrained(source)
+        image_processor = load_image_processor(config, source)
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise InputError(f'no VLM at {source}: {str(error).strip().splitlines()[0]}') from error
     missing = [name for name in report['missing_keys'] if not name.startswith('lm_head')]
@@ -171,10 +269,12 @@ def load_vlm(source, dtype=torch.float32, max_pixels=None, leave=()):
     if missing or strange:
         raise InputError(f'{source} is not a whole {type(vlm).__name__}: missing {some(missing)}, '
                          f'unexpected {some(strange)}')
-    if not vlm.config.model_type.startswith(('qwen2', 'qwen3')):
-        raise InputError(f'{source} is a {type(vlm).__name__}, whose pictures Chat cannot lay out: '
-                         'it supports the Qwen2-VL family (Qwen2.5-VL, Qwen3-VL)')
-    return vlm, Chat(tokenizer, image_processor, max_pixels)
+    if tokenizer.chat_template is None:  # older folders keep it beside the processor's settings
+        processor = getattr(transformers, FAMILIES[config.model_type].processor)
+        tokenizer.chat_template = processor.get_processor_dict(source)[0].get('chat_template')
+    if not tokenizer.chat_template:
+        raise InputError(f'{source} has no chat template: it was never taught to converse')
+    return vlm, Chat(config, tokenizer, image_processor, max_pixels)
 
 
 def to_device(batch, vlm, device):

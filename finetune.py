@@ -3,6 +3,7 @@ Fine-tunes an open VLM that is given the latents of a scene: Spa3-VLM (Spa3R, ar
 
     python finetune.py --config small                          # any laptop: the mini VLM, rooms
     python finetune.py --config small --encoder out/small      # with your own encoder
+    python finetune.py --config photos --data a.jsonl --media media/   # a laptop, photographs
     torchrun --nproc_per_node 8 finetune.py --config base --data a.jsonl --media media/ --shard
 
 The last command is the paper's setup, Qwen2.5-VL-3B. The loss is on the answers' tokens alone. On
@@ -26,7 +27,7 @@ from tqdm import tqdm
 
 from adapter import (LATENTS, SceneLatents, SpatialVLM, add_lora, answer_loss, build_adapter,
                      load_spatial_vlm, save_spatial_vlm)
-from chat import load_vlm, to_device
+from chat import NAMES, load_vlm, to_device
 from common import (InputError, autocast_on, check_finite, join_processes, open_run, opt,
                     parse_options, peak_memory, pick_dtype, quiet, read_state, run_script,
                     step_generator, write_checkpoint, write_json)
@@ -43,7 +44,7 @@ from rooms import check_classes
 @dataclass(frozen=True)
 class Config:
     # what is trained
-    vlm: str = opt('weights/mini_vlm', 'the VLM: a folder, or a hub id, Qwen2-VL family',
+    vlm: str = opt('weights/mini_vlm', f'the VLM: a folder, or a hub id; {NAMES}',
                    group='what is trained')
     latents: str = opt('psfm', 'psfm | none (no adapter) | random (untrained encoder) | backbone '
                        '(its features, pooled)', choices=LATENTS)
@@ -98,6 +99,10 @@ PRESETS = {
     # any laptop: the mini VLM, rooms
     'small': dict(ground_steps=150, steps=300, map_steps=40, lr=7e-4, adapter_lr=2e-3,
                   muon_lr=1.5e-3, min_lr=0.03, val_scenes=192, eval_every=300),
+    # a laptop: an open VLM of 256 M parameters, an encoder of photographs, your own records
+    'photos': dict(vlm='HuggingFaceTB/SmolVLM2-256M-Video-Instruct', encoder='out/photos', data='',
+                   batch=1, accumulate=8, max_pixels=512 * 512, val_scenes=32, eval_every=100,
+                   log_every=5),
     # the paper: 8 GPUs x 1 x 8, one epoch
     'base': dict(vlm='Qwen/Qwen2.5-VL-3B-Instruct', encoder='out/base', data='', batch=1,
                  accumulate=8, warmup=250, beta2=0.999, checkpointing=True, workers=8,
@@ -197,7 +202,7 @@ def build_model(config, dtype=torch.float32):
 def shard_model(model):
     """FSDP2: each block of the language model is gathered when it runs, the rest with the root."""
     from torch.distributed.fsdp import fully_shard
-    for layer in model.vlm.model.language_model.layers:
+    for layer in model.vlm.get_decoder().layers:
         fully_shard(layer)
     return fully_shard(model)
 

@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from adapter import SpatialVLM, answer_loss
-from chat import Chat, load_vlm, to_device
+from chat import ASSISTANT, Chat, load_vlm, to_device
 from common import (InputError, autocast_on, find_file, load_strictly, opt, parse_options,
                     pick_device, pick_dtype, read_state, read_weights, run_script, step_generator,
                     write_checkpoint)
@@ -236,7 +236,7 @@ def build_tokenizer(texts, content, frequent=20):
     phrases = [re.escape(phrase) for phrase in sorted(phrases, key=len, reverse=True)]
     pattern = Regex('|'.join([*phrases, meaning.pattern, r' ?[A-Za-z]+|\s|.']))
     split = pre_tokenizers.Split(pattern, behavior='isolated')
-    texts = [*texts, '0123456789.', 'system\n', 'user\n', 'assistant\n', '\n', Chat.SYSTEM,
+    texts = [*texts, '0123456789.', 'system\n', 'user\n', 'assistant\n', '\n', ASSISTANT,
              *content, *(f' {word}' for word in content), 'A', 'B', 'C', 'D']
     words = sorted({word for text in texts for word, _ in split.pre_tokenize_str(text)})
     vocabulary = {word: i for i, word in enumerate(SPECIAL + words)}
@@ -273,7 +273,7 @@ def build_vlm(tokenizer_json, width=128, depth=6, heads=4):
         text_config=text, vision_config=vision, tie_word_embeddings=True, **ids))
     vlm.config.classes = CLASSES
     vlm.generation_config.eos_token_id, vlm.generation_config.pad_token_id = eos, pad
-    return vlm, Chat(tokenizer, image_processor)
+    return vlm, Chat(vlm.config, tokenizer, image_processor)
 
 
 class Sight(nn.Module):

@@ -322,10 +322,10 @@ def test_padding_is_right_to_train_and_left_to_continue(mini):
 
 
 def test_a_limit_of_pixels_makes_large_pictures_smaller_and_none_larger(mini):
-    _, chat, _ = mini
+    vlm, chat, _ = mini
     item = talk(f'<image>{COUNT}', pictures=1)
     for limit, tokens in ((None, 16), (518 * 518, 16), (32 * 32, 4)):
-        limited = Chat(chat.tokenizer, chat.image_processor, limit)
+        limited = Chat(vlm.config, chat.tokenizer, chat.image_processor, limit)
         assert limited.encode(item)['input_ids'].count(chat.image_token_id) == tokens
 
 
