@@ -5,6 +5,7 @@ with PIL alone.
     draw_field    pictures, the features that the backbone sees, those that we predict
     draw_curve    loss, R2 and baselines over the steps of a run
     draw_film     the field of a room along a path of cameras where no picture was taken
+    draw_walk     the same among photographs, through the cameras that the backbone predicts
     draw_maps     where a VLM says that things stand, and where they stand
 """
 import json
@@ -16,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from data import RoomPool
 from measure import field_batches, knows_rooms, look, map_score, read_map
-from model import invert_pose, take_views
+from model import invert_pose, path_through, take_views
 from questions import corners
 from rooms import (CLASSES, EYE_HEIGHT, FURNITURE, SCENE_UNIT, STRUCTURE, cameras_at, clearance,
                    make_intrinsics, render, scene_extrinsics)
@@ -301,11 +302,16 @@ def draw_plan(rooms, room, context, camera, size):
         pen.polygon([place(*corner) for corner in outlines[k].tolist()], colour, 'grey')
     for extrinsics, colour in [*((x, 'black') for x in context), (camera, ACCENT)]:
         x, y, _ = invert_pose(extrinsics)[:, 3].tolist()
-        ahead = math.atan2(extrinsics[2, 1], extrinsics[2, 0])
-        ends = [(x + 0.6 * math.cos(ahead + turn), y + 0.6 * math.sin(ahead + turn))
-                for turn in (-0.6, 0.6)]
-        pen.polygon([place(x, y), *(place(*end) for end in ends)], None, colour, 2)
+        draw_cone(pen, place, x, y, extrinsics[2, :2].tolist(), 0.6, colour)
     return canvas
+
+
+def draw_cone(pen, place, x, y, ahead, length, colour):
+    """A camera from above: a triangle that opens in the direction `ahead` = (dx, dy)."""
+    angle = math.atan2(ahead[1], ahead[0])
+    ends = [(x + length * math.cos(angle + turn), y + length * math.sin(angle + turn))
+            for turn in (-0.6, 0.6)]
+    pen.polygon([place(x, y), *(place(*end) for end in ends)], None, colour, 2)
 
 
 @torch.no_grad()
@@ -359,7 +365,77 @@ def draw_film(psfm, config, autocast, path, num_rooms=2, tile=112):
             canvas.paste(plan, (tile + gap, y))
             for column, pictures in enumerate(columns, 2):
                 canvas.paste(to_tile(pictures[f], (tile, tile)), (column * (tile + gap), y))
-        film.append(canvas.quantize(128))
+        film.append(canvas.quantize(256))
+    film[0].save(path, save_all=True, append_images=film[1:], duration=120, loop=0)
+
+
+def draw_cameras(views, camera, size):
+    """Cameras (V, 3, 4) from above, in black, and one (3, 4) in colour. The first looks up."""
+    canvas, pen, _ = blank(size, size)
+    x, _, z = invert_pose(views)[..., 3].unbind(-1)  # right, down, ahead of the first camera
+    spread = max((x.max() - x.min()).item(), (z.max() - z.min()).item(), 1e-6)
+    middle = (x.max() + x.min()).item() / 2, (z.max() + z.min()).item() / 2
+
+    def place(x, z):
+        scale = 0.6 * size / spread
+        return size / 2 + scale * (x - middle[0]), size / 2 - scale * (z - middle[1])
+
+    for extrinsics, colour in [*((view, 'black') for view in views), (camera, ACCENT)]:
+        x, _, z = invert_pose(extrinsics)[:, 3].tolist()
+        draw_cone(pen, place, x, z, extrinsics[2, [0, 2]].tolist(), 0.15 * spread, colour)
+    return canvas
+
+
+def nearest_view(views, camera):
+    """Which of the cameras (V, 3, 4) is most like one (3, 4): near it, and looking its way."""
+    places = invert_pose(views)[..., 3]
+    spread = (places - places.mean(0)).norm(dim=-1).mean().clamp(min=1e-6)
+    distance = (places - invert_pose(camera)[:, 3]).norm(dim=-1) / spread
+    return int((distance - views[:, 2, :3] @ camera[2, :3]).argmin())
+
+
+@torch.no_grad()
+def draw_walk(psfm, source, config, autocast, path, tile=150):
+    """A film of a held-out sample of photographs: the field on a smooth path through the cameras
+    that the backbone predicts, beside the nearest picture. Every other picture is context."""
+    num_views = min(config.max_views, source.most_views)
+    images = source.batch(0, 1, num_views)['images'].to(psfm.geo_mean.device)  # in their order
+    mask = torch.arange(images.shape[1], device=images.device)[None] % 2 == 1
+    with autocast:
+        has_depth = psfm.depth_probe is not None
+        context, views, depth = psfm.observe(images, mask, int((~mask).sum()), has_depth)
+        z = psfm.encode(context, views.grid)
+        cameras = path_through(views.extrinsics[0], FILM_FRAMES)
+        intrinsics = views.intrinsics.mean(1, keepdim=True).expand(-1, FILM_FRAMES, -1, -1)
+        ask = z, cameras[None], intrinsics, images.shape[-2:], views.grid
+        predicted = psfm.decode(*ask)[0]
+        read = psfm.read_depth(*ask) if has_depth else None
+    nearest = [nearest_view(views.extrinsics[0], camera) for camera in cameras]
+    basis = color_basis(views.features)
+    columns = {'nearest picture': images[0, nearest].permute(0, 2, 3, 1),
+               'features seen there': to_colors(views.features[0, nearest], basis, views.grid),
+               'predicted on the way': to_colors(predicted, basis, views.grid)}
+    if has_depth:
+        depth, read = [x[0].unflatten(-1, views.grid) / depth.max() for x in (depth, read)]
+        columns['depth seen there'] = to_grey(1 - depth[nearest])
+        columns['read off the field'] = to_grey(1 - read)
+
+    height = tile * images.shape[-2] // images.shape[-1]
+    top = 22
+    film = []
+    for f, i in enumerate(nearest):
+        canvas, pen, font = blank((1 + len(columns)) * (tile + 4), top + max(tile, height) + 20, 11)
+        pen.text((tile // 2, top // 2), 'from above', 'black', font, anchor='mm')
+        canvas.paste(draw_cameras(views.extrinsics[0].cpu(), cameras[f].cpu(), tile), (0, top))
+        for column, (title, pictures) in enumerate(columns.items(), 1):
+            x = column * (tile + 4)
+            colour = ACCENT if title in ('predicted on the way', 'read off the field') else 'black'
+            pen.text((x + tile // 2, top // 2), title, colour, font, anchor='mm')
+            canvas.paste(to_tile(pictures[f], (tile, height)), (x, top))
+        label = 'the encoder never saw it' if mask[0, i] else 'context'
+        pen.text((tile + 4 + tile // 2, top + height + 10), label, 'black', font, anchor='mm')
+        film.append(canvas.quantize(256))
+    film += film[-2:0:-1]                      # and back again
     film[0].save(path, save_all=True, append_images=film[1:], duration=120, loop=0)
 
 

@@ -31,7 +31,7 @@ from chat import as_text, load_vlm
 from common import (InputError, Parser, autocast_on, check_same, find_checkpoint, find_file, number,
                     pick_device, pick_dtype, read_json, run_script, step_generator, write_json)
 from data import RoomPool, encode_scenes, make_source
-from draw import draw_field, draw_film
+from draw import draw_field, draw_film, draw_walk
 from measure import answer_rooms, evaluate_field, field_table, rooms_table
 from media import open_picture, read_video
 from mini_vggt import backbone_table, evaluate_backbone
@@ -64,11 +64,9 @@ def rendering(blocks):
 def field(args):
     device = pick_device(args.device)
     psfm, config = load_psfm(args.run, device)
-    if args.path and config.data != 'rooms':
-        raise InputError(f'{args.run} was trained on {config.data}: --path takes a run on rooms')
-    if args.path and 'cells' not in psfm.backbone.config.heads:
+    if args.path and config.data == 'rooms' and 'cells' not in psfm.backbone.config.heads:
         raise InputError(f'--path: the backbone of {args.run}, {config.backbone}, has no head that '
-                         'reads depth off predicted features; it takes a run on the mini VGGT')
+                         'reads depth off predicted features; in rooms it takes the mini VGGT')
     out = folder_beside(args.run)
     multiple = psfm.backbone.config.patch_size
     kept = getattr(config, 'kept', None)    # weights may be older than this setting
@@ -85,7 +83,11 @@ def field(args):
     draw_field(psfm, held_out, config, autocast, os.path.join(out, 'field.png'))
     print(f'wrote {out}/metrics.json and {out}/field.png')
     if args.path:
-        draw_film(psfm, config, autocast, os.path.join(out, 'path.gif'))
+        path = os.path.join(out, 'path.gif')
+        if config.data == 'rooms':
+            draw_film(psfm, config, autocast, path)
+        else:
+            draw_walk(psfm, held_out, config, autocast, path)
         print(f'wrote {out}/path.gif')
 
 
@@ -406,7 +408,7 @@ def make_parser():
 
     c = command(field, 'measures and draws a trained field')
     c.add_argument('--run', default='out/small', help='a run, or a file (default: out/small)')
-    c.add_argument('--path', action='store_true', help='also films it where no picture was taken')
+    c.add_argument('--path', action='store_true', help='also films it where no picture was taken: path.gif')
 
     c = command(probe, 'reads facts of held-out rooms off the latents')
     c.add_argument('--run', default=SHIPPED, help=f'a run, or a file (default: {SHIPPED})')

@@ -66,6 +66,26 @@ def relative_pose(extrinsics, reference):
     return (to_4x4(extrinsics) @ to_4x4(invert_pose(reference)))[..., :3, :]
 
 
+@full_precision
+def path_through(extrinsics, num_frames):
+    """Cameras (V, 3, 4), V >= 2, -> a smooth path (F, 3, 4) through all of them in their order.
+
+    A Catmull-Rom spline through the camera-to-world matrices; each rotation on it is replaced by
+    the nearest true one.
+    """
+    poses = invert_pose(extrinsics)
+    V = len(poses)
+    place = torch.linspace(0, V - 1, num_frames, device=poses.device)
+    start = place.long().clamp(max=V - 2)
+    t = (place - start)[:, None, None]
+    a, b, c, d = [poses[(start + k).clamp(0, V - 1)] for k in (-1, 0, 1, 2)]
+    poses = b + t / 2 * (c - a + t * (2 * a - 5 * b + 4 * c - d + t * (3 * (b - c) + d - a)))
+    U, _, Vh = torch.linalg.svd(poses[..., :3])
+    sign = torch.linalg.det(U @ Vh)[:, None, None]  # -1: the nearest is a mirror
+    U = torch.cat([U[..., :2], sign * U[..., 2:]], -1)
+    return invert_pose(torch.cat([U @ Vh, poses[..., 3:]], -1))
+
+
 def camera_rays(intrinsics, size, grid):
     """Rays through the centers of a `grid` = (h, w) of cells over an image of `size` = (H, W).
 

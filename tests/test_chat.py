@@ -20,7 +20,7 @@ from adapter import (Reading, SpatialVLM, answer_loss, build_adapter, load_spati
 from benchmarks import generate
 from chat import as_text, load_vlm, to_device
 from common import InputError, read_json
-from tests.tiny import losses, picture, save_tiny_vlm, turns
+from tiny import losses, picture, save_tiny_vlm, turns
 
 TILE = 32      # pixels a side: 16 patches, 4 tokens
 TEXT = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,

@@ -10,7 +10,7 @@ import torch
 
 from data import RoomPool
 from draw import (draw_curve, draw_field, draw_film, draw_maps, field_along,
-                  FILM_FRAMES, make_path, PAINT, rgb)
+                  FILM_FRAMES, make_path, nearest_view, PAINT, rgb)
 from model import invert_pose
 from psfm import PSFM, PSFMConfig
 from rooms import CATEGORIES, FURNITURE, make_intrinsics, make_rooms, render, scene_extrinsics
@@ -31,6 +31,17 @@ def test_a_path_stays_inside_clear_of_furniture_and_closes():
     assert is_blocked.float().mean() < 0.2  # a room can be too full for any ellipse
     views = render(rooms, extrinsics, make_intrinsics((8, 8), 40, 36), (8, 8))
     assert (views['depth'] > 0.05).all()
+
+
+def test_the_nearest_view_is_near_and_looks_the_same_way():
+    views = torch.eye(3, 4).repeat(3, 1, 1)
+    views[:, 0, 3] = torch.tensor([0.0, 1.0, 1.0])
+    views[2, 0, 0] = views[2, 2, 2] = -1      # at the place of the second, looking back
+    for i in range(3):
+        assert nearest_view(views, views[i]) == i
+    between = views[0].clone()
+    between[0, 3] = 0.4
+    assert nearest_view(views, between) == 0
 
 
 NO_AUTOCAST = contextlib.nullcontext()

@@ -83,6 +83,19 @@ def test_a_film_of_the_field(tiny):
         assert film.n_frames == 36
 
 
+def test_a_film_among_photographs(tmp_path):
+    for i in range(16):
+        picture(tmp_path / 'photos' / f'{i}.jpg', (64, 48), value=15 * i)
+    out = tmp_path / 'run'
+    train.main([*TINY_PSFM, '--data', str(tmp_path / 'photos'), '--min-views', '4', '--out',
+                str(out), '--workers', '0', '--depth-probe'])
+    on_cpu('field', '--run', str(out), '--path')
+    with Image.open(out / 'path.gif') as film:
+        assert film.n_frames == 2 * 36 - 2
+        titles, width = 6, 154
+        assert film.size[0] == titles * width     # the depth of the probe is there
+
+
 @pytest.mark.slow
 def test_probe_command(tiny, capsys):
     on_cpu('probe', '--run', tiny, '--rooms', '200', '--held-out', '100', '--views', '2')

@@ -9,7 +9,7 @@ from torch.autograd.graph import saved_tensors_hooks
 import model
 from speed import dense_mask_attention
 from model import (Attention, Block, Encoder, RoPE2D, Transformer, camera_rays, invert_pose,
-                   pose_encoding_to_cameras, quaternion_to_matrix, relative_pose, split_attention,
+                   path_through, pose_encoding_to_cameras, quaternion_to_matrix, relative_pose, split_attention,
                    to_4x4)
 
 
@@ -26,6 +26,27 @@ def test_camera_algebra():
     a, b = random_extrinsics(5), random_extrinsics(5)
     assert torch.allclose(to_4x4(invert_pose(a)), torch.linalg.inv(to_4x4(a)), atol=1e-5)
     assert torch.allclose(to_4x4(relative_pose(a, b)) @ to_4x4(b), to_4x4(a), atol=1e-5)
+
+
+def test_a_path_goes_through_every_camera_and_is_smooth():
+    cameras = random_extrinsics(5)
+    path = path_through(cameras, 81)
+    assert torch.allclose(path[::20], cameras, atol=1e-4)
+    rotation = path[..., :3]
+    assert torch.allclose(rotation @ rotation.mT, torch.eye(3).expand(81, 3, 3), atol=1e-4)
+    assert torch.allclose(rotation.det(), torch.ones(81), atol=1e-4)
+    # halfway between two views: a little to the left and to the right of the axis
+    turned = torch.eye(3, 4).repeat(2, 1, 1)
+    for i, angle in enumerate((-0.4, 0.4)):
+        turned[i, 0, 0] = turned[i, 2, 2] = math.cos(angle)
+        turned[i, 0, 2], turned[i, 2, 0] = math.sin(angle), -math.sin(angle)
+    turned[:, 0, 3] = torch.tensor([1.0, 3.0])
+    middle = invert_pose(path_through(turned, 3)[1])
+    assert torch.allclose(middle[:, :3], torch.eye(3), atol=1e-6)
+    assert torch.allclose(middle[:, 3], invert_pose(turned)[..., 3].mean(0), atol=1e-6)
+    eyes = invert_pose(path)[..., 3]
+    bends = (eyes[2:] - 2 * eyes[1:-1] + eyes[:-2]).norm(dim=-1)
+    assert bends.max() < 0.2 * (eyes[1:] - eyes[:-1]).norm(dim=-1).max()
 
 
 def test_geometry_stays_in_fp32_under_autocast():
