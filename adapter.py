@@ -264,6 +264,14 @@ def add_lora(vlm, rank):
     inject_adapter_in_model(config, vlm.get_decoder())
 
 
+def merge_lora(vlm):
+    """Adds the low-rank updates to the matrices that they belong to, in place: a plain VLM."""
+    for name, module in list(vlm.named_modules()):
+        if hasattr(module, 'base_layer'):
+            module.merge()
+            vlm.set_submodule(name, module.base_layer)
+
+
 def answer_loss(logits, labels):
     """Cross entropy over the answers' tokens: logits (B, T, vocabulary), labels (B, T) or -100."""
     logits = logits[:, :-1].flatten(0, 1).float()

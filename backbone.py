@@ -6,15 +6,17 @@ What PSFM asks of a frozen geometry backbone, and what all of them share.
 Two are here: VGGT (vggt.py) and Depth Anything 3 (da3.py). A third is a subclass of Backbone with
 the members that its docstring names; tests/test_backbone.py says what must hold.
 """
+import functools
 import math
 import os
+import zlib
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import InputError, find_file, read_weights
+from common import InputError, fetch, find_file, is_hub_id, read_weights
 from model import cast_matrices, full_precision, take_views
 
 
@@ -133,7 +135,7 @@ class Backbone(nn.Module):
         config          patch_size, width C, heads (names of those that are built), dpt_layers
         transformer     the module whose matrices `freeze` casts
         num_special     tokens of a view in front of its patches; the first is its camera's
-        camera_token    a parameter that no two backbones share, for psfm.fingerprint
+        camera_token    a parameter that no two backbones share
         embed(images)   -> patch tokens (B, V, N, C) of each view on its own, grid (h, w)
         mix(patches, grid, num_context, layers)  -> {layer: tokens (B, V, P, 2C)}; the first
                         num_context views attend to each other only, the others to all
@@ -225,6 +227,18 @@ class Backbone(nn.Module):
     def train(self, mode=True):
         return super().train(mode and not self.frozen)
 
+    @functools.cached_property
+    def fingerprint(self):
+        """Sixteen hex digits that tell frozen backbones apart: eight of all weights, as bf16
+        numbers (so that a cast changes nothing), and eight of the camera token alone (older files
+        hold only these)."""
+        whole = 0
+        for name, x in sorted(self.state_dict().items()):
+            numbers = x.detach().to('cpu', torch.bfloat16).contiguous().view(torch.int16).numpy()
+            whole = zlib.crc32(numbers.data, zlib.crc32(name.encode(), whole))
+        token = zlib.crc32(self.camera_token.detach().cpu().float().numpy().tobytes())
+        return f'{whole:08x}{token:08x}'
+
 
 # -----------------------------------------------------------------------------
 # files
@@ -236,11 +250,6 @@ def find_weights(source):
         path = os.path.join(path, 'model.safetensors')
     if os.path.isfile(path):
         return path
-    if path.endswith('.safetensors') or path.count('/') != 1:
+    if not is_hub_id(path):
         raise InputError(f'no weights at {path}')
-    try:
-        from huggingface_hub import hf_hub_download
-        return hf_hub_download(path, 'model.safetensors')
-    except Exception as error:
-        raise InputError(f'{path} is neither a file nor a folder here, and the hub did not give it '
-                         f'({type(error).__name__}): check name, network and access') from error
+    return fetch(path, 'model.safetensors')

@@ -57,6 +57,26 @@ def find_file(path):
     return path if os.path.exists(path) or not os.path.exists(beside) else beside
 
 
+def is_hub_id(name):
+    """Whether a name that is no path here may be one of the hub: user/name."""
+    return name.count('/') == 1 and not name.startswith(('.', '/', '~', 'out/', 'weights/')) \
+        and not name.endswith(('.safetensors', '/'))
+
+
+def fetch(name, file=None, kind='model'):
+    """A hub id -> the path of one file of it, or of a folder with all of them; fetched once."""
+    try:
+        from huggingface_hub import hf_hub_download, snapshot_download
+        if file:
+            return hf_hub_download(name, file, repo_type=kind)
+        return snapshot_download(name, repo_type=kind)
+    except Exception as error:
+        reason = str(error).strip().split('\n')[0]
+        raise InputError(f'{name} is neither a file nor a folder here, and the hub did not give it '
+                         f'({type(error).__name__}: {reason}): check name, network and '
+                         'access') from error
+
+
 def read_json(path):
     """Raises InputError with the path if the file is missing or is not JSON."""
     try:
@@ -271,7 +291,7 @@ def flush_to_disk(folder):
 
 def write_checkpoint(run, step, optimizers, config, dtype, metrics, save_model):
     """Writes `run`/checkpoint beside the one before, then swaps them: a whole one always exists.
-    `save_model(folder)` writes the weights. `optimizers` None: not kept (a sharded run)."""
+    `save_model(folder)` writes the weights. `optimizers`: themselves, or their states."""
     folder, new, old = [os.path.join(run, f'checkpoint{end}') for end in ('', '.new', '.old')]
     state = dict(step=step, dtype=str(dtype).removeprefix('torch.'), processes=PROCESSES,
                  config=dataclasses.asdict(config), metrics=metrics)
@@ -279,9 +299,9 @@ def write_checkpoint(run, step, optimizers, config, dtype, metrics, save_model):
         shutil.rmtree(new, ignore_errors=True)
         os.makedirs(new)
         save_model(new)
-        if optimizers is not None:
-            states = [optimizer.state_dict() for optimizer in optimizers]
-            torch.save(states, os.path.join(new, 'optimizer.pt'))
+        states = [optimizer if isinstance(optimizer, dict) else optimizer.state_dict()
+                  for optimizer in optimizers]
+        torch.save(states, os.path.join(new, 'optimizer.pt'))
         write_json(os.path.join(new, 'state.json'), state)
         flush_to_disk(new)
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -294,6 +314,27 @@ def write_checkpoint(run, step, optimizers, config, dtype, metrics, save_model):
         os.rename(folder, old)
     os.rename(new, folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+LICENCES = {'weights/': 'MIT', 'facebook/VGGT-1B-Commercial': 'VGGT licence, commercial use allowed',
+            'facebook/VGGT': 'non-commercial', 'depth-anything/DA3-SMALL': 'Apache 2.0',
+            'depth-anything/DA3-BASE': 'Apache 2.0', 'facebook/dinov3': 'DINOv3 licence',
+            'facebook/dinov2': 'Apache 2.0', 'Qwen/Qwen2.5-VL-3B': 'Qwen research licence',
+            'Qwen/Qwen2.5-VL-7B': 'Apache 2.0', 'HuggingFaceTB/SmolVLM': 'Apache 2.0'}
+
+
+def with_licence(source):
+    """A name of weights, and the licence that they came under, as far as it is known here."""
+    known = [licence for name, licence in LICENCES.items() if source.startswith(name)]
+    return f'`{source}` ({known[0] if known else "see there for its licence"})' if source else ''
+
+
+def write_card(folder, title, usage, rows):
+    """README.md beside weights, as the hub shows it. rows: {fact: text}; empty ones are left out"""
+    lines = [f'# {title}', '', f'From Spa3R, arXiv 2602.21186. {usage}', '', '| | |', '|---|---|']
+    lines += [f'| {fact} | {text} |' for fact, text in rows.items() if text]
+    with open(os.path.join(folder, 'README.md'), 'w', encoding='utf-8') as file:
+        file.write('\n'.join(lines) + '\n')
 
 
 def find_checkpoint(run):

@@ -10,6 +10,7 @@ What has been learned? One command for each question.
     python eval.py rooms --run out/vlm-small        # fine-tuned VLMs on held-out rooms' questions
     python eval.py ablate                           # do the latents help? every kind, three seeds
     python eval.py ask --images a.png --question "How many table(s) are in this room?"
+    python eval.py export --run out/vlm-base --out plain/             # for transformers, LoRA merged
     python eval.py vsibench --data VSI-Bench/ --run out/vlm-base      # also cvbench, sparbench,
                                                                       # viewspatial
 
@@ -24,12 +25,14 @@ import torch
 from tqdm import tqdm
 
 import finetune
-from adapter import LATENTS, SceneLatents, SpatialVLM, hash_of_encoder
+from adapter import (LATENTS, SceneLatents, SpatialVLM, hash_of_encoder, merge_lora,
+                     save_spatial_vlm)
 from benchmarks import (BENCHMARKS, ask_benchmark, generate, leave_out_lost, read_answers,
                         read_benchmark, results_table)
 from chat import as_text, load_vlm
-from common import (InputError, Parser, autocast_on, check_same, find_checkpoint, find_file, number,
-                    pick_device, pick_dtype, read_json, run_script, step_generator, write_json)
+from common import (InputError, Parser, autocast_on, check_same, fetch, find_checkpoint, find_file,
+                    is_hub_id, number, pick_device, pick_dtype, read_json, run_script,
+                    step_generator, write_json)
 from data import RoomPool, encode_scenes, make_source
 from draw import draw_field, draw_film, draw_walk
 from measure import answer_rooms, evaluate_field, field_table, rooms_table
@@ -177,12 +180,19 @@ def runs(args):
 # -----------------------------------------------------------------------------
 # a Spa3-VLM and its answers
 
+def local(run):
+    """A run's folder: here, beside this file, or fetched from the hub."""
+    run = find_file(run)
+    return fetch(run) if not os.path.isdir(run) and is_hub_id(run) else run
+
+
 def load_answerer(run, device, max_pixels=None):
     """-> (SpatialVLM, Chat, SceneLatents or None), settings; ready to answer.
 
-    `run`: a run of finetune.py or mini_vlm.py, a mini VLM, or a Spa3-VLM folder of the release.
+    `run`: a run of finetune.py or mini_vlm.py, a mini VLM, a Spa3-VLM folder of the release, or a
+    hub id.
     """
-    run = find_file(run)
+    run = local(run)
     if not os.path.isdir(run):
         raise InputError(f'no folder of a run at {run}: fine-tune first (python finetune.py '
                          '--config small)')
@@ -255,6 +265,14 @@ def ask(args):
     print(generate(model, chat, z, [item], autocast_on(device, torch.float32), 64)[0])
 
 
+def export(args):
+    folder = local(args.run)
+    model, chat, settings = open_spatial_vlm(find_checkpoint(folder) or folder)
+    merge_lora(model.vlm)
+    save_spatial_vlm(model, chat, args.out, dict(settings, lora_rank=0), with_vlm=True)
+    print(f'{args.out}/vlm is a plain folder for transformers, {args.out} one for --run')
+
+
 def check_finished(folder, config):
     """Raises InputError if the run in `folder` is of another configuration or of older weights."""
     there = read_json(os.path.join(folder, 'config.json'))
@@ -315,19 +333,6 @@ def ablate(args):
 # -----------------------------------------------------------------------------
 # the four benchmarks
 
-def download(name):
-    """The id of a data set on the hub -> the folder with its files, fetched once."""
-    if name.rstrip('/').count('/') != 1 or name.startswith(('.', '/')):
-        raise InputError(f'no folder {name}')
-    try:
-        from huggingface_hub import snapshot_download
-        return snapshot_download(name, repo_type='dataset')
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f'no folder {name}, and it could not be fetched from the hub '
-                         f'({reason})') from error
-
-
 def answers_file(name, folder, *what):
     """Where answers are kept: answers of other weights, or to other pictures, in another file."""
     os.makedirs(folder, exist_ok=True)
@@ -372,7 +377,11 @@ def weights_stamp(run):
 def benchmark(args):
     """Asks every question (what is answered already is not asked again) and prints the results."""
     name = args.command
-    root = args.data if os.path.isdir(args.data) else download(args.data)
+    root = args.data
+    if not os.path.isdir(root):
+        if not is_hub_id(root):
+            raise InputError(f'no folder {root}')
+        root = fetch(root, kind='dataset')
     docs = select(read_benchmark(name, root), args)
     if args.predictions:
         answers = read_answers(args.predictions)
@@ -380,7 +389,7 @@ def benchmark(args):
         docs = leave_out_lost(docs, root)
         answerer, settings = load_answerer(args.run, pick_device(args.device), args.max_pixels)
         path = answers_file(name, args.out or folder_beside(args.run), settings, args.frames,
-                            args.max_pixels, weights_stamp(args.run))
+                            args.max_pixels, weights_stamp(local(args.run)))
         answers = ask_benchmark(name, docs, answerer, path, args.frames, args.batch)
     answered = [doc for doc in docs if doc['key'] in answers]
     if not answered:
@@ -450,6 +459,10 @@ def make_parser():
     c.add_argument('--video', default='', help='a file (needs PyAV) or a folder of frames')
     c.add_argument('--frames', type=number(int, 0), default=0, help='(default: as in training)')
     c.add_argument('--question', required=True)
+
+    c = command(export, 'a fine-tuned VLM as a folder for transformers, LoRA merged into it')
+    c.add_argument('--run', default='out/vlm-small', help='a run of finetune.py')
+    c.add_argument('--out', required=True, help='the folder to write')
 
     for name, of in BENCHMARKS.items():
         c = command(benchmark, f'{of.title}: a folder with the files of the hub, or its id', name)

@@ -30,7 +30,7 @@ from adapter import (LATENTS, SceneLatents, SpatialVLM, add_lora, answer_loss, b
 from chat import NAMES, load_vlm, to_device
 from common import (InputError, autocast_on, check_finite, join_processes, open_run, opt,
                     parse_options, peak_memory, pick_dtype, quiet, read_state, run_script,
-                    step_generator, write_checkpoint, write_json)
+                    step_generator, with_licence, write_card, write_checkpoint, write_json)
 from draw import draw_maps
 from measure import answer_rooms, held_out_loss, rooms_line, rooms_table
 from mini_vlm import ground
@@ -59,6 +59,8 @@ class Config:
     media: str = opt('.', "folder that the records' paths are relative to")
     num_frames: int = opt(8, 'frames of a video, at most', low=1)
     max_pixels: int = opt(518 * 518, 'larger pictures are scaled down for the VLM', low=784)
+    max_length: int = opt(0, 'tokens of a conversation with its pictures, at most: the next one '
+                          'stands in for a longer one; 0: any', low=0)
     skip_bad: bool = opt(False, 'leave faulty records out instead of stopping')
     num_rooms: int = opt(3000, 'rooms to train on, in fours', low=1)
     ground_steps: int = opt(0, 'rooms: steps in which the adapter alone first learns where each '
@@ -122,9 +124,6 @@ def parse_config(argv=None):
     if 0 < config.steps <= config.map_steps:
         raise InputError(f'--map-steps {config.map_steps} of --steps {config.steps}: questions '
                          'need steps after the maps')
-    if config.resume and config.shard:
-        raise InputError('--resume: a sharded run does not keep its optimizers; start anew with '
-                         '--vlm OUT/checkpoint/vlm')
     if config.latents == 'none' and config.train == 'adapter':
         raise InputError('--latents none --train adapter: without latents there is no adapter, and '
                          'nothing to train')
@@ -158,9 +157,10 @@ class Encoded(torch.utils.data.Dataset):
     The first `map_steps` steps only ask for maps, of twice as many rooms per batch: the model
     learns where things are before it answers questions about it."""
 
-    def __init__(self, data, chat, config, rank=0, world_size=1):
-        self.data, self.chat, self.config = data, chat, config
+    def __init__(self, data, chat, config, rank=0, world_size=1, say=print):
+        self.data, self.chat, self.config, self.say = data, chat, config, say
         self.rank, self.world_size = rank, world_size
+        self.too_long = set()
         self.num_maps = config.map_steps * config.accumulate  # batches
 
     def samples(self, number):
@@ -173,12 +173,25 @@ class Encoded(torch.utils.data.Dataset):
             first = B * (turn + self.num_maps * self.world_size)  # each map batch took 2 B
         return [epoch_order(n, i // n, seed)[i % n] for i in range(first, first + B)]
 
+    def sample(self, index, item_of):
+        """Sample `index`, or the next that is not too long -> what the VLM reads, the item"""
+        limit, n = self.config.max_length or math.inf, len(self.data)
+        for i in range(index, index + n):
+            item = item_of(i % n)
+            encoded = self.chat.encode(item)
+            length = len(encoded['input_ids'])
+            if length <= limit:
+                return encoded, item
+            if i % n not in self.too_long:
+                self.too_long.add(i % n)
+                self.say(f'training record {i % n}: {length} tokens, --max-length {limit}; the next one '
+                         f'stands in for it ({len(self.too_long)} so far in this process)')
+        raise InputError(f'--max-length {limit}: all records are longer, the last one {length}')
+
     def __getitem__(self, number):
-        if number < self.num_maps:
-            items = [self.data.map_of(i) for i in self.samples(number)]
-        else:
-            items = [self.data[i] for i in self.samples(number)]
-        return self.chat.batch([self.chat.encode(item) for item in items]), items
+        item_of = self.data.map_of if number < self.num_maps else self.data.__getitem__
+        encoded, items = zip(*[self.sample(i, item_of) for i in self.samples(number)])
+        return self.chat.batch(encoded), list(items)
 
 
 # -----------------------------------------------------------------------------
@@ -211,13 +224,32 @@ def absolute(path):
     return os.path.abspath(path) if os.path.exists(path) else path
 
 
-def save(model, chat, optimizers, step, config, dtype, metrics, is_main, sharded):
-    """<out>/checkpoint: what eval.py loads (save_spatial_vlm), and what --resume needs."""
+def gather(model, optimizers):
+    """Of a sharded model, on the first process: its whole state, and its optimizers' states."""
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions, get_model_state_dict, get_optimizer_state_dict)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(model, options=options)  # first: it also ends the gathering of
+    states = [get_optimizer_state_dict(model, optimizer, options=options)  # the last forward pass
+              for optimizer in optimizers]
+    return state, states
+
+
+def load_sharded_optimizers(model, optimizers, folder):
+    """The optimizers' states that `gather` gave; every process takes its part of them."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+    states = torch.load(os.path.join(folder, 'optimizer.pt'), mmap=True, weights_only=True)
+    for optimizer, state in zip(optimizers, states, strict=True):
+        set_optimizer_state_dict(model, optimizer, state,
+                                 options=StateDictOptions(full_state_dict=True))
+
+
+def save(model, chat, optimizers, step, config, dtype, metrics, line, is_main, sharded):
+    """<out>/checkpoint: what eval.py loads (save_spatial_vlm), and what --resume needs.
+    `line`: what the metrics say, for the card."""
     state = None
     if sharded:                                     # every process takes part
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        state = get_model_state_dict(model, options=options)
+        state, optimizers = gather(model, optimizers)
     if not is_main:
         return
     settings = dict(vlm=absolute(config.vlm), encoder=absolute(config.encoder),
@@ -228,9 +260,14 @@ def save(model, chat, optimizers, step, config, dtype, metrics, is_main, sharded
     def save_model(folder):
         with_vlm = config.train == 'adapter+llm'
         save_spatial_vlm(model, chat, folder, settings, with_vlm, state)
+        write_card(folder, 'A VLM that is given the latents of a scene',
+                   '`eval.py ask --run` takes this folder, or its name on the hub.', {
+                       'VLM': with_licence(config.vlm), 'trained': config.train,
+                       'latents': config.latents,
+                       'encoder': '' if model.adapter is None else with_licence(config.encoder),
+                       'trained on': f'{config.data}, {step} steps', 'held out': line})
 
-    write_checkpoint(config.out, step, None if sharded else optimizers, config, dtype, metrics,
-                     save_model)
+    write_checkpoint(config.out, step, optimizers, config, dtype, metrics, save_model)
 
 
 # -----------------------------------------------------------------------------
@@ -293,11 +330,14 @@ def train(name, config, data=None, held_out=None):
     optimizers = make_optimizers(
         model, config, device, dtype, fused=not config.shard,
         rate_of=lambda name: config.adapter_lr if name.startswith('adapter.') else config.lr)
-    if config.resume:
+    if config.resume and sharded:
+        set_rates(optimizers, 1)      # states come without what set_rates keeps in groups
+        load_sharded_optimizers(model, optimizers, state['folder'])
+    elif config.resume:
         load_optimizers(optimizers, state['folder'])
     numbers = range(first * config.accumulate, config.steps * config.accumulate)
     loader = iter(torch.utils.data.DataLoader(
-        Encoded(data, chat, config, rank, world_size), batch_size=None, sampler=numbers,
+        Encoded(data, chat, config, rank, world_size, say), batch_size=None, sampler=numbers,
         num_workers=config.workers))
     is_ddp = world_size > 1 and not sharded
     wrapped = nn.parallel.DistributedDataParallel(model) if is_ddp else model
@@ -349,19 +389,22 @@ def train(name, config, data=None, held_out=None):
 
         # evaluate and save
         if is_evaluated:
+            line = ''
             if config.data == 'rooms' and not sharded:  # a sharded model does not generate
                 metrics = {}
                 if is_main:
                     metrics = answer_rooms(model, chat, latents, held_out, data, autocast)
-                    say(f'step {done:05d}/{config.steps:05d} | {rooms_line(metrics)}')
+                    line = rooms_line(metrics)
             else:
-                metrics = held_out_loss(model, chat, latents, held_out, autocast)
-                say(f'step {done:05d}/{config.steps:05d} | held-out loss {metrics["loss"]:.4f}, '
-                    f'answers right {metrics["accuracy"]:.3f}')
+                metrics = held_out_loss(model, chat, latents, held_out, autocast,
+                                        config.max_length)
+                line = (f'held-out loss {metrics["loss"]:.4f}, answers right '
+                        f'{metrics["accuracy"]:.3f}')
+            say(f'step {done:05d}/{config.steps:05d} | {line}')
             brief = {key: value for key, value in metrics.items() if key not in ('scores', 'maps')}
             brief.update(seconds=time.time() - began, data=stamp)
             log.write(json.dumps(dict(step=done, metrics=brief)) + '\n')
-            save(model, chat, optimizers, done, config, dtype, brief, is_main, sharded)
+            save(model, chat, optimizers, done, config, dtype, brief, line, is_main, sharded)
 
     # results
     metrics.update(step=config.steps, seconds=time.time() - began,

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from adapter import Reading, answer_loss
 from benchmarks import BENCHMARKS, aggregate, relative_accuracy, score
-from common import step_generator
+from common import InputError, step_generator
 from model import take_views
 from psfm import context_index, random_view_mask
 from questions import KINDS, as_prompt
@@ -464,35 +464,35 @@ def rooms_table(arms):
 
 
 @torch.no_grad()
-def held_out_loss(model, chat, latents, data, autocast):
-    """Mean loss over held-out conversations, and the share of answers that are right to the last
-    token. -> {loss, accuracy, kinds: {kind of question: accuracy}}
+def held_out_loss(model, chat, latents, data, autocast, max_length=0):
+    """Mean loss over held-out conversations (of at most max_length tokens), and the share of
+    answers that are right to the last token. -> {loss, accuracy, kinds: {of question: accuracy}}
     """
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
-    total, hits = 0.0, collections.defaultdict(list)
+    losses, hits = [], collections.defaultdict(list)
     for item in data:
         batch = chat.batch([chat.encode(item)])
+        if max_length and batch['input_ids'].shape[1] > max_length:
+            continue
         batch = {name: x.to(device) for name, x in batch.items()}
         labels = batch.pop('labels')
         z = latents([item['images']]) if latents else None
         with autocast:
             logits = model(latents=z, use_cache=False, **batch).logits
-        total += answer_loss(logits, labels).item()
+        losses.append(answer_loss(logits, labels).item())
 
         # an answer is a run of tokens that have labels
         said, true = logits[0, :-1].argmax(-1).tolist(), labels[0, 1:].tolist()
-        answers = []
-        for t, token in enumerate(true):
-            if token != -100 and (t == 0 or true[t - 1] == -100):
-                answers.append(True)
-            if token != -100 and said[t] != token:
-                answers[-1] = False
+        runs = itertools.groupby(zip(said, true), lambda pair: pair[1] != -100)
+        answers = [all(a == b for a, b in run) for has_labels, run in runs if has_labels]
         kinds = item.get('kinds', ['all'] * len(answers))
         for kind, answer in zip(kinds, answers, strict=True):
             hits[kind].append(answer)
     model.train(was_training)
+    if not losses:
+        raise InputError(f'--max-length {max_length}: all held-out records are longer')
     kinds = {kind: float(np.mean(values)) for kind, values in sorted(hits.items())}
     accuracy = float(np.mean(sum(hits.values(), [])))
-    return dict(loss=total / len(data), accuracy=accuracy, kinds=kinds)
+    return dict(loss=float(np.mean(losses)), accuracy=accuracy, kinds=kinds)

@@ -42,7 +42,7 @@ class Muon(torch.optim.Optimizer):
         self.dtype = dtype
 
     @torch.no_grad()
-    def step(self):
+    def step(self, closure=None):  # torch.distributed.checkpoint passes it; never used
         for group in self.param_groups:
             by_shape = {}
             for p in group['params']:

@@ -18,7 +18,6 @@ Shapes as in model.py. In a view mask (B, V), True is a target: a view to predic
 """
 import json
 import os
-import zlib
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -29,7 +28,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from backbone import find_weights
-from common import InputError, find_checkpoint, find_file, load_strictly, opt, read_weights
+from common import (InputError, fetch, find_checkpoint, find_file, is_hub_id, load_strictly, opt,
+                    read_weights)
 from da3 import DA3
 from model import (MLP, Encoder, Transformer, camera_rays, full_precision, init_linear,
                    invert_pose, take_views, to_4x4, turn_pairs)
@@ -445,14 +445,8 @@ def untrained_like(psfm, config, seed=0):
     return twin.to(psfm.geo_mean.device).eval()
 
 
-def fingerprint(backbone):
-    """Eight hex digits that tell backbones apart: a cheap check, of the camera token alone."""
-    token = backbone.camera_token.detach().cpu().float()
-    return f'{zlib.crc32(token.numpy().tobytes()):08x}'
-
-
 def weights_of_run(run):
-    """A run's folder, or a file of weights -> path of the file. InputError if there is none."""
+    """A run's folder, a file of weights, or a hub id -> path of the file. InputError if none."""
     path = find_file(os.fspath(run))
     if os.path.isfile(path):
         return path
@@ -462,6 +456,8 @@ def weights_of_run(run):
     file = os.path.join(folder or path, 'model.safetensors')
     if os.path.isfile(os.path.join(folder or path, 'spatial_vlm.json')):
         raise InputError(f'{path} is a run of finetune.py; this takes one of train.py')
+    if not os.path.isdir(path) and is_hub_id(path):
+        return fetch(path, 'model.safetensors')
     if not os.path.isfile(file):
         raise InputError(f'no checkpoint in {path}: train first (python train.py --config small)')
     return file
@@ -482,13 +478,13 @@ def read_psfm(path):
 def load_psfm(run, device='cpu'):
     """A trained PSFM in eval mode, without a teacher, and the options it was trained with.
 
-    `run`: a folder of train.py, or a file, as weights/psfm_small.safetensors.
+    `run`: a folder of train.py, a file, as weights/psfm_small.safetensors, or a hub id.
     What hustvl/Spa3R published is opened by release.open_psfm.
     """
     path = weights_of_run(run)
     state, metadata, config = read_psfm(path)
     psfm = build_psfm(config)
-    if metadata.get('backbone') not in (None, fingerprint(psfm.backbone)):
+    if not psfm.backbone.fingerprint.endswith(metadata.get('backbone', '')):
         raise InputError(f'{path} was trained on another backbone than the one in '
                          f'{config.backbone}: its latents mean nothing there')
     load_strictly(psfm, state, path, skip=(*FROZEN, 'heads.sem.', 'sem_'))

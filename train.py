@@ -27,14 +27,15 @@ from tqdm import tqdm
 
 from common import (InputError, autocast_on, check_finite, join_processes, load_strictly, open_run,
                     opt, parse_options, peak_memory, pick_dtype, quiet, read_state, read_weights,
-                    run_script, step_generator, write_checkpoint, write_json)
+                    run_script, step_generator, with_licence, write_card, write_checkpoint,
+                    write_json)
 from data import RoomPool, make_source
 from draw import draw_curve, draw_field
 from measure import evaluate_field, field_line, field_table, knows_rooms
 from model import compile_blocks, has_compiler
 from optim import learning_rate, load_optimizers, make_optimizers, set_rates, take_step
-from psfm import (FROZEN, PSFMConfig, build_psfm, check_psfm_config, fingerprint,
-                  random_view_mask, read_psfm, weights_of_run)
+from psfm import (FROZEN, PSFMConfig, build_psfm, check_psfm_config, random_view_mask, read_psfm,
+                  weights_of_run)
 from release import load_teacher
 from rooms import scene_extrinsics
 from speed import peak_flops
@@ -245,12 +246,19 @@ def save_checkpoint(psfm, optimizers, step, config, dtype, metrics, kept):
     """<out>/checkpoint: what is trained, never what is frozen. `kept`: what is held out."""
     settings = dict(dataclasses.asdict(config), kept=kept)
     metadata = {'config': json.dumps(settings), 'step': str(step),
-                'backbone': fingerprint(psfm.backbone)}
+                'backbone': psfm.backbone.fingerprint}
 
     def save_model(folder):
         state = {name: x.detach().cpu().contiguous() for name, x in psfm.state_dict().items()
                  if not name.startswith(FROZEN)}
         save_file(state, os.path.join(folder, 'model.safetensors'), metadata)
+        write_card(folder, 'An encoder of scenes, and its field decoder',
+                   "`psfm.load_psfm` opens this folder, or its name on the hub.", {
+                       'frozen backbone': with_licence(config.backbone),
+                       'second teacher': with_licence(config.teacher),
+                       'trained on': f'{config.data}, {step} steps',
+                       'latents': f'{config.num_latents} of {config.width} numbers',
+                       'held out': field_line(metrics) if last_r2(metrics) is not None else ''})
 
     write_checkpoint(config.out, step, optimizers, config, dtype, metrics, save_model)
 

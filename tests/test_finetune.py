@@ -8,9 +8,11 @@ import sys
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoModelForImageTextToText
 
+import eval as evaluation
 import finetune
-from adapter import SpatialVLM, load_spatial_vlm
+from adapter import SpatialVLM, load_spatial_vlm, save_spatial_vlm
 from chat import Chat, load_vlm
 from common import InputError
 from eval import load_answerer
@@ -87,22 +89,46 @@ def test_resume_continues_with_the_same_losses(vlm, cached, tmp_path):
     assert metrics.read_text() == before
 
 
+def in_processes(arguments):
+    """finetune.py under torchrun, on two processes."""
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone',
+               '--nproc_per_node', '2', 'finetune.py', *arguments]
+    done = subprocess.run(command, cwd=os.path.dirname(finetune.__file__), text=True,
+                          env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def weights_of(folder):
+    model, _, _ = load_spatial_vlm(str(folder))
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
 @pytest.mark.slow
 def test_two_processes_whole_and_sharded(vlm, tmp_path):
     """DDP and FSDP2 on two processes take the same two steps; a sharded run is saved whole."""
     weights = {}
     for name, more in (('ddp', ()), ('fsdp2', ('--shard',))):
-        command = [sys.executable, '-m', 'torch.distributed.run', '--standalone',
-                   '--nproc_per_node', '2', 'finetune.py', *options(vlm, tmp_path / name, *more)]
-        done = subprocess.run(command, cwd=os.path.dirname(finetune.__file__), text=True,
-                              env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-        model, _, _ = load_spatial_vlm(str(tmp_path / name / 'run' / 'checkpoint'))
-        weights[name] = torch.cat([p.flatten() for p in model.parameters()])
+        in_processes(options(vlm, tmp_path / name, *more))
+        weights[name] = weights_of(tmp_path / name / 'run' / 'checkpoint')
     assert torch.allclose(weights['ddp'], weights['fsdp2'], atol=1e-4)
+
+    # a sharded run that stopped after its first step goes on as if it had not
+    def sharded(out, *more):
+        more = ('--ground-steps', '0', '--map-steps', '0', '--min-lr', '1', '--warmup', '0', *more)
+        in_processes(options(vlm, tmp_path / out, '--shard', *more))
+        return weights_of(tmp_path / out / 'run' / 'checkpoint')
+
+    whole = sharded('whole', '--steps', '3')
+    first = sharded('half', '--steps', '1')
+    again = sharded('half', '--steps', '3', '--resume')
+    assert torch.allclose(again, whole, atol=1e-6)
+    assert (whole - first).abs().max() > 1e-3
+    half, whole = [dict(losses(tmp_path / name / 'run')) for name in ('half', 'whole')]
+    assert half == pytest.approx(whole)
 
     name = 'vlm.model.language_model.layers.0.mlp.up_proj.weight'
     start = SpatialVLM(load_vlm(vlm)[0])
+    model, _, _ = load_spatial_vlm(str(tmp_path / 'ddp' / 'run' / 'checkpoint'))
     assert not torch.equal(start.state_dict()[name], model.state_dict()[name])
 
 
@@ -125,6 +151,25 @@ def test_lora(vlm, cached, tmp_path):
     model, _, settings = load_spatial_vlm(str(tmp_path / 'run' / 'checkpoint'))
     assert settings['lora_rank'] == 16
     assert any('lora_B' in name and p.abs().max() > 0 for name, p in model.named_parameters())
+
+    # merged into a plain folder it says the same
+    for name, p in model.named_parameters():
+        if 'lora_B' in name:
+            torch.nn.init.normal_(p, std=0.1)
+    _, chat = load_vlm(vlm)
+    changed, plain = str(tmp_path / 'changed'), str(tmp_path / 'plain')
+    save_spatial_vlm(model, chat, changed, settings, with_vlm=False)
+    evaluation.main(['export', '--run', changed, '--out', plain])
+    batch = chat.batch([chat.encode(dict(images=[], conversations=turns(('human', 'table ball'))))])
+    del batch['labels']
+    expected = model.eval()(**batch).logits
+    merged, _, found = load_spatial_vlm(plain)
+    assert found['lora_rank'] == 0
+    assert not any('lora_' in name for name, _ in merged.named_parameters())
+    assert torch.allclose(merged.eval()(**batch).logits, expected, atol=1e-4)
+    whole = AutoModelForImageTextToText.from_pretrained(os.path.join(plain, 'vlm'))
+    assert torch.allclose(whole.eval()(**batch).logits, expected, atol=1e-4)
+    assert not torch.allclose(load_vlm(vlm)[0].eval()(**batch).logits, expected, atol=1e-2)
 
 
 def test_the_first_steps_hold_maps_alone(vlm):
@@ -184,6 +229,20 @@ def test_files_end_to_end(vlm, media):
         finetune.main(options(vlm, media, *of_files(media, '--val-scenes', '6')))
 
 
+def test_records_that_are_too_long(vlm, media, capsys):
+    """... are left out, by number; the next one stands in."""
+    records = [dict(GOOD, conversations=turns(('human', f'<image>{"table " * count}'), ('gpt', '2')))
+               for count in (1, 60, 2, 60, 3, 4)]
+    media.joinpath('b.jsonl').write_text('\n'.join(map(json.dumps, records)))
+    arguments = ['--data', str(media / 'b.jsonl'), '--media', str(media), '--steps', '3']
+    finetune.main(options(vlm, media, *arguments, '--max-length', '100'))
+    assert 'tokens, --max-length 100; the next one stands in for it' in capsys.readouterr().out
+    card = (media / 'run' / 'checkpoint' / 'README.md').read_text()
+    assert 'weights/psfm_small.safetensors` (MIT)' in card and 'held-out loss' in card
+    with pytest.raises(InputError, match='--max-length 10: all records are longer, the last one'):
+        finetune.main(options(vlm, media / 'b', *arguments, '--max-length', '10'))
+
+
 def test_a_file_that_has_grown_is_not_resumed(vlm, media):
     arguments = of_files(media, '--warmup', '0')
     finetune.main(options(vlm, media, *arguments, '--steps', '1'))
@@ -233,7 +292,8 @@ def test_own_pictures_have_as_many_tokens_after_resume_and_in_eval(vlm, media, m
     (['--data', ''], 'your own files'),
     (['--train', 'everything'], '--train takes'),
     (['--map-steps', '2'], 'questions need steps after the maps'),
-    (['--resume', '--shard'], 'a sharded run does not keep its optimizers'),
+    (['--resume', '--shard'], 'no checkpoint in'),
+    (['--max-length', '-1'], '--max-length must be at least 0'),
     (['--resume'], 'no checkpoint in'),
     (['--vlm', 'nowhere', '--ground-steps', '0'], 'no VLM at nowhere'),
     (['--encoder', 'nowhere'], 'no checkpoint in nowhere')])
