@@ -204,8 +204,9 @@ class Reading:
             items.append(dict(item, input_ids=ids[:end], labels=ids[:end]))
         if len({len(item['input_ids']) for item in items}) > 1:
             raise InputError('scenes whose pictures differ in number or size are asked one by one')
-        batch = to_device(chat.batch(items), model.vlm, self.device)
+        batch = chat.batch(items)
         del batch['labels']
+        batch = to_device(batch, model.vlm, self.device)
         known = inspect.signature(model.vlm.forward).parameters
         self.name = 'cache' if 'cache' in known else 'past_key_values'  # before transformers 5.24
         self.cache = DynamicCache(config=model.vlm.config.get_text_config())
@@ -262,6 +263,9 @@ def add_lora(vlm, rank):
     targets = ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj']
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)
     inject_adapter_in_model(config, vlm.get_decoder())
+    for name, p in vlm.named_parameters():
+        if '.lora_' in name:          # trained in fp32, whatever the matrices are held in
+            p.data = p.data.float()
 
 
 def merge_lora(vlm):
@@ -273,9 +277,9 @@ def merge_lora(vlm):
 
 
 def answer_loss(logits, labels):
-    """Cross entropy over the answers' tokens: logits (B, T, vocabulary), labels (B, T) or -100."""
-    logits = logits[:, :-1].flatten(0, 1).float()
-    return F.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=-100)
+    """Cross entropy over the answers' tokens: logits (B, K, vocabulary) of the places before them,
+    labels (B, K), -100 where there is none."""
+    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100)
 
 
 # -----------------------------------------------------------------------------

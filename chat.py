@@ -278,10 +278,16 @@ def load_vlm(source, dtype=torch.float32, max_pixels=None, leave=()):
 
 
 def to_device(batch, vlm, device):
-    """A batch for training, on `device`. Two things save time: positions are computed here, where
-    transformers would do it sample by sample on the GPU; and the mask goes, because padding comes
-    last, where causal attention does not look, and there are faster kernels without a mask.
+    """A batch for training, on `device`. Three things save time: positions are computed here, where
+    transformers would do it sample by sample on the GPU; the mask goes, because padding comes
+    last, where causal attention does not look, and there are faster kernels without a mask; and
+    logits are computed only for the K places whose next token is an answer's in some sample (with
+    a vocabulary of 150,000 they are gigabytes). `labels` become (B, K): that next token, or -100.
     """
+    if 'labels' in batch:
+        following = batch['labels'][:, 1:]
+        places = (following != -100).any(0).nonzero()[:, 0]
+        batch.update(logits_to_keep=places, labels=following[:, places])
     if 'image_grid_thw' in batch:
         names = ('input_ids', 'mm_token_type_ids', 'image_grid_thw', 'attention_mask')
         batch['position_ids'], _ = vlm.model.get_rope_index(**{name: batch[name] for name in names})

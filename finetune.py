@@ -197,9 +197,15 @@ class Encoded(torch.utils.data.Dataset):
 # -----------------------------------------------------------------------------
 # model
 
+def frozen_dtype(config, dtype):
+    """A VLM that is not trained itself is held in the run's dtype (FSDP2 wants one for all)."""
+    return torch.float32 if config.train == 'adapter+llm' or config.shard else dtype
+
+
 def build_model(config, dtype=torch.float32):
-    """-> (SpatialVLM, Chat, SceneLatents or None), all as at step 0. `dtype`: of the latents."""
-    vlm, chat = load_vlm(config.vlm, max_pixels=config.max_pixels)
+    """-> (SpatialVLM, Chat, SceneLatents or None), all as at step 0. `dtype`: of the latents, and
+    of what is frozen."""
+    vlm, chat = load_vlm(config.vlm, frozen_dtype(config, dtype), config.max_pixels)
     latents = adapter = None
     if config.latents != 'none':
         psfm, encoder_config = open_psfm(config.encoder)
@@ -296,10 +302,11 @@ def train(name, config, data=None, held_out=None):
     if state['metrics'].get('data', stamp) != stamp:
         raise InputError(f'--resume: {config.data} holds other records than when the run began: '
                          'what was held out would be trained on; use another --out')
-    # latents in the run's dtype where that is much faster: not on a CPU, where it is a third
-    model, chat, latents = build_model(config, dtype if device.type == 'cuda' else torch.float32)
+    # frozen parts in the run's dtype where that is much faster: not on a CPU, where it is a third
+    of_frozen = dtype if device.type == 'cuda' else torch.float32
+    model, chat, latents = build_model(config, of_frozen)
     if config.resume:  # replaces the model just built; `latents` stays
-        model, chat, _ = load_spatial_vlm(state['folder'])
+        model, chat, _ = load_spatial_vlm(state['folder'], frozen_dtype(config, of_frozen))
     if config.data == 'rooms' and hasattr(model.vlm.config, 'classes'):
         check_classes(model.vlm.config.classes, config.vlm, 'python mini_vlm.py')
     model.trainable(config.train).to(device)

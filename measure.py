@@ -481,7 +481,7 @@ def held_out_loss(model, chat, latents, data, autocast, max_length=0):
         z = latents([item['images']]) if latents else None
         with autocast:
             logits = model(latents=z, use_cache=False, **batch).logits
-        losses.append(answer_loss(logits, labels).item())
+        losses.append(answer_loss(logits[:, :-1], labels[:, 1:]).item())
 
         # an answer is a run of tokens that have labels
         said, true = logits[0, :-1].argmax(-1).tolist(), labels[0, 1:].tolist()

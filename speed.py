@@ -261,9 +261,10 @@ def vlm_cost(sizes, train, config, clock, dtype, is_cached=True, grid=(28, 36), 
     batch = dict(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels,
                  mm_token_type_ids=(ids == vlm_config.image_token_id).int(),
                  image_grid_thw=torch.tensor([[1, h, w]] * frames, device=device))
+    batch['labels'] = ids.clone()
+    batch['labels'][:, :-text // 2] = -100
     batch = to_device(batch, vlm, device)
-    labels = ids.clone()
-    labels[:, :-text // 2] = -100
+    labels = batch.pop('labels')
 
     def loss_of():
         latents = z if psfm is None else psfm.latents(images)

@@ -228,8 +228,9 @@ def test_is_the_plain_vlm_at_step_0_and_batches_change_no_logits(opened, folder)
     logits = model(latents=z, **quick).logits
     assert (logits - expected)[known].abs().max() > 1e-3
     for i in range(2):  # a sample on its own
-        alone = to_device(chat.batch(items[i:i + 1]), model.vlm, 'cpu')
+        alone = chat.batch(items[i:i + 1])
         del alone['labels']
+        alone = to_device(alone, model.vlm, 'cpu')
         length = alone['input_ids'].shape[1]
         assert torch.allclose(model(latents=z[i:i + 1], **alone).logits[0], logits[i, :length],
                               atol=1e-4)

@@ -1,4 +1,5 @@
 """Fine-tuning end to end with a tiny VLM, and every fault that a file of conversations can have."""
+import dataclasses
 import json
 import math
 import os
@@ -12,8 +13,8 @@ from transformers import AutoModelForImageTextToText
 
 import eval as evaluation
 import finetune
-from adapter import SpatialVLM, load_spatial_vlm, save_spatial_vlm
-from chat import Chat, load_vlm
+from adapter import SpatialVLM, answer_loss, load_spatial_vlm, save_spatial_vlm
+from chat import Chat, load_vlm, to_device
 from common import InputError
 from eval import load_answerer
 from finetune import Config, Encoded
@@ -170,6 +171,29 @@ def test_lora(vlm, cached, tmp_path):
     whole = AutoModelForImageTextToText.from_pretrained(os.path.join(plain, 'vlm'))
     assert torch.allclose(whole.eval()(**batch).logits, expected, atol=1e-4)
     assert not torch.allclose(load_vlm(vlm)[0].eval()(**batch).logits, expected, atol=1e-2)
+
+
+@pytest.mark.parametrize('train', ['adapter', 'adapter+llm', 'lora'])
+def test_what_is_trained_is_fp32_and_what_is_frozen_need_not_be(vlm, cached, tmp_path, train):
+    if train == 'lora':
+        pytest.importorskip('peft')
+    _, config = finetune.parse_config(options(vlm, tmp_path, *cached, '--train', train))
+    model, chat, latents = finetune.build_model(config, torch.bfloat16)
+    model.trainable(train)
+    dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
+    assert dtypes == {torch.float32}
+    frozen = {p.dtype for p in model.vlm.parameters() if not p.requires_grad}
+    assert frozen == {torch.float32 if train == 'adapter+llm' else torch.bfloat16}
+    data = RoomQuestions('train', 0, 4)
+    batch, items = Encoded(data, chat, dataclasses.replace(config, map_steps=0))[0]
+    batch = to_device(batch, model.vlm, 'cpu')
+    labels = batch.pop('labels')
+    with torch.autocast('cpu', torch.bfloat16):
+        outputs = model(latents=latents([item['images'] for item in items]), use_cache=False,
+                        **batch)
+    answer_loss(outputs.logits, labels).backward()
+    moved = [p.grad.abs().max() for p in model.parameters() if p.grad is not None]
+    assert moved and all(map(math.isfinite, moved)) and max(moved) > 0
 
 
 def test_the_first_steps_hold_maps_alone(vlm):
