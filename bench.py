@@ -31,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import finetune
 import train
-from adapter import SceneLatents, answer_loss
+from adapter import SceneLatents, SpatialVLM, add_lora, answer_loss, build_adapter
 from chat import to_device
 from common import (Parser, autocast_on, number, peak_memory, pick_device, pick_dtype, read_json,
                     run_script)
@@ -39,8 +39,8 @@ from data import CELL, RoomPool
 from model import compile_blocks, has_compiler
 from psfm import load_psfm, random_view_mask
 from questions import RoomQuestions
-from speed import (CPU_ATTENTION, GIGA, PEAKS, QWEN_3B, TINY_QWEN, Clock, batch_shape, build,
-                   compare, dense_mask, peak_flops, report, report_parts)
+from speed import (CPU_ATTENTION, GIGA, PEAKS, QWEN_3B, SMOLVLM_256M, TINY_QWEN, Clock, batch_shape,
+                   build, compare, dense_mask, peak_flops, report, report_parts)
 from train import PRESETS, Config
 
 # -----------------------------------------------------------------------------
@@ -254,8 +254,8 @@ def count_step(psfm, config, V):
     return rows, sum(flops for op, flops in counts.items() if 'attention' in str(op))
 
 
-def predict(name, config, V):
-    """Prints FLOPs and memory of one training step at full size. -> dict of the numbers"""
+def count(config, V):
+    """FLOPs and memory of one training step at full size. -> dict of the numbers"""
     with torch.device('meta'):
         psfm = build(config, torch.bfloat16)
     frozen, trained = [sum(p.numel() for p in psfm.parameters() if p.requires_grad == is_trained)
@@ -266,12 +266,22 @@ def predict(name, config, V):
     rows, attention = count_step(psfm, config, V)
     total = sum(flops for _, flops, _ in rows)
     kept_gb = sum(memory for *_, memory in rows) / GIGA
+    B = batch_shape(config, V)[0]
+    return dict(scenes=B, views=V, frozen=frozen, trained=trained, total_flops=total,
+                per_view=total / B / V, attention=attention / total, parts=rows, kept_gb=kept_gb,
+                frozen_gb=frozen_gb, adam_gb=adam_gb)
 
+
+def predict(name, config, V):
+    """Prints what `count` says of one training step. -> dict of the numbers"""
+    x = count(config, V)
+    total, trained, frozen = x['total_flops'], x['trained'], x['frozen']
+    frozen_gb, adam_gb, kept_gb = x['frozen_gb'], x['adam_gb'], x['kept_gb']
     B, _, _, height, width = batch_shape(config, V)
     print(f'{name}, {B} scenes x {V} views of {width} x {height} a GPU, without the semantic '
           f'teacher: {frozen / 1e6:.0f} M parameters frozen, {trained / 1e6:.0f} M trained\n')
     print(f'{"part":24s}{"TFLOP":>8s}{"share":>7s}{"GB kept":>9s}')
-    for label, flops, memory in [*rows, ('total', total, kept_gb * GIGA)]:
+    for label, flops, memory in [*x['parts'], ('total', total, kept_gb * GIGA)]:
         print(f'{label:24s}{flops / 1e12:8.2f}{100 * flops / total:6.0f}%{memory / GIGA:9.2f}')
     print(f'\nmemory of a GPU: frozen weights {frozen_gb:.1f} GB, trained weights with gradients '
           f'and AdamW {adam_gb:.1f} GB, kept for the backward pass at most {kept_gb:.1f} GB; '
@@ -284,10 +294,68 @@ def predict(name, config, V):
               f'{B * V / seconds:.0f} views/s; {config.steps} steps of {config.accumulate} batches '
               f'take {hours:.1f} hours on 8 GPUs, and as many views {8 * hours:.0f} hours on one')
     print(f'8 GPUs exchange {4 * trained / 1e9:.2f} GB of gradients a step')
-    return dict(config=name, scenes=B, views=V, frozen=frozen, trained=trained, total_flops=total,
-                per_view=total / B / V, attention=attention / total,
-                flops={label: flops for label, flops, _ in rows}, kept_gb=kept_gb,
-                frozen_gb=frozen_gb, adam_gb=adam_gb)
+    return dict(x, config=name)
+
+
+def count_vlm(kind, sizes, train, num_tokens, num_answers=100):
+    """Memory of fine-tuning a VLM with --checkpointing on a GPU, one conversation at a time, from
+    shapes: tensors that hold no numbers pass through its language model. -> GB: of what is frozen,
+    of what is trained (with gradients and AdamW), of what the backward pass needs"""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+    with torch.device('meta'):
+        vlm = AutoModelForImageTextToText.from_config(AutoConfig.for_model(kind, **sizes))
+        is_frozen = train != 'adapter+llm'
+        vlm.to(torch.bfloat16 if is_frozen else torch.float32)
+        if train == 'lora':
+            add_lora(vlm, 16)
+        spatial_vlm = SpatialVLM(vlm, build_adapter(vlm, 768)).trainable(train)
+    numbers = [sum(p.numel() for p in spatial_vlm.parameters() if p.requires_grad == is_trained)
+               for is_trained in (False, True)]
+    language = vlm.get_decoder()
+    kept = {}
+    weights = set()                   # counted already
+
+    def keep(x):
+        if x.untyped_storage()._cdata not in weights:
+            kept[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
+        return x
+
+    with FakeTensorMode(allow_non_fake_inputs=True), autocast_on(
+            torch.device('cpu'), torch.bfloat16), saved_tensors_hooks(keep, lambda x: x):
+        vlm.to_empty(device='cpu')
+        weights.update(p.untyped_storage()._cdata for p in vlm.parameters())
+        x = torch.rand(1, num_tokens, language.config.hidden_size, dtype=vlm.dtype)
+        hidden = language(inputs_embeds=x.requires_grad_(), use_cache=False).last_hidden_state
+        layers = language.config.num_hidden_layers
+        inputs = layers * x.numel() * x.element_size()
+        one_layer = sum(kept.values()) / layers
+        kept.clear()
+        answer_loss(vlm.lm_head(hidden[:, :num_answers]), torch.zeros(1, num_answers).long())
+    return (numbers[0] * (2 if is_frozen else 4) / GIGA, 16 * numbers[1] / GIGA,
+            (inputs + one_layer + sum(kept.values())) / GIGA)
+
+
+def print_memory():
+    """What training needs, of every preset and of fine-tuning two VLMs. -> the rows"""
+    rows = {}
+    for name, preset in PRESETS.items():
+        config = Config(**preset)
+        views = min(8, config.images_per_batch)
+        numbers = count(config, views)
+        title = f'train.py --config {name}, {config.images_per_batch} images'
+        rows[title] = numbers['frozen_gb'], numbers['adam_gb'], numbers['kept_gb']
+    vlms = [('Qwen2.5-VL-3B', 'qwen2_5_vl', QWEN_3B, 8 * 254 + 200),  # 8 pictures of 504 x 392
+            ('SmolVLM2-256M', 'smolvlm', SMOLVLM_256M, 8 * 67 + 200)]
+    for name, kind, sizes, tokens in vlms:
+        for trained in ('adapter', 'lora', 'adapter+llm'):
+            title = f'finetune.py, {name}, {trained}, {tokens} tokens'
+            rows[title] = count_vlm(kind, sizes, trained, tokens)
+    titles = 'frozen', 'trained', 'backward', 'together'
+    print(f'\n{"GB of memory, counted from shapes, bf16":58s}'
+          + ''.join(f'{title:>10s}' for title in titles))
+    for title, parts in rows.items():
+        print(f'{title:58s}' + ''.join(f'{value:10.1f}' for value in (*parts, sum(parts))))
+    return rows
 
 
 def print_growth(results):
@@ -337,7 +405,8 @@ def make_parser():
     parser.add_argument('--dtype', default='auto', choices=['auto', 'float32', 'bfloat16'])
     parser.add_argument('--compile', action='store_true', help='torch.compile the blocks')
     parser.add_argument('--predict', action='store_true',
-                        help='FLOPs and memory from shapes alone; nothing is computed')
+                        help='FLOPs and memory from shapes alone, of all presets where none is '
+                        'named; nothing is computed')
     parser.add_argument('--report', action='store_true', help='the report, on any device')
     parser.add_argument('--release', metavar='FOLDER', help='a checkout of hustvl/Spa3R')
     parser.add_argument('--profile', metavar='FILE',
@@ -406,6 +475,8 @@ def main(argv=None):
     if args.predict:
         numbers = [predict(preset, config, V) for V in args.views]
         print_growth(numbers)
+        if not args.config:
+            numbers.append(print_memory())
     elif args.release:
         numbers = beside_the_release(args, config, clock, dtype)
     elif args.report or (is_plain and device.type == 'cuda'):

@@ -225,6 +225,12 @@ QWEN_3B = dict(      # Qwen2.5-VL-3B's sizes
                        out_hidden_size=2048, window_size=112,
                        fullatt_block_indexes=[7, 15, 23, 31]),
     tie_word_embeddings=True)
+SMOLVLM_256M = dict(    # SmolVLM2-256M's
+    text_config=dict(model_type='llama', hidden_size=576, intermediate_size=1536,
+                     num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
+                     vocab_size=49_280, head_dim=64),
+    vision_config=dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
+                       num_attention_heads=12, image_size=512, patch_size=16), scale_factor=4)
 TINY_QWEN = dict(    # the same code on a laptop
     text_config=dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2,
                      num_attention_heads=4, num_key_value_heads=2, vocab_size=151_936,

@@ -6,10 +6,13 @@ import sys
 
 import pytest
 import torch
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 import bench
 import speed
+from adapter import SpatialVLM, build_adapter
 from common import InputError
+from speed import TINY_QWEN
 from test_train import run
 from train import PRESETS, Config
 
@@ -37,9 +40,28 @@ def test_what_is_predicted_from_shapes_is_what_was_counted():
     counted = {part: flops for part, _, flops in rows}
     assert all(ms > 0 and flops > 0 for _, ms, flops in rows)
     predicted = bench.predict('small', SMALL, 6)
+    flops = {part: flops for part, flops, _ in predicted['parts']}
     for part in ('patch embed', 'alternating blocks', 'camera head', 'encoder', 'decoder'):
-        assert predicted['flops'][part] == counted[part], part
+        assert flops[part] == counted[part], part
     assert predicted['trained'] == 1_427_328 - 2 * 256 and predicted['kept_gb'] > 0
+
+
+@pytest.mark.parametrize('train', ['adapter', 'adapter+llm'])
+def test_memory_of_a_vlm_is_what_the_tensors_hold(train):
+    frozen, trained, backward = bench.count_vlm('qwen2_5_vl', TINY_QWEN, train, 300)
+    vlm = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**TINY_QWEN))
+    model = SpatialVLM(vlm, build_adapter(vlm, 768)).trainable(train)
+    numbers = {True: 0, False: 0}
+    for p in model.parameters():
+        numbers[p.requires_grad] += p.numel()
+    size = 4 if train == 'adapter+llm' else 2
+    assert frozen == pytest.approx(size * numbers[False] / 2 ** 30)
+    assert trained == pytest.approx(16 * numbers[True] / 2 ** 30)
+    inputs = 2 * 300 * 64 * size              # two layers
+    logits = 100 * 151_936 * 4                # kept by the loss, in fp32
+    cast = 151_936 * 64 * 2 if size == 4 else 0
+    least = inputs + logits + cast
+    assert least < backward * 2 ** 30 < 1.1 * least + 300 * 10_000
 
 
 def test_a_dense_mask_gives_the_same():
