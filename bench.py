@@ -473,10 +473,10 @@ def main(argv=None):
     print(f'{preset} on {name}, torch {torch.__version__}, {dtype}'
           + ', compiled' * args.compile)
     if args.predict:
-        numbers = [predict(preset, config, V) for V in args.views]
-        print_growth(numbers)
+        numbers = dict(steps=[predict(preset, config, V) for V in args.views])
+        print_growth(numbers['steps'])
         if not args.config:
-            numbers.append(print_memory())
+            numbers['memory_gb'] = print_memory()
     elif args.release:
         numbers = beside_the_release(args, config, clock, dtype)
     elif args.report or (is_plain and device.type == 'cuda'):

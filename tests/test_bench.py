@@ -141,8 +141,14 @@ def test_predict_ends_with_json(capsys):
     said = capsys.readouterr().out
     assert 'views a scene' in said
     report = json.loads(said.splitlines()[-1])
-    assert report[0]['attention'] < report[1]['attention'] < 1
-    assert [(run['scenes'], run['views']) for run in report] == [(2, 4), (1, 8)]
+    few, many = report['steps']
+    assert few['attention'] < many['attention'] < 1
+    assert [(run['scenes'], run['views']) for run in (few, many)] == [(2, 4), (1, 8)]
+    memory = {title: sum(parts) for title, parts in report['memory_gb'].items()}
+    for preset in PRESETS:
+        assert any(f'--config {preset},' in title for title in memory)
+    sizes = [memory[title] for title in memory if '3B' in title]
+    assert 7 < sizes[0] < sizes[1] < sizes[2] < 80     # adapter, lora, all
 
 
 @pytest.mark.parametrize('name', PRESETS)
