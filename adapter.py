@@ -359,6 +359,7 @@ class SceneLatents:
     def __init__(self, kind, psfm, config, folder=None, say=print, dtype=torch.float32):
         self.kind, self.folder, self.say, self.dtype = kind, folder, say, dtype
         self.image_width = config.image_width
+        self.backbone = config.backbone  # its name, for model cards
         self.width = psfm.backbone.feature_dim if kind == 'backbone' else config.width
         self.found = self.computed = 0
         if kind == 'random':

@@ -250,9 +250,9 @@ def load_sharded_optimizers(model, optimizers, folder):
                                  options=StateDictOptions(full_state_dict=True))
 
 
-def save(model, chat, optimizers, step, config, dtype, metrics, line, is_main, sharded):
+def save(model, chat, optimizers, step, config, dtype, metrics, card, is_main, sharded):
     """<out>/checkpoint: what eval.py loads (save_spatial_vlm), and what --resume needs.
-    `line`: what the metrics say, for the card."""
+    `card`: the rows of the model card."""
     state = None
     if sharded:                                     # every process takes part
         state, optimizers = gather(model, optimizers)
@@ -267,11 +267,7 @@ def save(model, chat, optimizers, step, config, dtype, metrics, line, is_main, s
         with_vlm = config.train == 'adapter+llm'
         save_spatial_vlm(model, chat, folder, settings, with_vlm, state)
         write_card(folder, 'A VLM that is given the latents of a scene',
-                   '`eval.py ask --run` takes this folder, or its name on the hub.', {
-                       'VLM': with_licence(config.vlm), 'trained': config.train,
-                       'latents': config.latents,
-                       'encoder': '' if model.adapter is None else with_licence(config.encoder),
-                       'trained on': f'{config.data}, {step} steps', 'held out': line})
+                   '`eval.py ask --run` takes this folder, or its name on the hub.', card)
 
     write_checkpoint(config.out, step, optimizers, config, dtype, metrics, save_model)
 
@@ -411,7 +407,12 @@ def train(name, config, data=None, held_out=None):
             brief = {key: value for key, value in metrics.items() if key not in ('scores', 'maps')}
             brief.update(seconds=time.time() - began, data=stamp)
             log.write(json.dumps(dict(step=done, metrics=brief)) + '\n')
-            save(model, chat, optimizers, done, config, dtype, brief, line, is_main, sharded)
+            card = {'VLM': with_licence(config.vlm), 'trained': config.train,
+                    'latents': config.latents,
+                    'encoder': with_licence(config.encoder) if latents else '',
+                    'frozen backbone': with_licence(latents.backbone) if latents else '',
+                    'trained on': f'{config.data}, {done} steps', 'held out': line}
+            save(model, chat, optimizers, done, config, dtype, brief, card, is_main, sharded)
 
     # results
     metrics.update(step=config.steps, seconds=time.time() - began,

@@ -263,6 +263,7 @@ def test_records_that_are_too_long(vlm, media, capsys):
     assert 'tokens, --max-length 100; the next one stands in for it' in capsys.readouterr().out
     card = (media / 'run' / 'checkpoint' / 'README.md').read_text()
     assert 'weights/psfm_small.safetensors` (MIT)' in card and 'held-out loss' in card
+    assert 'frozen backbone | `weights/mini_vggt.safetensors` (MIT)' in card
     with pytest.raises(InputError, match='--max-length 10: all records are longer, the last one'):
         finetune.main(options(vlm, media / 'b', *arguments, '--max-length', '10'))
 
