@@ -13,6 +13,7 @@ import eval as evaluation
 import finetune
 import mini_vggt
 import mini_vlm
+import page
 import train
 from common import parse_options
 
@@ -66,6 +67,8 @@ def parse(script, arguments, monkeypatch):
         monkeypatch.setattr(data, 'check', stop)
         with pytest.raises(Understood):
             dict(bench=bench, data=data)[script[:-3]].main(arguments)
+    elif script == 'page.py':
+        page.make_parser().parse_args(arguments)
     elif script == 'lesson.py':
         assert all(word.isdigit() for word in arguments)  # the number of steps
     else:

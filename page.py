@@ -1,0 +1,266 @@
+"""
+Walk through the field: a page in the browser. Stand in a room, and see what an encoder that was
+shown a few pictures of it believes is there.
+
+    python page.py                                   # the shipped encoder, held-out rooms
+    python page.py --vlm out/vlm-small               # ... and a fine-tuned VLM to ask
+    python page.py --run out/photos --images photos/kitchen/     # your own scene
+    python page.py --export walk.html                # one file that needs no server
+
+The page is page.html. It asks for /room, /view and /ask, which walk.py computes, and fetches
+nothing from elsewhere.
+"""
+import json
+import math
+import os
+import sys
+import threading
+import traceback
+from collections import OrderedDict
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qsl, urlsplit
+
+from common import InputError, Parser, find_file, number, pick_device, run_script
+from draw import PAINT, rgb
+from eval import SHIPPED, load_answerer
+from measure import knows_rooms
+from media import even_frames, find_scenes_or_say_why, open_picture, read_video
+from psfm import load_psfm
+from rooms import CLASSES
+from walk import NUM_ROOMS, WHOSE, PhotoWorld, RoomWorld
+
+
+# -----------------------------------------------------------------------------
+# the server
+
+def parameters_of(world):
+    """{path: {parameter: (kind, lowest, highest)}}: what the page may ask for. Kind tuple: whole
+    numbers with commas between them; kind str: one of the names that follow."""
+    room = dict(room=(int, 0, NUM_ROOMS - 1))
+    context = dict(context=(tuple, 0, world.views - 1))
+    camera = dict(x=(float, -100, 100), y=(float, -100, 100), yaw=(float, -100, 100),
+                  pitch=(float, -1.5, 1.5))
+    return {'/room': room if world.kind == 'rooms' else {**room, **context},
+            '/view': dict(room, **context, **camera, off=(tuple, 0, world.num_latents - 1),
+                          whose=(str, *WHOSE)),
+            '/ask': dict(room, question=(int, -1, 1000))}
+
+
+def read_parameter(name, text, kind, *allowed):
+    """A value that is allowed. InputError says which are."""
+    said = f'not {text[:40]!r}'
+    if kind is str:
+        if text not in allowed:
+            raise InputError(f'{name} is {" or ".join(allowed)}, {said}')
+        return text
+    low, high = allowed
+    words = text.split(',') if kind is tuple else [text]
+    try:
+        values = [float(word) if kind is float else int(word) for word in words if word]
+    except ValueError:
+        values = [math.nan]
+    if not all(low <= value <= high for value in values) or len(set(values)) < len(values) \
+            or not values and name != 'off':
+        many = 'different whole numbers, with commas,' if kind is tuple else 'a number'
+        raise InputError(f'{name} is {many} from {low} to {high}, {said}')
+    return tuple(values) if kind is tuple else values[0]
+
+
+def read_parameters(query, wanted):
+    """The part of an address after the ? -> keyword arguments. InputError says what is wrong."""
+    given = dict(parse_qsl(query, keep_blank_values=True))
+    strange = given.keys() - wanted.keys() - {'client', 'turn'}
+    missing = wanted.keys() - given.keys()
+    if strange or missing:
+        raise InputError(f'parameters missing: {", ".join(sorted(missing)) or "none"}; '
+                         f'unknown: {", ".join(sorted(strange))[:80] or "none"}')
+    return {name: read_parameter(name, given[name], *check) for name, check in wanted.items()}
+
+
+class Overtaken(Exception):
+    """A newer request of the same page has arrived."""
+
+
+class Page:
+    """Answers requests one after the other; those that were overtaken are dropped."""
+
+    def __init__(self, world):
+        self.world, self.checks = world, parameters_of(world)
+        self.lock = threading.Lock()
+        self.newest = OrderedDict()   # page -> its newest turn
+        self.html = page_with(self.start())
+
+    def start(self):
+        """What the page must know from the beginning."""
+        world = self.world
+        colours = {name: rgb(colour) for name, colour in zip(CLASSES, PAINT)}
+        return dict(kind=world.kind, rooms=NUM_ROOMS, views=world.views, latents=world.num_latents,
+                    width=world.width, colours=colours, asks=bool(world.answerer),
+                    trained=[int(n * (1 - world.psfm.mask_ratio)) for n in
+                             (world.config.min_views, world.config.max_views)])
+
+    def answer(self, path, query):
+        """-> what the world says. Raises InputError, Overtaken."""
+        values = read_parameters(query, self.checks[path])
+        given = dict(parse_qsl(query))
+        client, turn = given.get('client', '')[:40], given.get('turn', '0')
+        turn = int(turn) if turn.isdecimal() and len(turn) < 16 else 0
+        if path == '/view' and client:
+            self.newest[client] = max(turn, self.newest.pop(client, 0))
+            while len(self.newest) > 100:
+                self.newest.popitem(last=False)
+        with self.lock:
+            if path == '/view' and self.newest.get(client, 0) > turn:
+                raise Overtaken
+            return getattr(self.world, path[1:])(**values)
+
+
+def page_with(start, walk=None):
+    """page.html with what it needs in the place of its two nulls."""
+    with open(find_file('page.html'), encoding='utf-8') as file:
+        html = file.read()
+    for name, value in (('START', start), ('WALK', walk)):
+        text = json.dumps(value, separators=(',', ':')).replace('<', '\\u003c')
+        html = html.replace(f'const {name} = null', f'const {name} = {text}')
+    return html
+
+
+def make_handler(page, hosts):
+    """`hosts`: names that the page may be asked for by; None: any (another site's script could
+    otherwise reach a server on loopback under a name of its own)."""
+    class Handler(BaseHTTPRequestHandler):
+        timeout = 30
+
+        def reply(self, status, text, kind='text/plain'):
+            body = text.encode()
+            self.send_response(status)
+            self.send_header('Content-Type', f'{kind}; charset=utf-8')
+            self.send_header('Content-Length', str(len(body)))
+            self.send_header('Cache-Control', 'no-store')
+            self.end_headers()
+            self.wfile.write(body)
+
+        def do_GET(self):
+            address = urlsplit(self.path)
+            name = self.headers.get('Host', '').rsplit(':', 1)[0]
+            if hosts is not None and name not in hosts:
+                self.reply(403, f'this page is at {" or ".join(hosts)}')
+            elif address.path == '/':
+                self.reply(200, page.html, 'text/html')
+            elif address.path not in page.checks:
+                self.reply(404, 'there is only /, /room, /view and /ask')
+            else:
+                self.answer(address)
+
+        def answer(self, address):
+            try:
+                answer = page.answer(address.path, address.query)
+                self.reply(200, json.dumps(answer), 'application/json')
+            except InputError as error:
+                self.reply(400, str(error))
+            except Overtaken:
+                self.reply(409, 'overtaken by a newer request')
+            except OSError:           # nobody is waiting any more
+                self.close_connection = True
+            except Exception:         # our fault: said here, and the server goes on
+                traceback.print_exc()
+                self.reply(500, 'this request failed; the server says why')
+
+        def log_message(self, *_):
+            """Silence: a line a move would bury what matters."""
+
+    return Handler
+
+
+# -----------------------------------------------------------------------------
+# one file that needs no server
+
+def export(page, path, room=5, context=(0, 2, 4, 6), places=5, turns=12):
+    """Writes the page with a grid of views of one room: places x places x turns, for every z."""
+    world = page.world
+    shown = world.room(room)
+    grid = [[side * ((i + 0.5) / places - 0.5) for i in range(places)] for side in shown['sides']]
+    views = {}
+    for whose in WHOSE:
+        for i, x in enumerate(grid[0]):
+            for j, y in enumerate(grid[1]):
+                for k in range(turns):
+                    view = world.view(room, context, x, y, 2 * math.pi * k / turns, -0.25,
+                                      whose=whose)
+                    if whose != 'own':  # what is true is there once
+                        view = dict(r2=view['r2'], tiles={
+                            name: tile for name, tile in view['tiles'].items()
+                            if 'predicted' in name})
+                    views[f'{whose} {i} {j} {k}'] = view
+    walk = dict(room=shown, context=context, x=grid[0], y=grid[1], turns=turns, views=views)
+    with open(path, 'w', encoding='utf-8') as file:
+        file.write(page_with(page.start(), walk))
+    print(f'wrote {path}, {os.path.getsize(path) / 1e6:.1f} MB, {places ** 2 * turns} views')
+
+
+# -----------------------------------------------------------------------------
+
+def make_world(args, device):
+    psfm, config = load_psfm(args.run, device)
+    if config.num_latents == 0:
+        raise InputError(f'{args.run} has no latents (--num-latents 0): there is nothing to see')
+    if args.images or args.video:
+        if args.images:
+            paths = next(iter(find_scenes_or_say_why(args.images).scenes.values()))
+            paths = [paths[i] for i in even_frames(len(paths), args.views)]
+            pictures = [open_picture(path, config.image_width) for path in paths]
+        else:
+            pictures = list(read_video(args.video, args.views))
+        if len(pictures) < 2:
+            raise InputError(f'{args.images or args.video} holds one picture; two are the least')
+        return PhotoWorld(psfm, config, pictures)
+    if not knows_rooms(psfm, config):
+        raise InputError(f'{args.run} was trained on {config.data}: show it a scene with --images '
+                         'FOLDER or --video FILE')
+    answerer = load_answerer(args.vlm, device)[0] if args.vlm else None
+    return RoomWorld(psfm, config, answerer)
+
+
+def make_parser():
+    parser = Parser(description=__doc__)
+    parser.add_argument('--run', default=SHIPPED, help=f'of train.py (default: {SHIPPED})')
+    parser.add_argument('--vlm', default='', help='a run of finetune.py, to ask about rooms')
+    parser.add_argument('--images', default='', help='a folder with pictures of one scene')
+    parser.add_argument('--video', default='', help='a video of one scene')
+    parser.add_argument('--views', type=number(int, 2, 32), default=8,
+                        help='pictures of --images or --video to take (8)')
+    parser.add_argument('--export', default='', metavar='FILE', help='writes one file and ends')
+    parser.add_argument('--host', default='127.0.0.1', help='(default: 127.0.0.1, this machine)')
+    parser.add_argument('--port', type=number(int, 0, 65535), default=8000, help='(8000)')
+    parser.add_argument('--device', default='auto')
+    return parser
+
+
+def main(argv=None):
+    args = make_parser().parse_args(argv)
+    page = Page(make_world(args, pick_device(args.device)))
+    if args.export:
+        if page.world.kind != 'rooms':
+            raise InputError('--export takes rooms: leave --images and --video out')
+        return export(page, args.export)
+    is_local = args.host in ('127.0.0.1', 'localhost')
+    hosts = ('127.0.0.1', 'localhost') if is_local else None
+    ThreadingHTTPServer.daemon_threads = True
+    try:
+        server = ThreadingHTTPServer((args.host, args.port), make_handler(page, hosts))
+    except OSError as error:
+        raise InputError(f'--host {args.host} --port {args.port} cannot be opened ({error}): take '
+                         'another --port') from error
+    if not is_local:
+        print(f'warning: --host {args.host} shows this page to everyone who can reach this '
+              'machine', file=sys.stderr)
+    print(f'http://{args.host}:{server.server_port}/ (Ctrl-C ends)', flush=True)
+    with server:
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            print()
+
+
+if __name__ == '__main__':
+    run_script(main)

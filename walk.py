@@ -1,0 +1,312 @@
+"""
+What is seen from one camera, for the page in the browser (page.py): the truth where there is one,
+what the backbone sees there, and what a trained field predicts from its latents.
+
+    RoomWorld      held-out rooms
+    PhotoWorld     one scene of photographs
+
+Both answer `room` (the plan and the pictures), `view` (one camera: one pass of the decoder) and,
+with a fine-tuned VLM, `ask`, as dicts that are sent as they are: pictures are data URIs, tiles and
+shares are bytes in base64.
+"""
+import base64
+import functools
+import io
+import math
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from adapter import Reading
+from common import InputError, autocast_on
+from data import CELL, RoomPool
+from draw import PAINT, color_basis, nearest_view, rgb, to_colors, to_grey
+from measure import read_map, score_answer
+from model import invert_pose, take_views
+from psfm import fit_pictures
+from questions import RoomQuestions, as_prompt, corners
+from rooms import (CATEGORIES, EYE_HEIGHT, SCENE_UNIT, STRUCTURE, Rooms, cameras_at,
+                   make_intrinsics, render, scene_extrinsics, surface_classes)
+
+NUM_ROOMS = 96                      # held-out rooms to walk through
+WHOSE = 'own', 'other', 'average'   # latents of this room, of the next one, of many rooms
+
+
+# -----------------------------------------------------------------------------
+# what is sent: pictures and tiles
+
+def to_picture(image):
+    """(3, H, W) in [0, 1] -> a data URI."""
+    buffer = io.BytesIO()
+    Image.fromarray(to_bytes(image.permute(1, 2, 0))).save(buffer, 'JPEG', quality=85)
+    return 'data:image/jpeg;base64,' + base64.b64encode(buffer.getvalue()).decode()
+
+
+def as_bytes(x):
+    """Numbers in [0, 1] -> a byte each, as text."""
+    return base64.b64encode(to_bytes(x).tobytes()).decode()
+
+
+def as_tile(image):
+    """(h, w, 3) in [0, 1] -> its size and its colours."""
+    return dict(height=image.shape[0], width=image.shape[1], bytes=as_bytes(image))
+
+
+def to_bytes(x):
+    return (255 * x.float().clamp(0, 1)).round().byte().cpu().numpy()
+
+
+# -----------------------------------------------------------------------------
+# the field
+
+def attention_to_latents(psfm, decode):
+    """How much each patch attends to each latent in the decoder's last block, mean over the heads:
+    calls decode() -> its result, shares (B V, N, Q). Computed beside the fused kernel, which does
+    not tell."""
+    attention = psfm.decoder.transformer.blocks[-1].attn
+    seen = []
+    hook = attention.register_forward_pre_hook(lambda module, inputs: seen.append(inputs))
+    try:
+        result = decode()
+    finally:
+        hook.remove()
+    x, position, _, num_rays = seen[0]
+    qkv = attention.qkv(x).unflatten(-1, (3, attention.num_heads, -1))
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B V, nh, tokens, d)
+    q, k, _ = position.rotate(attention.q_norm(q.float()), attention.k_norm(k.float()), v)
+    shares = (q[:, :, -num_rays:] @ k.mT * q.shape[-1] ** -0.5).softmax(-1).mean(1)
+    registers = psfm.decoder.transformer.num_registers
+    return result, shares[..., registers:x.shape[1] - num_rays]
+
+
+class World:
+    """Scenes to walk through, with a trained field. Subclasses say where pictures and truth are
+    from: `look` and `view`."""
+
+    def __init__(self, psfm, config):
+        self.psfm, self.config = psfm, config
+        self.device = psfm.geo_mean.device
+        self.num_latents, self.width = psfm.encoder.queries.shape
+
+    def change(self, z, average, off):
+        """z (1, Q, D) with the rows `off` replaced by the average latents'."""
+        z = z.clone()
+        z[:, list(off)] = average[:, list(off)]
+        return z
+
+    def r2(self, predicted, features):
+        """Of one view: both (N, 2C)."""
+        p, t = [(x - self.psfm.geo_mean) / self.psfm.geo_std for x in (predicted, features)]
+        return (1 - (p - t).square().sum() / t.square().sum()).item()
+
+    def decode(self, z, extrinsics, intrinsics, size, grid):
+        """z (B, Q, D) of one camera (3, 4) -> features (B, N, 2C), shares of the latents (N, Q)."""
+        cameras = extrinsics.expand(len(z), 1, 3, 4), intrinsics.expand(len(z), 1, 3, 3)
+        predicted, shares = attention_to_latents(
+            self.psfm, lambda: self.psfm.decode(z, *cameras, size, grid))
+        return predicted[:, 0], shares[0]
+
+
+class RoomWorld(World):
+    """Held-out rooms, where everything is known."""
+    kind = 'rooms'
+    views = RoomPool.VIEWS
+
+    def __init__(self, psfm, config, answerer=None):
+        super().__init__(psfm, config)
+        self.size = config.image_width, config.image_width
+        self.answerer = answerer
+        with torch.no_grad():
+            pool = RoomPool('train', config.seed, 32, image_size=self.size, device=self.device)
+            images = torch.cat([pool.render_block(i)[1]['images'] for i in range(8)])
+            self.average = psfm.latents(images[:, ::2].float() / 255).mean(0, keepdim=True)
+
+    @functools.lru_cache(maxsize=16)
+    def block(self, index):
+        pool = RoomPool('val', 0, NUM_ROOMS, image_size=self.size, device=self.device)
+        return pool.render_block(index)
+
+    def one(self, room):
+        """-> Rooms with this room alone, its pictures (V, 3, H, W), its cameras (V, 3, 4)"""
+        rooms, views = self.block(room // RoomPool.BLOCK)
+        i = room % RoomPool.BLOCK
+        alone = Rooms(**{name: x[i:i + 1] for name, x in vars(rooms).items()})
+        return alone, views['images'][i].float() / 255, views['extrinsics'][i]
+
+    @functools.cached_property
+    def questions(self):
+        return RoomQuestions('val', 0, NUM_ROOMS)
+
+    def room(self, room):
+        """What the page draws of a room before anyone stands in it."""
+        rooms, images, extrinsics = self.one(room)
+        outlines = corners(rooms.to('cpu'), 0)
+        pieces = [dict(name=CATEGORIES[rooms.category[0, k]], corners=outlines[k].tolist(),
+                       colour=rgb(PAINT[len(STRUCTURE) + int(rooms.category[0, k])]))
+                  for k in rooms.present[0].nonzero()[:, 0].tolist()]
+        eyes = invert_pose(extrinsics)[..., 3].tolist()
+        ahead = extrinsics[:, 2].tolist()
+        cameras = [dict(x=x, y=y, yaw=math.atan2(dy, dx), pitch=math.asin(dz))
+                   for (x, y, _), (dx, dy, dz, _) in zip(eyes, ahead)]
+        asked = []
+        if self.answerer:
+            asked = [dict(text=record['question'], options=record['options'] or [],
+                          kind=record['question_type'], truth=record['ground_truth'])
+                     for record in self.questions.questions[room]]
+        return dict(sides=rooms.size[0, :2].tolist(), pieces=pieces, cameras=cameras,
+                    pictures=[to_picture(image) for image in images], questions=asked)
+
+    @functools.lru_cache(maxsize=64)
+    def look(self, room, context):
+        """What is made of the context pictures once. -> z, their patch tokens, a basis for colours
+        """
+        images = self.one(room)[1][None]
+        seen = images[:, list(context)]
+        patches, _ = self.psfm.backbone.embed(seen)
+        return self.psfm.latents(seen), patches, color_basis(self.psfm.backbone(images).features)
+
+    @torch.no_grad()
+    def view(self, room, context, x, y, yaw, pitch, off=(), whose='own'):
+        """All that is seen from one camera: metres and radians in the frame of the plan."""
+        rooms, _, walk = self.one(room)
+        z, patches, basis = self.look(room, context)
+        if whose == 'other':
+            z = self.look((room + 1) % NUM_ROOMS, context)[0]
+        if whose == 'average':
+            z = self.average
+        z = self.change(z, self.average, off)
+
+        # the truth, ray-traced: a picture, and what its cells show
+        position = torch.tensor([[[x, y, sum(EYE_HEIGHT) / 2]]])
+        angles = [torch.tensor([[angle]]) for angle in (yaw, pitch, 0.0)]
+        camera = cameras_at(position, *angles).to(self.device)  # (1, 1, 3, 4)
+        intrinsics = make_intrinsics(self.size, 1, 1).to(self.device)
+        image = render(rooms, camera, intrinsics, self.size)['image']
+        h, w = [side // CELL for side in self.size]
+        cells = render(rooms, camera, make_intrinsics((h, w), 1, 1).to(self.device), (h, w))
+        classes = surface_classes(rooms, cells['surface'])[0, 0].long()
+        depth = cells['depth'][0, 0] / SCENE_UNIT
+
+        # what the backbone sees there, beside the context; what the field predicts, with z and
+        # with the average z, knowing the camera alone
+        backbone = self.psfm.backbone
+        own, grid = backbone.embed(image.float() / 255)
+        tokens = backbone.mix(torch.cat([patches, own], 1), grid, len(context), (-1,))[-1]
+        features = backbone.features(tokens)[0, -1]
+        extrinsics = scene_extrinsics(torch.cat([walk[None, context[:1]], camera], 1))[0, 1]
+        predicted, shares = self.decode(torch.cat([z, self.average]), extrinsics,
+                                        intrinsics[0, 0], self.size, grid)
+        read, logits = backbone.read_out(predicted[None, :1], grid)
+        paint = torch.tensor(PAINT, device=self.device)
+        far = depth.max()
+        return dict(
+            picture=to_picture(image[0, 0].float() / 255),
+            tiles={'features': as_tile(to_colors(features, basis, grid)),
+                   'predicted': as_tile(to_colors(predicted[0], basis, grid)),
+                   'depth': as_tile(to_grey(1 - depth / far)),
+                   'depth predicted': as_tile(to_grey(1 - read[0, 0] / far)),
+                   'categories': as_tile(paint[classes]),
+                   'categories predicted': as_tile(paint[logits[0, 0].argmax(-1)])},
+            attention=as_bytes(shares / shares.max()), grid=grid, far=SCENE_UNIT * far.item(), unit='m',
+            r2=self.r2(predicted[0], features), r2_camera=self.r2(predicted[1], features))
+
+    @torch.no_grad()
+    def ask(self, room, question):
+        """The VLM's answer about the first pictures; question -1: the map. -> dict"""
+        if not self.answerer:
+            raise InputError('there is no VLM: start with --vlm RUN')
+        model, chat, latents = self.answerer
+        pictures = self.questions.pictures(room)
+        z = latents([pictures]) if latents else None
+        reading = Reading(model, chat, [pictures], z, autocast_on(self.device, torch.float32))
+        if question == -1:
+            text, truth = self.questions.maps[room]
+            answer = reading.answer([(0, text)], 160)[0]
+            return dict(truth=truth, answer=answer, map=read_map(answer))
+        records = self.questions.questions[room]
+        if question >= len(records):
+            raise InputError(f'question {question}: this room has {len(records)}')
+        record = records[question]
+        answer = reading.answer([(0, as_prompt(record))], 16)[0]
+        return dict(truth=record['ground_truth'], answer=answer,
+                    score=score_answer(record, answer))
+
+
+def level_camera(x, height, y, yaw, pitch):
+    """A camera in the world of photographs (right, down, ahead), without roll: yaw 0 looks to the
+    right, a quarter turn ahead; pitch is up. -> extrinsics (3, 4)"""
+    forward = torch.tensor([math.cos(yaw) * math.cos(pitch), -math.sin(pitch),
+                            math.sin(yaw) * math.cos(pitch)])
+    down = torch.tensor([0.0, 1.0, 0.0])
+    right = F.normalize(torch.linalg.cross(down, forward), dim=0)
+    rotation = torch.stack([right, torch.linalg.cross(forward, right), forward])
+    return torch.cat([rotation, -rotation @ torch.tensor([[x], [height], [y]])], 1)
+
+
+class PhotoWorld(World):
+    """One scene of photographs. Its cameras are the backbone's predictions; there is no truth but
+    the pictures."""
+    kind = 'photographs'
+    answerer = None
+
+    def __init__(self, psfm, config, pictures):
+        super().__init__(psfm, config)
+        images = fit_pictures(pictures, config.image_width, psfm.backbone.config.patch_size)
+        self.images = images.to(self.device)[None].float() / 255  # (1, V, 3, H, W)
+        self.views = len(pictures)
+        # rows that are switched off become the mean of the other latents: there is no training set
+        with torch.no_grad():
+            self.average = psfm.latents(self.images).mean(1, keepdim=True)
+            self.average = self.average.expand(1, self.num_latents, -1)
+
+    @functools.lru_cache(maxsize=64)
+    @torch.no_grad()
+    def look(self, context):
+        """-> z, what the backbone sees of all pictures as in training, depth, a basis for colours
+
+        The world is the camera of the first context picture.
+        """
+        order = [*context, *(i for i in range(self.views) if i not in context)]
+        order = torch.tensor(order, device=self.device)[None]
+        mask = torch.arange(self.views, device=self.device)[None] >= len(context)
+        has_depth = self.psfm.depth_probe is not None
+        allowed, views, depth = self.psfm.observe(take_views(self.images, order), mask,
+                                                  len(context), has_depth)
+        back = order.argsort(1)
+        views = views._replace(features=take_views(views.features, back),
+                               extrinsics=take_views(views.extrinsics, back),
+                               intrinsics=take_views(views.intrinsics, back))
+        depth = take_views(depth, back)[0] if has_depth else None
+        return self.psfm.encode(allowed, views.grid), views, depth, color_basis(views.features)
+
+    def room(self, room, context=(0,)):
+        _, views, _, _ = self.look(context)
+        eyes = invert_pose(views.extrinsics[0])[..., 3].tolist()
+        ahead = views.extrinsics[0, :, 2].tolist()
+        cameras = [dict(x=x, y=z, yaw=math.atan2(dz, dx), pitch=-math.asin(max(-1, min(1, dy))))
+                   for (x, _, z), (dx, dy, dz, _) in zip(eyes, ahead)]
+        return dict(cameras=cameras, pieces=[], questions=[],
+                    pictures=[to_picture(image) for image in self.images[0]])
+
+    @torch.no_grad()
+    def view(self, room, context, x, y, yaw, pitch, off=(), whose='own'):
+        """The field where nobody stood, beside the nearest picture. x, y: right and ahead."""
+        z, views, depth, basis = self.look(context)
+        z = self.change(z, self.average, off if whose == 'own' else range(self.num_latents))
+        height = invert_pose(views.extrinsics[0])[:, 1, 3].mean().item()
+        camera = level_camera(x, height, y, yaw, pitch).to(self.device)
+        size = self.images.shape[-2:]
+        intrinsics = views.intrinsics[0].mean(0)
+        predicted, shares = self.decode(z, camera, intrinsics, size, views.grid)
+        near = nearest_view(views.extrinsics[0], camera)
+        tiles = {'features': as_tile(to_colors(views.features[0, near], basis, views.grid)),
+                 'predicted': as_tile(to_colors(predicted[0], basis, views.grid))}
+        if depth is not None:
+            far = depth.max()
+            read = self.psfm.read_depth(z, camera[None, None], intrinsics[None, None], size,
+                                        views.grid)[0, 0]
+            tiles['depth'] = as_tile(to_grey(1 - (depth[near] / far).unflatten(-1, views.grid)))
+            tiles['depth predicted'] = as_tile(to_grey(1 - (read / far).unflatten(-1, views.grid)))
+        return dict(picture=to_picture(self.images[0, near]), near=near, tiles=tiles,
+                    attention=as_bytes(shares / shares.max()), grid=views.grid)
