@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from adapter import (LATENTS, SceneLatents, SpatialVLM, add_lora, answer_loss, build_adapter,
                      load_spatial_vlm, save_spatial_vlm)
-from chat import NAMES, load_vlm, to_device
+from chat import NAMES, attend_in_fp32, load_vlm, to_device
 from common import (InputError, autocast_on, check_finite, join_processes, open_run, opt,
                     parse_options, peak_memory, pick_dtype, quiet, read_state, run_script,
                     step_generator, with_licence, write_card, write_checkpoint, write_json)
@@ -306,6 +306,7 @@ def train(name, config, data=None, held_out=None):
     if config.data == 'rooms' and hasattr(model.vlm.config, 'classes'):
         check_classes(model.vlm.config.classes, config.vlm, 'python mini_vlm.py')
     model.trainable(config.train).to(device)
+    attend_in_fp32(model.vlm, device)
     if latents:
         latents.to(device)
         latents.say = say

@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from adapter import SpatialVLM, answer_loss
-from chat import ASSISTANT, Chat, load_vlm, to_device
+from chat import ASSISTANT, Chat, attend_in_fp32, load_vlm, to_device
 from common import (InputError, autocast_on, find_file, load_strictly, opt, parse_options,
                     pick_device, pick_dtype, read_state, read_weights, run_script, step_generator,
                     write_checkpoint)
@@ -450,6 +450,7 @@ def train(config, command):
     begin_with = dataclasses.replace(config, vlm=state['folder'] or config.vlm)
     model, chat, sight = start(begin_with)
     model.requires_grad_(True).to(device).train()
+    attend_in_fp32(model.vlm, device)
     sight.to(device)
     optimizers = make_optimizers(nn.ModuleList([model, sight]), config, device, dtype)
     if config.resume:

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (AutoModelForImageTextToText, InternVLConfig, PreTrainedTokenizerFast,
@@ -18,7 +19,7 @@ import finetune
 from adapter import (Reading, SpatialVLM, answer_loss, build_adapter, load_spatial_vlm,
                      save_spatial_vlm)
 from benchmarks import generate
-from chat import as_text, load_vlm, to_device
+from chat import as_text, attend_in_fp32, load_vlm, to_device
 from common import InputError, read_json
 from tiny import losses, picture, save_tiny_vlm, turns
 
@@ -234,6 +235,32 @@ def test_is_the_plain_vlm_at_step_0_and_batches_change_no_logits(opened, folder)
         length = alone['input_ids'].shape[1]
         assert torch.allclose(model(latents=z[i:i + 1], **alone).logits[0], logits[i, :length],
                               atol=1e-4)
+
+
+def test_attention_in_fp32_changes_nothing_but_rounding(folder):
+    vlm, chat = load_vlm(folder)
+    model = SpatialVLM(vlm)
+    batch = chat.batch([chat.encode(talk(f'<image>{COUNT}', '3', images=[WIDE])),
+                        chat.encode(talk(f'<image>{COUNT} Say.', '12', images=[WIDE]))])
+    batch = to_device(batch, vlm, 'cpu')
+    del batch['labels']
+
+    def run():
+        vlm.zero_grad()
+        exact = model(**batch).logits
+        with torch.autocast('cpu', torch.bfloat16):
+            coarse = model(**batch).logits
+        coarse.float().square().mean().backward()
+        gradient = torch.cat([p.grad.flatten() for p in vlm.parameters() if p.grad is not None])
+        return exact.detach(), coarse.detach().float(), gradient
+
+    exact, coarse, gradient = run()
+    attend_in_fp32(vlm, torch.device('cpu'))
+    exact2, coarse2, gradient2 = run()
+    assert torch.equal(exact, exact2)
+    assert not torch.equal(coarse, coarse2)       # it is used
+    assert (coarse2 - exact).norm() < 0.05 * exact.norm()
+    assert F.cosine_similarity(gradient, gradient2, dim=0) > 0.99
 
 
 def test_one_step_save_load_and_generate(opened, folder, tmp_path):
