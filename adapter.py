@@ -20,6 +20,7 @@ import copy
 import functools
 import hashlib
 import inspect
+import math
 import os
 
 import torch
@@ -31,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from chat import load_vlm, to_device
 from common import (InputError, autocast_on, load_strictly, read_json, read_weights,
                     without_prefix, write_json)
-from model import MLP
+from model import MLP, invert_pose
 from psfm import fit_pictures, untrained_like
 
 
@@ -333,6 +334,9 @@ def load_spatial_vlm(folder, dtype=torch.float32, max_pixels=None):
 # -----------------------------------------------------------------------------
 # the latents of a scene, computed once
 
+IMAGINED = 6          # cameras of the kind `imagined`, below
+
+
 def hash_of_encoder(psfm):
     """Hex digits that tell encoders apart, by all the weights that z depends on."""
     weights = hashlib.sha256()
@@ -342,7 +346,27 @@ def hash_of_encoder(psfm):
     return weights.hexdigest()
 
 
-LATENTS = ('psfm', 'none', 'random', 'backbone')
+LATENTS = ('psfm', 'none', 'random', 'backbone', 'pooled', 'imagined', 'oracle')
+
+
+def cameras_around(extrinsics, count):
+    """Cameras where nobody stood, from those of a scene, (B, V, 3, 4): in the middle of them all,
+    looking round, the last one from above. -> (B, count, 3, 4)"""
+    poses = invert_pose(extrinsics)
+    middle = poses[..., 3].mean(1, keepdim=True)  # (B, 1, 3)
+    spread = (poses[..., 3] - middle).norm(dim=-1).mean(1)[:, None, None]
+    down = F.normalize(extrinsics[:, :, 1, :3].mean(1, keepdim=True), dim=-1)
+    ahead = extrinsics[:, :1, 2, :3]              # of the first camera, made level
+    ahead = F.normalize(ahead - (ahead * down).sum(-1, keepdim=True) * down, dim=-1)
+    right = torch.linalg.cross(down, ahead)
+    turn = 2 * math.pi * torch.arange(count - 1, device=down.device)[:, None] / (count - 1)
+    forward = turn.cos() * ahead + turn.sin() * right  # (B, count - 1, 3)
+    side = turn.cos() * right - turn.sin() * ahead
+    level = torch.stack([side, down.expand_as(side), forward], -2)
+    above = torch.stack([right, -ahead, down], -2)     # its picture's top is ahead
+    rotation = torch.cat([level, above], 1)
+    places = torch.cat([middle.expand_as(side), middle - 1.5 * spread * down], 1)
+    return torch.cat([rotation, -rotation @ places[..., None]], -1)
 
 
 class SceneLatents:
@@ -351,6 +375,8 @@ class SceneLatents:
     kind  psfm      z of the trained encoder, (Q, D)
           random    z of an encoder of the same sizes that was never trained
           backbone  no encoder: the backbone's features, standardised, mean over 2 x 2 patches
+          pooled    the same, mean over as few tokens as z has, or a few more
+          imagined  as many of the field that is decoded from z at six cameras where nobody stood
 
     A file's name is a hash of the weights that z depends on, the kind, and the pixels: no stale
     file is ever used. `folder` None: nothing is kept. `dtype`: bfloat16 computes under autocast.
@@ -360,7 +386,7 @@ class SceneLatents:
         self.kind, self.folder, self.say, self.dtype = kind, folder, say, dtype
         self.image_width = config.image_width
         self.backbone = config.backbone  # its name, for model cards
-        self.width = psfm.backbone.feature_dim if kind == 'backbone' else config.width
+        self.width = config.width if kind in ('psfm', 'random') else psfm.backbone.feature_dim
         self.found = self.computed = 0
         if kind == 'random':
             psfm = untrained_like(psfm, config)
@@ -379,13 +405,29 @@ class SceneLatents:
         """(B, V, 3, H, W) uint8 -> (B, L, D) fp16, on the CPU."""
         images = images.to(self.psfm.geo_mean.device).float() / 255
         with autocast_on(images.device, self.dtype):
-            if self.kind != 'backbone':
+            if self.kind in ('psfm', 'random'):
                 return self.psfm.latents(images).half().cpu()
             views = self.psfm.backbone(images)
-        x = self.psfm.standardise('geo', views.features)  # (B, V, N, 2C)
+            features = views.features         # (B, V, N, 2C)
+            if self.kind == 'imagined':
+                z = self.psfm.encode(features, views.grid)
+                cameras = cameras_around(views.extrinsics, IMAGINED)
+                intrinsics = views.intrinsics.mean(1, keepdim=True).expand(-1, IMAGINED, -1, -1)
+                features = self.psfm.decode(z, cameras, intrinsics, images.shape[-2:], views.grid)
+        x = self.psfm.standardise('geo', features)
         x = x.flatten(0, 1).transpose(1, 2).unflatten(2, views.grid)  # (B V, 2C, h, w)
-        x = F.avg_pool2d(x, 2, ceil_mode=True).flatten(2).transpose(1, 2)  # (B V, N/4, 2C)
-        return x.unflatten(0, images.shape[:2]).flatten(1, 2).half().cpu()
+        if self.kind == 'backbone':
+            x = F.avg_pool2d(x, 2, ceil_mode=True)
+        else:
+            x = F.adaptive_avg_pool2d(x, self.few_cells(features.shape[1]))
+        x = x.flatten(2).transpose(1, 2)      # (B V, tokens of a view, 2C)
+        return x.unflatten(0, features.shape[:2]).flatten(1, 2).half().cpu()
+
+    def few_cells(self, num_views):
+        """(rows, columns) of a view such that all views have together as many as z, or few more."""
+        wanted = math.ceil(len(self.psfm.encoder.queries) / num_views)
+        rows = max(1, math.isqrt(wanted))
+        return rows, math.ceil(wanted / rows)
 
     def __call__(self, scenes):
         """A list of scenes, each a list of PIL images -> a list of (L, D), fp32.

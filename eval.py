@@ -206,7 +206,9 @@ def load_answerer(run, device, max_pixels=None):
     if hasattr(model.vlm.config, 'classes'):
         check_classes(model.vlm.config.classes, run, 'python mini_vlm.py')
     latents = None
-    if settings['latents'] != 'none':
+    if settings['latents'] == 'oracle':
+        latents = finetune.TrueList(0, 192)
+    elif settings['latents'] != 'none':
         psfm, config = open_psfm(settings['encoder'])
         latents = SceneLatents(settings['latents'], psfm, config, 'out/latents').to(device)
     return (model.to(device).eval(), chat, latents), settings
@@ -326,8 +328,10 @@ def ablate(args):
             if 'shuffled' in metrics:
                 arms.setdefault('psfm, shuffled', []).append(metrics['shuffled'])
     print(rooms_table(arms))
-    minutes = [run['seconds'] / 60 for arm in args.arms for run in arms[arm]]
-    print(f'{len(minutes)} runs of {min(minutes):.1f} to {max(minutes):.1f} minutes in {args.out}/')
+    for arm in args.arms:
+        minutes = sorted(run['seconds'] / 60 for run in arms[arm])
+        print(f'{arm}: {minutes[0]:.1f} to {minutes[-1]:.1f} minutes; '
+              f'{arms[arm][0].get("cost", "")}')
 
 
 # -----------------------------------------------------------------------------

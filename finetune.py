@@ -20,9 +20,11 @@ import os
 import time
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from adapter import (LATENTS, SceneLatents, SpatialVLM, add_lora, answer_loss, build_adapter,
@@ -35,10 +37,10 @@ from draw import draw_maps
 from measure import answer_rooms, held_out_loss, rooms_line, rooms_table
 from mini_vlm import ground
 from optim import learning_rate, load_optimizers, make_optimizers, set_rates, take_step
-from questions import RoomQuestions
+from questions import RoomQuestions, in_map_frame, view_rooms
 from records import Conversations, Part
 from release import open_psfm
-from rooms import check_classes
+from rooms import CATEGORIES, SEEN, check_classes
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,10 @@ class Config:
     # what is trained
     vlm: str = opt('weights/mini_vlm', f'the VLM: a folder, or a hub id; {NAMES}',
                    group='what is trained')
-    latents: str = opt('psfm', 'psfm | none (no adapter) | random (untrained encoder) | backbone '
-                       '(its features, pooled)', choices=LATENTS)
+    latents: str = opt('psfm', 'psfm | none (no adapter) | and controls: random (untrained encoder) '
+                       '| backbone (its features, 2 x 2 patches as one) | pooled (as few tokens as '
+                       'z) | imagined (the field around the middle) | oracle (of rooms: the true '
+                       'list of pieces)', choices=LATENTS)
     encoder: str = opt('weights/psfm_small.safetensors', 'the trained encoder: a run, or a file')
     train: str = opt('adapter+llm', 'adapter | adapter+llm | lora (adapter, and low-rank updates '
                      'of the language model; needs peft)',
@@ -124,6 +128,8 @@ def parse_config(argv=None):
     if 0 < config.steps <= config.map_steps:
         raise InputError(f'--map-steps {config.map_steps} of --steps {config.steps}: questions '
                          'need steps after the maps')
+    if config.latents == 'oracle' and config.data != 'rooms':
+        raise InputError('--latents oracle: only of rooms is it known what stands where')
     if config.latents == 'none' and config.train == 'adapter':
         raise InputError('--latents none --train adapter: without latents there is no adapter, and '
                          'nothing to train')
@@ -145,6 +151,42 @@ def make_data(config, progress=iter, say=print):
                          'held out: none would be left')
     order = torch.randperm(len(data), generator=step_generator(10)).tolist()  # at every --seed
     return [Part(data, part, config.skip_bad, say) for part in (order[n:], order[:n])]
+
+
+class TrueList:
+    """The control `oracle`: in the place of z a token for each piece of a room that is seen (what
+    it is, where it stands and how large it is, in metres from the first camera), and one for the
+    room's sides. It tells what geometry can give this VLM at most."""
+    backbone = ''
+    found = computed = 0
+    width = len(CATEGORIES) + 1 + 6
+
+    def __init__(self, num_rooms, num_held_out, progress=iter):
+        self.tokens = {}              # by the first picture of the room
+        for split, count in (('train', num_rooms), ('val', num_held_out)):
+            for block in view_rooms(split, 0, count, RoomQuestions.VIEWS, progress):
+                for room, picture in enumerate(block.images[:, 0].numpy()):
+                    self.tokens[picture.tobytes()] = self.list_of(block, room)
+
+    def list_of(self, block, room):
+        """-> (pieces + 1, width)"""
+        rooms, camera = block.rooms, block.extrinsics[room, 0]
+        is_seen = rooms.present[room] & (block.cells[room].sum(0) >= SEEN)
+        names = F.one_hot(rooms.category[room], len(CATEGORIES) + 1).float()  # (K, C + 1)
+        places = in_map_frame(rooms.center[room], camera)
+        pieces = torch.cat([names, places, 2 * rooms.half[room]], 1)[is_seen]
+        sides = F.pad(rooms.size[room], (len(CATEGORIES) + 4, 0))
+        sides[len(CATEGORIES)] = 1
+        return torch.cat([pieces, sides[None]])
+
+    def to(self, device):
+        return self
+
+    def __call__(self, scenes):
+        keys = [np.asarray(pictures[0]).tobytes() for pictures in scenes]
+        if not all(key in self.tokens for key in keys):
+            raise InputError('oracle knows the rooms that it was trained and measured on alone')
+        return [self.tokens[key] for key in keys]
 
 
 @functools.lru_cache(maxsize=4)
@@ -207,10 +249,13 @@ def build_model(config, dtype=torch.float32):
     of what is frozen."""
     vlm, chat = load_vlm(config.vlm, frozen_dtype(config, dtype), config.max_pixels)
     latents = adapter = None
-    if config.latents != 'none':
+    if config.latents == 'oracle':
+        latents = TrueList(config.num_rooms, config.val_scenes)
+    elif config.latents != 'none':
         psfm, encoder_config = open_psfm(config.encoder)
         latents = SceneLatents(config.latents, psfm, encoder_config, config.cache or None,
                                dtype=dtype)
+    if latents:
         torch.manual_seed(config.seed)  # the same initial adapter for every kind of latents
         adapter = build_adapter(vlm, latents.width)
     if config.train == 'lora':
@@ -270,6 +315,19 @@ def save(model, chat, optimizers, step, config, dtype, metrics, card, is_main, s
                    '`eval.py ask --run` takes this folder, or its name on the hub.', card)
 
     write_checkpoint(config.out, step, optimizers, config, dtype, metrics, save_model)
+
+
+@torch.no_grad()
+def cost_of(model, z, num_tokens, repeats=20):
+    """What the latents of a scene cost, in words: their size, and the adapter's time for them."""
+    x = torch.randn(num_tokens, model.adapter.gate.in_features, device=z.device)
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        model.adapter(x, z).sum().item()
+        times.append(time.perf_counter() - start)
+    return (f'{len(z)} tokens of {z.shape[1]} numbers, adapter {1e3 * np.median(times):.1f} ms a '
+            f'scene of {num_tokens} image tokens')
 
 
 # -----------------------------------------------------------------------------
@@ -418,6 +476,9 @@ def train(name, config, data=None, held_out=None):
     # results
     metrics.update(step=config.steps, seconds=time.time() - began,
                    peak_memory_gb=peak_memory(device) / 2 ** 30)
+    if 'scores' in metrics and latents:
+        z = latents([held_out.pictures(0)])[0].to(device)
+        metrics['cost'] = cost_of(model, z, num_tokens=96)  # six pictures of sixteen
     if is_main:
         write_json(os.path.join(config.out, 'metrics.json'), metrics)
         say(f'\n{name} took {metrics["seconds"] / 60:.1f} minutes and '

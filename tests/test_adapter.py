@@ -9,12 +9,13 @@ from PIL import Image
 from transformers import (AutoModelForImageTextToText, InternVLConfig, LlavaOnevisionConfig,
                           Qwen2_5_VLConfig, Qwen3VLConfig, SmolVLMConfig)
 
-from adapter import (Reading, SceneLatents, SpatialVLM, answer_loss, build_adapter, load_spatial_vlm,
-                     save_spatial_vlm)
+from adapter import (Reading, SceneLatents, SpatialVLM, answer_loss, build_adapter, cameras_around,
+                     load_spatial_vlm, save_spatial_vlm)
 from benchmarks import generate
 from chat import Chat, as_text, load_vlm, to_device
 from common import InputError
 from mini_vlm import Sight, build_tokenizer, build_vlm, save_mini_vlm
+from model import invert_pose
 from psfm import load_psfm
 
 IMAGE, VOCABULARY = 90, 100     # the placeholder's id
@@ -431,8 +432,28 @@ def test_latents_are_kept_and_never_stale(tmp_path):
     assert torch.equal(again([PICTURES])[0], a[0])
     assert again.computed == 2
 
+    pooled = SceneLatents('pooled', psfm, config)
+    assert [len(pooled([PICTURES[:n]])[0]) for n in (1, 2, 3)] == [35, 32, 36]
+    imagined = SceneLatents('imagined', psfm, config)([PICTURES])[0]
+    assert imagined.shape == (36, 256)
+
     backbone = SceneLatents('backbone', psfm, config, str(tmp_path))
     assert backbone([PICTURES])[0].shape == (3 * 16, 256)
+
+
+def test_cameras_around_stand_in_the_middle_and_look_round():
+    walk = torch.eye(3, 4).repeat(1, 4, 1, 1)
+    walk[0, :, :, 3] = -torch.tensor([[0.0, 0, 0], [2, 0, 0], [2, 0, 2], [0, 0, 2]])
+    ring = cameras_around(walk, 6)[0]
+    assert torch.allclose(ring[:, :, :3] @ ring[:, :, :3].mT, torch.eye(3).expand(6, 3, 3), atol=1e-6)
+    assert torch.allclose(ring[:, :, :3].det(), torch.ones(6), atol=1e-6)
+    places = invert_pose(ring)[..., 3]
+    assert torch.allclose(places[:5], torch.tensor([1.0, 0, 1]).expand(5, 3), atol=1e-6)
+    assert places[5, 1] < -1                              # above: y is down
+    ahead = ring[:, 2, :3]
+    assert torch.allclose(ahead[0], torch.tensor([0.0, 0, 1]), atol=1e-6)
+    assert torch.allclose(ahead[:5].sum(0), torch.zeros(3), atol=1e-5)
+    assert torch.allclose(ahead[5], torch.tensor([0.0, 1, 0]), atol=1e-6)
 
 
 def test_no_room_for_latents(tmp_path):

@@ -17,10 +17,10 @@ from adapter import SpatialVLM, answer_loss, load_spatial_vlm, save_spatial_vlm
 from chat import Chat, load_vlm, to_device
 from common import InputError
 from eval import load_answerer
-from finetune import Config, Encoded
+from finetune import Config, Encoded, TrueList
 from records import Conversations
-from questions import RoomQuestions
-from rooms import CLASSES
+from questions import RoomQuestions, view_rooms
+from rooms import CATEGORIES, CLASSES
 from tiny import GOOD, losses, options, save_tiny_vlm, turns, write
 
 
@@ -134,7 +134,8 @@ def test_two_processes_whole_and_sharded(vlm, tmp_path):
 
 
 @pytest.mark.parametrize('latents, train', [
-    ('none', 'adapter+llm'), ('random', 'adapter'), ('backbone', 'adapter')])
+    ('none', 'adapter+llm'), ('random', 'adapter'), ('backbone', 'adapter'), ('pooled', 'adapter'),
+    ('imagined', 'adapter'), ('oracle', 'adapter')])
 def test_arms(vlm, tmp_path, latents, train):
     finetune.main(options(vlm, tmp_path, '--steps', '1', '--map-steps', '0', '--latents', latents,
                           '--train', train, '--checkpointing'))
@@ -143,6 +144,27 @@ def test_arms(vlm, tmp_path, latents, train):
     assert settings['latents'] == latents
     assert (model.adapter is None) == (latents == 'none')
     assert (folder / 'vlm').exists() == (train == 'adapter+llm')
+    metrics = json.loads((tmp_path / 'run' / 'metrics.json').read_text())
+    cost = dict(random='32 tokens of 128', backbone='96 tokens of 256', pooled='36 tokens of 256',
+                imagined='36 tokens of 256', oracle=f'tokens of {len(CATEGORIES) + 7}', none='')
+    assert cost[latents] in metrics.get('cost', '')
+
+
+def test_the_oracle_tells_what_is_true(vlm):
+    truth = TrueList(4, 4)
+    rooms = RoomQuestions('val', 0, 4)
+    block = next(view_rooms('val', 0, 4, RoomQuestions.VIEWS))
+    for room in range(4):
+        tokens = truth([rooms.pictures(room)])[0]
+        said = rooms.maps[room][1]            # the same pieces, in words and whole metres
+        pieces = [(CATEGORIES[token[:len(CATEGORIES)].argmax()], *token[-6:-4].round().int().tolist())
+                  for token in tokens[:-1]]
+        words = '; '.join(f'{name} at x {x:+d}, y {y:+d}' for name, x, y in
+                          sorted(pieces, key=lambda piece: (CATEGORIES.index(piece[0]), *piece[1:])))
+        assert (words or 'none') == said
+        assert torch.equal(tokens[-1, -3:], block.rooms.size[room])
+    with pytest.raises(InputError, match='oracle knows the rooms that it was trained'):
+        truth([[Image.new('RGB', (64, 64))]])
 
 
 def test_lora(vlm, cached, tmp_path):
