@@ -31,16 +31,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import finetune
 import train
-from adapter import SceneLatents, SpatialVLM, add_lora, answer_loss, build_adapter
+from adapter import SceneLatents, answer_loss
 from chat import to_device
 from common import (Parser, autocast_on, number, peak_memory, pick_device, pick_dtype, read_json,
                     run_script)
 from data import CELL, RoomPool
+from draw import ACCENT, blank, draw_panel
 from model import compile_blocks, has_compiler
 from psfm import load_psfm, random_view_mask
 from questions import RoomQuestions
 from speed import (CPU_ATTENTION, GIGA, PEAKS, QWEN_3B, SMOLVLM_256M, TINY_QWEN, Clock, batch_shape,
-                   build, compare, dense_mask, peak_flops, report, report_parts)
+                   build, compare, count_vlm, dense_mask, peak_flops, report, report_parts)
 from train import PRESETS, Config
 
 # -----------------------------------------------------------------------------
@@ -297,44 +298,6 @@ def predict(name, config, V):
     return dict(x, config=name)
 
 
-def count_vlm(kind, sizes, train, num_tokens, num_answers=100):
-    """Memory of fine-tuning a VLM with --checkpointing on a GPU, one conversation at a time, from
-    shapes: tensors that hold no numbers pass through its language model. -> GB: of what is frozen,
-    of what is trained (with gradients and AdamW), of what the backward pass needs"""
-    from transformers import AutoConfig, AutoModelForImageTextToText
-    with torch.device('meta'):
-        vlm = AutoModelForImageTextToText.from_config(AutoConfig.for_model(kind, **sizes))
-        is_frozen = train != 'adapter+llm'
-        vlm.to(torch.bfloat16 if is_frozen else torch.float32)
-        if train == 'lora':
-            add_lora(vlm, 16)
-        spatial_vlm = SpatialVLM(vlm, build_adapter(vlm, 768)).trainable(train)
-    numbers = [sum(p.numel() for p in spatial_vlm.parameters() if p.requires_grad == is_trained)
-               for is_trained in (False, True)]
-    language = vlm.get_decoder()
-    kept = {}
-    weights = set()                   # counted already
-
-    def keep(x):
-        if x.untyped_storage()._cdata not in weights:
-            kept[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
-        return x
-
-    with FakeTensorMode(allow_non_fake_inputs=True), autocast_on(
-            torch.device('cpu'), torch.bfloat16), saved_tensors_hooks(keep, lambda x: x):
-        vlm.to_empty(device='cpu')
-        weights.update(p.untyped_storage()._cdata for p in vlm.parameters())
-        x = torch.rand(1, num_tokens, language.config.hidden_size, dtype=vlm.dtype)
-        hidden = language(inputs_embeds=x.requires_grad_(), use_cache=False).last_hidden_state
-        layers = language.config.num_hidden_layers
-        inputs = layers * x.numel() * x.element_size()
-        one_layer = sum(kept.values()) / layers
-        kept.clear()
-        answer_loss(vlm.lm_head(hidden[:, :num_answers]), torch.zeros(1, num_answers).long())
-    return (numbers[0] * (2 if is_frozen else 4) / GIGA, 16 * numbers[1] / GIGA,
-            (inputs + one_layer + sum(kept.values())) / GIGA)
-
-
 def print_memory():
     """What training needs, of every preset and of fine-tuning two VLMs. -> the rows"""
     rows = {}
@@ -366,6 +329,21 @@ def print_growth(results):
         per_view = x['kept_gb'] / x['scenes'] / x['views']
         print(f'{x["views"]:15d}{x["per_view"] / 1e12:15.3f}{100 * x["attention"]:14.0f}%'
               f'{per_view:15.3f}')
+
+
+def draw_growth(results, path):
+    """The same as a picture: total and attention, memory, over the views of a scene."""
+    canvas, pen, font = blank(1000, 360)
+    views = [x['views'] for x in results]
+    total = [x['per_view'] / 1e12 for x in results]
+    attention = [x['attention'] * flops for x, flops in zip(results, total)]
+    kept = [x['kept_gb'] / x['scenes'] / x['views'] for x in results]
+    curves = {'all': (views, total, 'black'), 'attention': (views, attention, ACCENT)}
+    draw_panel(pen, font, (60, 40, 470, 290), curves, 'TFLOP a view, over views a scene', low=0)
+    curves = {'GB': (views, kept, 'black')}
+    draw_panel(pen, font, (550, 40, 970, 290), curves, 'GB kept a view, over views a scene', low=0)
+    canvas.save(path)
+    print(f'wrote {path}')
 
 
 # -----------------------------------------------------------------------------
@@ -475,6 +453,9 @@ def main(argv=None):
     if args.predict:
         numbers = dict(steps=[predict(preset, config, V) for V in args.views])
         print_growth(numbers['steps'])
+        if len(args.views) > 2:
+            os.makedirs('out/bench', exist_ok=True)
+            draw_growth(numbers['steps'], 'out/bench/growth.png')
         if not args.config:
             numbers['memory_gb'] = print_memory()
     elif args.release:

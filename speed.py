@@ -281,6 +281,45 @@ def vlm_cost(sizes, train, config, clock, dtype, is_cached=True, grid=(28, 36), 
     return dict(cost, tokens=ids.shape[1], frames=frames)
 
 
+def count_vlm(kind, sizes, train, num_tokens, num_answers=100):
+    """Memory of fine-tuning a VLM with --checkpointing on a GPU, one conversation at a time, from
+    shapes: tensors that hold no numbers pass through its language model. -> GB: of what is frozen,
+    of what is trained (with gradients and AdamW), of what the backward pass needs"""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from transformers import AutoConfig, AutoModelForImageTextToText
+    with torch.device('meta'):
+        vlm = AutoModelForImageTextToText.from_config(AutoConfig.for_model(kind, **sizes))
+        is_frozen = train != 'adapter+llm'
+        vlm.to(torch.bfloat16 if is_frozen else torch.float32)
+        if train == 'lora':
+            add_lora(vlm, 16)
+        spatial_vlm = SpatialVLM(vlm, build_adapter(vlm, 768)).trainable(train)
+    numbers = [sum(p.numel() for p in spatial_vlm.parameters() if p.requires_grad == is_trained)
+               for is_trained in (False, True)]
+    language = vlm.get_decoder()
+    kept = {}
+    weights = set()                   # counted already
+
+    def keep(x):
+        if x.untyped_storage()._cdata not in weights:
+            kept[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
+        return x
+
+    with FakeTensorMode(allow_non_fake_inputs=True), autocast_on(
+            torch.device('cpu'), torch.bfloat16), saved_tensors_hooks(keep, lambda x: x):
+        vlm.to_empty(device='cpu')
+        weights.update(p.untyped_storage()._cdata for p in vlm.parameters())
+        x = torch.rand(1, num_tokens, language.config.hidden_size, dtype=vlm.dtype)
+        hidden = language(inputs_embeds=x.requires_grad_(), use_cache=False).last_hidden_state
+        layers = language.config.num_hidden_layers
+        inputs = layers * x.numel() * x.element_size()
+        one_layer = sum(kept.values()) / layers
+        kept.clear()
+        answer_loss(vlm.lm_head(hidden[:, :num_answers]), torch.zeros(1, num_answers).long())
+    return (numbers[0] * (2 if is_frozen else 4) / GIGA, 16 * numbers[1] / GIGA,
+            (inputs + one_layer + sum(kept.values())) / GIGA)
+
+
 def report_parts(presets, clock, dtype, views, sizes, can_compile):
     """{name: function that measures it}, what matters most first. presets: {name: Config}
 

@@ -48,7 +48,7 @@ def test_what_is_predicted_from_shapes_is_what_was_counted():
 
 @pytest.mark.parametrize('train', ['adapter', 'adapter+llm'])
 def test_memory_of_a_vlm_is_what_the_tensors_hold(train):
-    frozen, trained, backward = bench.count_vlm('qwen2_5_vl', TINY_QWEN, train, 300)
+    frozen, trained, backward = speed.count_vlm('qwen2_5_vl', TINY_QWEN, train, 300)
     vlm = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**TINY_QWEN))
     model = SpatialVLM(vlm, build_adapter(vlm, 768)).trainable(train)
     numbers = {True: 0, False: 0}
