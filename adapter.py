@@ -286,6 +286,9 @@ def answer_loss(logits, labels):
 # -----------------------------------------------------------------------------
 # save and load
 
+ENCODER = 'encoder.safetensors'       # where an exported folder has its own
+
+
 def save_spatial_vlm(model, chat, folder, settings, with_vlm, state=None):
     """-> folder/{spatial_vlm.json, adapter.safetensors, lora.safetensors, vlm/}.
 
@@ -316,6 +319,8 @@ def load_spatial_vlm(folder, dtype=torch.float32, max_pixels=None):
     if not os.path.isfile(path):
         raise InputError(f'{folder} is not a fine-tuned Spa3-VLM: it has no spatial_vlm.json')
     settings = read_json(path)
+    if settings['encoder'] == ENCODER:    # of an exported folder
+        settings['encoder'] = os.path.join(folder, ENCODER)
     source = settings['vlm'] if settings['vlm'] != 'vlm' else os.path.join(folder, 'vlm')
     vlm, chat = load_vlm(source, dtype, max_pixels or settings.get('max_pixels'))
     if settings.get('lora_rank'):
@@ -388,6 +393,7 @@ class SceneLatents:
         self.backbone = config.backbone  # its name, for model cards
         self.width = config.width if kind in ('psfm', 'random') else psfm.backbone.feature_dim
         self.found = self.computed = 0
+        self.device = psfm.geo_mean.device
         if kind == 'random':
             psfm = untrained_like(psfm, config)
         self.psfm = psfm.eval().requires_grad_(False)
@@ -397,13 +403,14 @@ class SceneLatents:
             self.key += f' {dtype}'
 
     def to(self, device):
-        self.psfm.to(device)
+        self.device = device
         return self
 
     @torch.no_grad()
     def compute(self, images):
         """(B, V, 3, H, W) uint8 -> (B, L, D) fp16, on the CPU."""
-        images = images.to(self.psfm.geo_mean.device).float() / 255
+        self.psfm.to(self.device)     # not before: latents that are kept need no room on a GPU
+        images = images.to(self.device).float() / 255
         with autocast_on(images.device, self.dtype):
             if self.kind in ('psfm', 'random'):
                 return self.psfm.latents(images).half().cpu()

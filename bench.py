@@ -314,7 +314,7 @@ def print_memory():
             title = f'finetune.py, {name}, {trained}, {tokens} tokens'
             rows[title] = count_vlm(kind, sizes, trained, tokens)
     titles = 'frozen', 'trained', 'backward', 'together'
-    print(f'\n{"GB of memory, counted from shapes, bf16":58s}'
+    print(f'\n{"GB of memory, counted from shapes, bf16 autocast":58s}'
           + ''.join(f'{title:>10s}' for title in titles))
     for title, parts in rows.items():
         print(f'{title:58s}' + ''.join(f'{value:10.1f}' for value in (*parts, sum(parts))))

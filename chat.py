@@ -11,14 +11,17 @@ placeholder tokens as the picture (or all its tiles) will have, and what belongs
 import functools
 import importlib
 import math
+import os
 import re
 from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError
 
-from common import InputError, find_file, some
+from common import InputError, find_file, is_hub_id, some, write_json
 
 BREAK = '\ue001'      # where a text is cut before it becomes tokens
+EDGE = '\ue002'       # before and after what stands for a picture
 
 
 class Family(NamedTuple):
@@ -66,6 +69,8 @@ def make_processor(config, tokenizer, image_processor):
     processor = getattr(transformers, family.processor)
     without_check = dict(check_argument_for_proper_class=lambda *_: None)
     processor = type(processor.__name__, (processor,), without_check)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
     parts = dict(image_processor=image_processor, tokenizer=tokenizer)
     if 'video_processor' in processor.get_attributes():
         parts['video_processor'] = None
@@ -117,7 +122,9 @@ class Chat:
         self.processor = make_processor(config, tokenizer, image_processor)
         self.image_token = self.processor.image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
-        self.system = FAMILIES[config.model_type].system
+        family = FAMILIES[config.model_type]
+        self.system = family.system
+        self.tile = (family.length, tokens_of_tile(config)) if family.length else None
         self.counts_sides = config.model_type.startswith('qwen')  # a picture's, for positions
         special = [token.content for token in tokenizer.added_tokens_decoder.values()
                    if token.special]
@@ -125,13 +132,22 @@ class Chat:
         self.options = fewer_pixels(config, image_processor, max_pixels)
 
     @functools.cached_property
+    def ending(self):
+        """What the chat template puts after an answer."""
+        return self.layout((('user', (True,)), ('assistant', (True,))))[-1][-1]
+
+    @functools.cached_property
     def end_of_turn(self):
         """The token that ends an answer: the first that the chat template puts after it."""
-        *_, answer = self.layout((('user', (True,)), ('assistant', (True,))))
-        return self.tokens(answer[-1])[0]
+        end = self.tokens(self.ending)
+        if not end:
+            raise InputError('the chat template of this VLM puts nothing after an answer: it would '
+                             'never learn to end one')
+        return end[0]
 
     def text(self, turns, **options):
         """[(role, text with <image>)] -> the chat template's text, the system prompt in front."""
+        from jinja2 import TemplateError
         messages = []
         if self.system:
             content = [dict(type='text', text=self.system)]
@@ -143,8 +159,12 @@ class Chat:
                     content.append(dict(type='image'))
                 elif part:
                     content.append(dict(type='text', text=part))
-            messages.append(dict(role=role, content=content))
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
+            messages.append(dict(role=role, content=content or [dict(type='text', text='')]))
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        except (TemplateError, TypeError) as error:
+            raise InputError(f'the chat template of this VLM cannot lay out a conversation '
+                             f'({str(error).splitlines()[0]})') from error
 
     @functools.lru_cache(maxsize=1024)
     def layout(self, shape):
@@ -176,6 +196,10 @@ class Chat:
         text = text.encode('utf-8', 'replace').decode()  # half characters become question marks
         return self.special.sub(lambda found: found[0][0] + BREAK + found[0][1:], text)
 
+    def fence(self, piece):
+        """EDGEs around a piece of the template that holds a picture."""
+        return f'{EDGE}{piece}{EDGE}' if self.image_token in piece else piece
+
     def look(self, images):
         """PIL images -> pixels as the VLM takes them, and per image the text in its place."""
         if not images:
@@ -202,18 +226,29 @@ class Chat:
             raise InputError(f'{places} <image> tokens for {len(seen)} images')
 
         layout = self.layout(tuple((role, tuple(map(bool, texts))) for role, texts in turns))
+        found = sum(piece.count(self.image_token) for pieces in layout for piece in pieces)
+        if found != places:
+            raise InputError(f'the chat template of this VLM puts {found} {self.image_token} for '
+                             f'{places} images')
         seen = iter(seen)
         ids, labels = [], []
         for (role, texts), pieces in zip(turns, layout):
+            if role == 'assistant':   # of an answer, no template around a picture is learned
+                *pieces, last = pieces
+                ending = self.ending if last.endswith(self.ending) else ''
+                pieces = [*map(self.fence, pieces), self.fence(last.removesuffix(ending)) + ending]
             pieces = [re.sub(re.escape(self.image_token), lambda _: next(seen), piece)
                       for piece in pieces]
             texts = [*map(self.plain, filter(None, texts)), '']
-            new = self.tokens(''.join(piece + text for piece, text in zip(pieces, texts)))
-            ids += new
-            end = 0
-            if role == 'assistant':  # learned up to the end-of-turn token; the rest is template
-                end = len(new) - new[::-1].index(self.end_of_turn)
-            labels += new[:end] + [-100] * (len(new) - end)
+            text = ''.join(piece + text for piece, text in zip(pieces, texts))
+            for i, part in enumerate(text.split(EDGE)):
+                new = self.tokens(part)
+                is_learned = role == 'assistant' and i % 2 == 0  # the answer, not its pictures
+                ids += new
+                labels += new if is_learned else [-100] * len(new)
+            if role == 'assistant':           # what follows the end-of-turn token is template
+                after = ids[::-1].index(self.end_of_turn)
+                labels[len(labels) - after:] = [-100] * after
         return dict(input_ids=ids, labels=labels, **pixels)
 
     def batch(self, items, left=False):
@@ -240,6 +275,9 @@ class Chat:
     def save_pretrained(self, folder):
         for part in (self.tokenizer, self.image_processor):
             part.save_pretrained(folder)
+        if self.tile:                 # what transformers' own processor would not know else
+            name, tokens = self.tile
+            write_json(os.path.join(folder, 'processor_config.json'), {name: tokens})
 
 
 def load_vlm(source, dtype=torch.float32, max_pixels=None, leave=()):
@@ -251,6 +289,8 @@ def load_vlm(source, dtype=torch.float32, max_pixels=None, leave=()):
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
     source = find_file(source)
+    if not os.path.isdir(source) and not is_hub_id(source):
+        raise InputError(f'no VLM at {source}')
     disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(source)
@@ -261,7 +301,7 @@ def load_vlm(source, dtype=torch.float32, max_pixels=None, leave=()):
             source, dtype=dtype, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(source)
         image_processor = load_image_processor(config, source)
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
         raise InputError(f'no VLM at {source}: {str(error).strip().splitlines()[0]}') from error
     missing = [name for name in report['missing_keys'] if not name.startswith('lm_head')]
     strange = [name for name in report['unexpected_keys']
@@ -274,7 +314,11 @@ def load_vlm(source, dtype=torch.float32, max_pixels=None, leave=()):
         tokenizer.chat_template = processor.get_processor_dict(source)[0].get('chat_template')
     if not tokenizer.chat_template:
         raise InputError(f'{source} has no chat template: it was never taught to converse')
-    return vlm, Chat(config, tokenizer, image_processor, max_pixels)
+    try:
+        return vlm, Chat(config, tokenizer, image_processor, max_pixels)
+    except AttributeError as error:   # a special token that its processor asks for
+        raise InputError(f'{source}: its tokenizer is not that of a {config.model_type} ({error})'
+                         ) from error
 
 
 def attend_in_fp32(vlm, device):

@@ -316,7 +316,7 @@ def write_checkpoint(run, step, optimizers, config, dtype, metrics, save_model):
     shutil.rmtree(old, ignore_errors=True)
 
 
-LICENCES = {'weights/': 'MIT', 'facebook/VGGT-1B-Commercial': 'VGGT licence, commercial use allowed',
+LICENCES = {'weights/mini_v': 'MIT', 'weights/psfm_small': 'MIT', 'facebook/VGGT-1B-Commercial': 'VGGT licence, commercial use allowed',
             'facebook/VGGT': 'non-commercial', 'depth-anything/DA3-SMALL': 'Apache 2.0',
             'depth-anything/DA3-BASE': 'Apache 2.0', 'facebook/dinov3': 'DINOv3 licence',
             'facebook/dinov2': 'Apache 2.0', 'Qwen/Qwen2.5-VL-3B': 'Qwen research licence',
@@ -350,9 +350,11 @@ FREE = {'resume', 'out', 'device', 'eval_every', 'log_every', 'compile', 'steps'
 
 def check_same(folder, theirs, config, free):
     """Raises InputError if what is in `folder` was made with other options, but for `free` ones."""
-    differs = [f'{key} {theirs.get(key)} there, {ours} here'
+    default = {field.name: field.default for field in dataclasses.fields(config)}
+    theirs = {**default, **theirs}    # options that are younger than the run
+    differs = [f'{key} {theirs[key]} there, {ours} here'
                for key, ours in dataclasses.asdict(config).items()
-               if key not in free and theirs.get(key) != ours]
+               if key not in free and theirs[key] != ours]
     if differs:
         raise InputError(f'{folder} was trained with another configuration '
                          f'({"; ".join(differs[:4])}): give the same options, or another --out')

@@ -25,8 +25,7 @@ import torch
 from tqdm import tqdm
 
 import finetune
-from adapter import (LATENTS, SceneLatents, SpatialVLM, hash_of_encoder, merge_lora,
-                     save_spatial_vlm)
+from adapter import LATENTS, SceneLatents, SpatialVLM, hash_of_encoder
 from benchmarks import (BENCHMARKS, ask_benchmark, generate, leave_out_lost, read_answers,
                         read_benchmark, results_table)
 from chat import as_text, load_vlm
@@ -41,7 +40,7 @@ from mini_vggt import backbone_table, evaluate_backbone
 from probe import probe_latents, probe_table
 from psfm import load_psfm
 from questions import KINDS, RoomQuestions, as_prompt
-from release import open_psfm, open_spatial_vlm
+from release import export_spatial_vlm, open_psfm, open_spatial_vlm
 from rooms import CATEGORIES, check_classes
 from vggt import VGGT
 
@@ -221,9 +220,7 @@ def rooms(args):
     for run, (answerer, _) in zip(args.run, loaded):
         if args.latents and answerer[2] is None:
             raise InputError(f'{run} was trained without latents: there is nothing to shuffle')
-    path = os.path.join(args.run[0], 'config.json')
-    known = read_json(path) if os.path.isfile(path) else {}
-    trained = known.get('num_rooms', 1000)  # the rooms that a prior may know
+    trained = loaded[0][1].get('num_rooms', 3000)  # the rooms that a prior may know
     held_out = RoomQuestions('val', 0, args.rooms)
     train_data = RoomQuestions('train', 0, trained, rendering)
     autocast = autocast_on(device, torch.float32)
@@ -269,9 +266,7 @@ def ask(args):
 
 def export(args):
     folder = local(args.run)
-    model, chat, settings = open_spatial_vlm(find_checkpoint(folder) or folder)
-    merge_lora(model.vlm)
-    save_spatial_vlm(model, chat, args.out, dict(settings, lora_rank=0), with_vlm=True)
+    export_spatial_vlm(find_checkpoint(folder) or folder, args.out)
     print(f'{args.out}/vlm is a plain folder for transformers, {args.out} one for --run')
 
 

@@ -36,7 +36,8 @@ from common import (InputError, autocast_on, check_finite, join_processes, open_
 from draw import draw_maps
 from measure import answer_rooms, held_out_loss, rooms_line, rooms_table
 from mini_vlm import ground
-from optim import learning_rate, load_optimizers, make_optimizers, set_rates, take_step
+from optim import (gather, learning_rate, load_optimizers, load_sharded_optimizers, make_optimizers,
+                   set_rates, take_step)
 from questions import RoomQuestions, in_map_frame, view_rooms
 from records import Conversations, Part
 from release import open_psfm
@@ -226,8 +227,9 @@ class Encoded(torch.utils.data.Dataset):
                 return encoded, item
             if i % n not in self.too_long:
                 self.too_long.add(i % n)
-                self.say(f'training record {i % n}: {length} tokens, --max-length {limit}; the next one '
-                         f'stands in for it ({len(self.too_long)} so far in this process)')
+                self.say(f'{item.get("where", f"room {i % n}")}: {length} tokens, --max-length '
+                         f'{limit}; the next one stands in for it ({len(self.too_long)} so far in '
+                         'this process)')
         raise InputError(f'--max-length {limit}: all records are longer, the last one {length}')
 
     def __getitem__(self, number):
@@ -272,27 +274,10 @@ def shard_model(model):
 
 
 def absolute(path):
-    return os.path.abspath(path) if os.path.exists(path) else path
-
-
-def gather(model, optimizers):
-    """Of a sharded model, on the first process: its whole state, and its optimizers' states."""
-    from torch.distributed.checkpoint.state_dict import (
-        StateDictOptions, get_model_state_dict, get_optimizer_state_dict)
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = get_model_state_dict(model, options=options)  # first: it also ends the gathering of
-    states = [get_optimizer_state_dict(model, optimizer, options=options)  # the last forward pass
-              for optimizer in optimizers]
-    return state, states
-
-
-def load_sharded_optimizers(model, optimizers, folder):
-    """The optimizers' states that `gather` gave; every process takes its part of them."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
-    states = torch.load(os.path.join(folder, 'optimizer.pt'), mmap=True, weights_only=True)
-    for optimizer, state in zip(optimizers, states, strict=True):
-        set_optimizer_state_dict(model, optimizer, state,
-                                 options=StateDictOptions(full_state_dict=True))
+    """A path that holds from anywhere here; hub ids and shipped weights stay as they are."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    is_shipped = path.startswith('weights/') and os.path.exists(os.path.join(here, path))
+    return os.path.abspath(path) if os.path.exists(path) and not is_shipped else path
 
 
 def save(model, chat, optimizers, step, config, dtype, metrics, card, is_main, sharded):
@@ -305,14 +290,15 @@ def save(model, chat, optimizers, step, config, dtype, metrics, card, is_main, s
         return
     settings = dict(vlm=absolute(config.vlm), encoder=absolute(config.encoder),
                     latents=config.latents, num_frames=config.num_frames, data=config.data,
-                    max_pixels=config.max_pixels,
+                    max_pixels=config.max_pixels, num_rooms=config.num_rooms,
                     lora_rank=config.lora_rank if config.train == 'lora' else 0)
 
     def save_model(folder):
         with_vlm = config.train == 'adapter+llm'
         save_spatial_vlm(model, chat, folder, settings, with_vlm, state)
         write_card(folder, 'A VLM that is given the latents of a scene',
-                   '`eval.py ask --run` takes this folder, or its name on the hub.', card)
+                   '`eval.py ask --run` takes this folder, and `eval.py export` makes one for '
+                   'others out of it.', card)
 
     write_checkpoint(config.out, step, optimizers, config, dtype, metrics, save_model)
 
@@ -368,10 +354,13 @@ def train(name, config, data=None, held_out=None):
     if latents:
         latents.to(device)
         latents.say = say
+    if config.max_length and config.data != 'rooms':
+        if all(len(chat.encode(item)['input_ids']) > config.max_length for item in held_out):
+            raise InputError(f'--max-length {config.max_length}: all held-out records are longer')
     log = open_run(config, first, is_main)
     if config.checkpointing:
-        model.vlm.gradient_checkpointing_enable(dict(use_reentrant=False))
-        model.vlm.enable_input_require_grads()
+        # of the language model: nothing is kept of the frozen vision tower anyway
+        model.vlm.get_decoder().gradient_checkpointing_enable(dict(use_reentrant=False))
     epoch = math.ceil(len(data) / (config.batch * config.accumulate * world_size))
     config = dataclasses.replace(config, steps=config.steps or config.map_steps + epoch)
     trained, frozen = [sum(p.numel() for p in model.parameters() if p.requires_grad == is_trained)
@@ -461,7 +450,7 @@ def train(name, config, data=None, held_out=None):
                 metrics = held_out_loss(model, chat, latents, held_out, autocast,
                                         config.max_length)
                 line = (f'held-out loss {metrics["loss"]:.4f}, answers right '
-                        f'{metrics["accuracy"]:.3f}')
+                        f'{metrics["accuracy"]:.3f}, too long {metrics["left_out"]}')
             say(f'step {done:05d}/{config.steps:05d} | {line}')
             brief = {key: value for key, value in metrics.items() if key not in ('scores', 'maps')}
             brief.update(seconds=time.time() - began, data=stamp)

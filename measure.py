@@ -465,9 +465,9 @@ def rooms_table(arms):
 
 @torch.no_grad()
 def held_out_loss(model, chat, latents, data, autocast, max_length=0):
-    """Mean loss over held-out conversations (of at most max_length tokens), and the share of
-    answers that are right to the last token. -> {loss, accuracy, kinds: {of question: accuracy}}
-    """
+    """Mean loss over held-out conversations, without those of more than max_length tokens, and the
+    share of answers that are right to the last token. -> {loss, accuracy, kinds: {kind of
+    question: accuracy}, left_out: how many}. InputError if all are longer."""
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
@@ -495,4 +495,5 @@ def held_out_loss(model, chat, latents, data, autocast, max_length=0):
         raise InputError(f'--max-length {max_length}: all held-out records are longer')
     kinds = {kind: float(np.mean(values)) for kind, values in sorted(hits.items())}
     accuracy = float(np.mean(sum(hits.values(), [])))
-    return dict(loss=float(np.mean(losses)), accuracy=accuracy, kinds=kinds)
+    return dict(loss=float(np.mean(losses)), accuracy=accuracy, kinds=kinds,
+                left_out=len(data) - len(losses))

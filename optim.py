@@ -127,3 +127,26 @@ def load_optimizers(optimizers, folder):
             AttributeError, pickle.UnpicklingError) as error:
         reason = str(error).split('\n')[0] or type(error).__name__
         raise InputError(f'{path} does not hold the optimizers of this run ({reason})') from error
+
+
+# -----------------------------------------------------------------------------
+# of a model that FSDP2 has sharded over processes
+
+def gather(model, optimizers):
+    """Of a sharded model, on the first process: its whole state, and its optimizers' states."""
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions, get_model_state_dict, get_optimizer_state_dict)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(model, options=options)  # first: it also ends the gathering of
+    states = [get_optimizer_state_dict(model, optimizer, options=options)  # the last forward pass
+              for optimizer in optimizers]
+    return state, states
+
+
+def load_sharded_optimizers(model, optimizers, folder):
+    """The optimizers' states that `gather` gave; every process takes its part of them."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+    states = torch.load(os.path.join(folder, 'optimizer.pt'), mmap=True, weights_only=True)
+    for optimizer, state in zip(optimizers, states, strict=True):
+        set_optimizer_state_dict(model, optimizer, state,
+                                 options=StateDictOptions(full_state_dict=True))

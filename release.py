@@ -14,6 +14,7 @@ import importlib.util
 import math
 import os
 import pickle
+import shutil
 import sys
 from types import ModuleType, SimpleNamespace
 from unittest import mock
@@ -22,11 +23,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from adapter import Adapter, SpatialVLM, load_spatial_vlm
+from adapter import (ENCODER, Adapter, SpatialVLM, load_spatial_vlm, merge_lora,
+                     save_spatial_vlm)
 from chat import load_vlm
 from common import InputError, find_checkpoint, load_strictly, read_weights, without_prefix
 from model import IMAGE_STATISTICS, cast_matrices
-from psfm import PSFM, PSFMConfig, load_psfm
+from psfm import PSFM, PSFMConfig, load_psfm, weights_of_run
 from vggt import VGGT, VGGTConfig
 
 # their names -> ours: of Spa3R, and of the adapter in a Spa3-VLM
@@ -257,6 +259,24 @@ def open_spatial_vlm(folder, max_pixels=None):
     settings = dict(vlm=folder, latents='psfm', encoder=folder, latent_width=latent_width,
                     num_frames=8)
     return SpatialVLM(vlm, adapter), chat, settings
+
+
+def export_spatial_vlm(folder, out):
+    """A fine-tuned VLM, ours or the release's, as a folder that needs no other: LoRA merged into
+    out/vlm, which transformers opens; the adapter; the encoder, where it is a file of ours."""
+    if os.path.exists(os.path.join(out, 'state.json')):
+        raise InputError(f'--out {out} is the checkpoint of a run: take another folder')
+    model, chat, settings = open_spatial_vlm(folder)
+    merge_lora(model.vlm)
+    settings = dict(settings, lora_rank=0)
+    os.makedirs(out, exist_ok=True)
+    if settings['latents'] not in ('none', 'oracle') and settings['encoder'] != folder:
+        shutil.copyfile(weights_of_run(settings['encoder']), os.path.join(out, ENCODER))
+        settings['encoder'] = ENCODER
+    save_spatial_vlm(model, chat, out, settings, with_vlm=True)
+    card = os.path.join(folder, 'README.md')
+    if os.path.isfile(card):
+        shutil.copyfile(card, os.path.join(out, 'README.md'))
 
 
 # -----------------------------------------------------------------------------

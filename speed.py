@@ -259,7 +259,7 @@ def vlm_cost(sizes, train, config, clock, dtype, is_cached=True, grid=(28, 36), 
         psfm = None if is_cached else build(config, dtype).to(device)
         z = torch.randn(1, config.num_latents, config.width)
         images = torch.rand(1, frames, *batch_shape(config, frames)[2:])
-    vlm.gradient_checkpointing_enable()
+    vlm.get_decoder().gradient_checkpointing_enable(dict(use_reentrant=False))
     spatial_vlm.trainable(train).to(device).train()
     one = [vlm_config.vision_start_token_id, *[vlm_config.image_token_id] * (h * w // 4),
            vlm_config.vision_end_token_id]

@@ -202,6 +202,24 @@ def test_special_tokens_in_a_text_are_text(opened):
             assert ids.count(token) == plain.count(token), name
 
 
+def test_pictures_in_an_answer_are_not_learned(opened):
+    _, chat = opened
+    encoded = chat.encode(talk('Show me two.', 'here <image> and <image> it is',
+                               images=[SQUARE, WIDE]))
+    assert chat.image_token_id not in encoded['labels']
+    text = learned(chat, encoded)
+    end = chat.tokenizer.decode([chat.end_of_turn])
+    known = set(chat.tokenizer.all_special_tokens) - {end}
+    assert not any(token in text for token in known if token != chat.tokenizer.unk_token)
+    assert text.endswith(end)
+
+
+def test_empty_texts(opened):
+    _, chat = opened
+    for item in (talk('', '3'), talk('<image>', '3', images=[SQUARE]), talk('x', '')):
+        assert chat.encode(item)['labels'].count(chat.end_of_turn) == 1
+
+
 def test_more_places_than_pictures(opened):
     with pytest.raises(InputError, match='2 <image> tokens for 1 images'):
         opened[1].encode(talk(f'<image><image>{COUNT}', '1', images=[SQUARE]))
@@ -289,6 +307,7 @@ def test_one_step_save_load_and_generate(opened, folder, tmp_path):
     assert math.isfinite(found[-1])
 
     settings = dict(vlm=folder, latents='psfm', encoder='')
+    vlm.generation_config.eos_token_id = None     # a folder need not name the end of a turn
     save_spatial_vlm(model, chat, str(tmp_path), settings, with_vlm=True)
     model, chat, _ = load_spatial_vlm(str(tmp_path))
     model.eval()
@@ -322,13 +341,32 @@ def test_finetune_from_end_to_end(family, tmp_path):
 @pytest.mark.parametrize('spoil,message', [
     (lambda folder: (folder / 'chat_template.json').unlink(), 'has no chat template'),
     (lambda folder: change(folder / 'config.json', model_type='idefics3'), 'knows Qwen2'),
+    (lambda folder: (folder / 'model.safetensors').write_bytes(b'1234567890'), 'no VLM at'),
+    (lambda folder: change_template(folder, "<end_of_utterance>\n", ''), 'nothing after an answer'),
+    (lambda folder: change_template(folder, "'<image>'", "'<image><image>'"), 'puts 2 <image> for 1'),
+    (lambda folder: change_template(folder, "'<image>'", "''"), 'puts 0 <image> for 1 images'),
+    (lambda folder: change_template(folder, '{% endfor %}', ''), 'cannot lay out a conversation'),
     (lambda folder: (folder / 'preprocessor_config.json').unlink(missing_ok=True) or (
         folder / 'processor_config.json').unlink(missing_ok=True), 'no VLM at')])
 def test_folders_that_are_not_whole(spoil, message, tmp_path):
     save_smolvlm(tmp_path)
     spoil(tmp_path)
     with pytest.raises(InputError, match=message):
+        _, chat = load_vlm(str(tmp_path))
+        chat.encode(talk('<image>what?', 'this', images=[SQUARE]))
+
+
+def test_a_tokenizer_of_another_family(tmp_path):
+    save_internvl(tmp_path)
+    (tmp_path / 'tokenizer_config.json').unlink()
+    with pytest.raises(InputError, match='its tokenizer is not that of a internvl|no chat template'):
         load_vlm(str(tmp_path))
+
+
+def change_template(folder, old, new):
+    assert old in SMOLVLM_TEMPLATE
+    template = json.dumps(dict(chat_template=SMOLVLM_TEMPLATE.replace(old, new)))
+    (folder / 'chat_template.json').write_text(template)
 
 
 def change(path, **values):

@@ -9,7 +9,10 @@ import pytest
 import torch
 
 import common
-from common import find_checkpoint, read_json, write_checkpoint
+from common import InputError, fetch, find_checkpoint, is_hub_id, read_json, write_checkpoint
+from eval import load_answerer
+from psfm import load_psfm
+from tiny import save_tiny_vlm
 from optim import learning_rate, make_optimizers, Muon, orthogonalise, set_rates
 from psfm import build_psfm
 from train import Config
@@ -158,3 +161,47 @@ def test_no_two_kills_lose_the_last_whole_checkpoint(tmp_path, monkeypatch):
         assert write(run, 4)
         assert step_of(run) == 4
     assert pairs > 400
+
+
+# -----------------------------------------------------------------------------
+# the hub
+
+@pytest.mark.parametrize('name,is_one', [
+    ('user/name', True), ('Qwen/Qwen2.5-VL-3B-Instruct', True), ('out/small', False),
+    ('weights/mini_vlm', False), ('./user/name', False), ('/user', False), ('~/name', False),
+    ('name', False), ('a/b/c', False), ('user/name.safetensors', False), ('photos/', False)])
+def test_what_may_be_a_name_on_the_hub(name, is_one):
+    assert is_hub_id(name) == is_one
+
+
+def test_runs_from_the_hub(tmp_path, monkeypatch):
+    """A file of an encoder, and a folder of a VLM, by their names alone."""
+    asked = []
+    folder = save_tiny_vlm(tmp_path / 'vlm')
+
+    def one_file(name, file, repo_type):
+        asked.append((name, file, repo_type))
+        return os.path.abspath('weights/psfm_small.safetensors')
+
+    def whole(name, repo_type):
+        asked.append((name, repo_type))
+        return folder
+
+    monkeypatch.setattr('huggingface_hub.hf_hub_download', one_file)
+    monkeypatch.setattr('huggingface_hub.snapshot_download', whole)
+    psfm, _ = load_psfm('user/encoder')
+    assert len(psfm.encoder.queries) == 32
+    (model, _, latents), settings = load_answerer('user/vlm', 'cpu')
+    assert settings['latents'] == 'none' and latents is None
+    assert fetch('user/data', kind='dataset') == folder
+    assert asked == [('user/encoder', 'model.safetensors', 'model'), ('user/vlm', 'model'),
+                     ('user/data', 'dataset')]
+
+    def fails(*_, **__):
+        raise ConnectionError('no network\nand more')
+
+    monkeypatch.setattr('huggingface_hub.hf_hub_download', fails)
+    with pytest.raises(InputError, match=r"user/gone is neither .* \(ConnectionError: no network\)"):
+        load_psfm('user/gone')
+    with pytest.raises(InputError, match='no checkpoint in out/gone: train first'):
+        load_psfm('out/gone')

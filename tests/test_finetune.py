@@ -3,6 +3,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 
@@ -190,6 +191,11 @@ def test_lora(vlm, cached, tmp_path):
     assert found['lora_rank'] == 0
     assert not any('lora_' in name for name, _ in merged.named_parameters())
     assert torch.allclose(merged.eval()(**batch).logits, expected, atol=1e-4)
+    assert os.path.samefile(os.path.dirname(found['encoder']), plain)  # it has its own
+    (_, _, latents), _ = load_answerer(plain, 'cpu')
+    assert latents.width == 128
+    with pytest.raises(InputError, match='is the checkpoint of a run'):
+        evaluation.main(['export', '--run', changed, '--out', str(tmp_path / 'run/checkpoint')])
     whole = AutoModelForImageTextToText.from_pretrained(os.path.join(plain, 'vlm'))
     assert torch.allclose(whole.eval()(**batch).logits, expected, atol=1e-4)
     assert not torch.allclose(load_vlm(vlm)[0].eval()(**batch).logits, expected, atol=1e-2)
@@ -216,6 +222,35 @@ def test_what_is_trained_is_fp32_and_what_is_frozen_need_not_be(vlm, cached, tmp
     answer_loss(outputs.logits, labels).backward()
     moved = [p.grad.abs().max() for p in model.parameters() if p.grad is not None]
     assert moved and all(map(math.isfinite, moved)) and max(moved) > 0
+
+
+def test_checkpointing_leaves_the_frozen_vision_tower_alone(vlm, cached, tmp_path):
+    _, config = finetune.parse_config(options(vlm, tmp_path, *cached))
+    model, chat, latents = finetune.build_model(config)
+    model.trainable('adapter+llm').train()
+    model.vlm.get_decoder().gradient_checkpointing_enable(dict(use_reentrant=False))
+    data = RoomQuestions('train', 0, 4)
+    batch, items = Encoded(data, chat, dataclasses.replace(config, map_steps=0))[0]
+    batch = to_device(batch, model.vlm, 'cpu')
+    labels = batch.pop('labels')
+    seen = []
+    model.vlm.model.visual.register_forward_hook(lambda _, __, out: seen.append(out.pooler_output))
+    z = latents([item['images'] for item in items])
+    answer_loss(model(latents=z, use_cache=False, **batch).logits, labels).backward()
+    assert not seen[0].requires_grad
+    assert all(p.grad is not None for p in model.adapter.parameters())
+
+
+def test_an_older_run_that_lacks_an_option_goes_on(vlm, cached, tmp_path):
+    more = [*cached, '--ground-steps', '0', '--map-steps', '0']
+    finetune.main(options(vlm, tmp_path, *more, '--steps', '1'))
+    path = tmp_path / 'run' / 'checkpoint' / 'state.json'
+    state = json.loads(path.read_text())
+    del state['config']['max_length']
+    path.write_text(json.dumps(state))
+    with pytest.raises(InputError, match='max_length 0 there, 9 here'):
+        finetune.main(options(vlm, tmp_path, *more, '--max-length', '9', '--resume'))
+    finetune.main(options(vlm, tmp_path, *more, '--resume'))
 
 
 def test_the_first_steps_hold_maps_alone(vlm):
@@ -282,12 +317,18 @@ def test_records_that_are_too_long(vlm, media, capsys):
     media.joinpath('b.jsonl').write_text('\n'.join(map(json.dumps, records)))
     arguments = ['--data', str(media / 'b.jsonl'), '--media', str(media), '--steps', '3']
     finetune.main(options(vlm, media, *arguments, '--max-length', '100'))
-    assert 'tokens, --max-length 100; the next one stands in for it' in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert re.search(r'b.jsonl, record [24]: \d+ tokens, --max-length 100; the next one', said)
+    assert 'too long' in said
     card = (media / 'run' / 'checkpoint' / 'README.md').read_text()
     assert 'weights/psfm_small.safetensors` (MIT)' in card and 'held-out loss' in card
     assert 'frozen backbone | `weights/mini_vggt.safetensors` (MIT)' in card
-    with pytest.raises(InputError, match='--max-length 10: all records are longer, the last one'):
+    with pytest.raises(InputError, match='--max-length 10: all held-out records are longer'):
         finetune.main(options(vlm, media / 'b', *arguments, '--max-length', '10'))
+    assert not (media / 'b' / 'run').exists()             # said before anything is trained
+    _, config = finetune.parse_config(options(vlm, media, *arguments, '--max-length', '10'))
+    with pytest.raises(InputError, match='--max-length 10: all records are longer, the last one'):
+        Encoded(finetune.make_data(config)[0], load_vlm(vlm)[1], config)[0]
 
 
 def test_a_file_that_has_grown_is_not_resumed(vlm, media):
