@@ -10,15 +10,17 @@ shown a few pictures of it believes is there.
 The page is page.html. It asks for /room, /view and /ask, which walk.py computes, and fetches
 nothing from elsewhere.
 """
+import itertools
 import json
 import math
 import os
 import sys
 import threading
 import traceback
-from collections import OrderedDict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qsl, urlsplit
+
+from tqdm import tqdm
 
 from common import InputError, Parser, find_file, number, pick_device, run_script
 from draw import PAINT, rgb
@@ -27,7 +29,7 @@ from measure import knows_rooms
 from media import even_frames, find_scenes_or_say_why, open_picture, read_video
 from psfm import load_psfm
 from rooms import CLASSES
-from walk import NUM_ROOMS, WHOSE, PhotoWorld, RoomWorld
+from walk import NUM_ROOMS, PhotoWorld, RoomWorld
 
 
 # -----------------------------------------------------------------------------
@@ -42,7 +44,7 @@ def parameters_of(world):
                   pitch=(float, -1.5, 1.5))
     return {'/room': room if world.kind == 'rooms' else {**room, **context},
             '/view': dict(room, **context, **camera, off=(tuple, 0, world.num_latents - 1),
-                          whose=(str, *WHOSE)),
+                          whose=(str, *world.whose)),
             '/ask': dict(room, question=(int, -1, 1000))}
 
 
@@ -69,7 +71,7 @@ def read_parameter(name, text, kind, *allowed):
 def read_parameters(query, wanted):
     """The part of an address after the ? -> keyword arguments. InputError says what is wrong."""
     given = dict(parse_qsl(query, keep_blank_values=True))
-    strange = given.keys() - wanted.keys() - {'client', 'turn'}
+    strange = given.keys() - wanted.keys()
     missing = wanted.keys() - given.keys()
     if strange or missing:
         raise InputError(f'parameters missing: {", ".join(sorted(missing)) or "none"}; '
@@ -77,41 +79,29 @@ def read_parameters(query, wanted):
     return {name: read_parameter(name, given[name], *check) for name, check in wanted.items()}
 
 
-class Overtaken(Exception):
-    """A newer request of the same page has arrived."""
-
-
 class Page:
-    """Answers requests one after the other; those that were overtaken are dropped."""
+    """Answers requests, one after the other. (A page never has two /view under way: what was
+    overtaken is never asked for.)"""
 
     def __init__(self, world):
         self.world, self.checks = world, parameters_of(world)
         self.lock = threading.Lock()
-        self.newest = OrderedDict()   # page -> its newest turn
         self.html = page_with(self.start())
 
     def start(self):
         """What the page must know from the beginning."""
         world = self.world
         colours = {name: rgb(colour) for name, colour in zip(CLASSES, PAINT)}
+        trained = [int(n * (1 - world.psfm.mask_ratio)) for n in
+                   (world.config.min_views, world.config.max_views)]
         return dict(kind=world.kind, rooms=NUM_ROOMS, views=world.views, latents=world.num_latents,
-                    width=world.width, colours=colours, asks=bool(world.answerer),
-                    trained=[int(n * (1 - world.psfm.mask_ratio)) for n in
-                             (world.config.min_views, world.config.max_views)])
+                    width=world.width, whose=world.whose, colours=colours, trained=trained,
+                    asks=bool(world.answerer), knows_photos=world.config.data != 'rooms')
 
     def answer(self, path, query):
-        """-> what the world says. Raises InputError, Overtaken."""
+        """-> what the world says. InputError if it was asked wrongly."""
         values = read_parameters(query, self.checks[path])
-        given = dict(parse_qsl(query))
-        client, turn = given.get('client', '')[:40], given.get('turn', '0')
-        turn = int(turn) if turn.isdecimal() and len(turn) < 16 else 0
-        if path == '/view' and client:
-            self.newest[client] = max(turn, self.newest.pop(client, 0))
-            while len(self.newest) > 100:
-                self.newest.popitem(last=False)
         with self.lock:
-            if path == '/view' and self.newest.get(client, 0) > turn:
-                raise Overtaken
             return getattr(self.world, path[1:])(**values)
 
 
@@ -141,8 +131,11 @@ def make_handler(page, hosts):
             self.wfile.write(body)
 
         def do_GET(self):
-            address = urlsplit(self.path)
-            name = self.headers.get('Host', '').rsplit(':', 1)[0]
+            name = self.headers.get('Host', '').rsplit(':', 1)[0].lower()
+            try:
+                address = urlsplit(self.path)
+            except ValueError:
+                return self.reply(400, 'this is no address')
             if hosts is not None and name not in hosts:
                 self.reply(403, f'this page is at {" or ".join(hosts)}')
             elif address.path == '/':
@@ -158,10 +151,8 @@ def make_handler(page, hosts):
                 self.reply(200, json.dumps(answer), 'application/json')
             except InputError as error:
                 self.reply(400, str(error))
-            except Overtaken:
-                self.reply(409, 'overtaken by a newer request')
             except OSError:           # nobody is waiting any more
-                self.close_connection = True
+                pass
             except Exception:         # our fault: said here, and the server goes on
                 traceback.print_exc()
                 self.reply(500, 'this request failed; the server says why')
@@ -177,21 +168,19 @@ def make_handler(page, hosts):
 
 def export(page, path, room=5, context=(0, 2, 4, 6), places=5, turns=12):
     """Writes the page with a grid of views of one room: places x places x turns, for every z."""
+    open(path, 'w').close()           # if it cannot be written, now and not in minutes
     world = page.world
     shown = world.room(room)
     grid = [[side * ((i + 0.5) / places - 0.5) for i in range(places)] for side in shown['sides']]
     views = {}
-    for whose in WHOSE:
-        for i, x in enumerate(grid[0]):
-            for j, y in enumerate(grid[1]):
-                for k in range(turns):
-                    view = world.view(room, context, x, y, 2 * math.pi * k / turns, -0.25,
-                                      whose=whose)
-                    if whose != 'own':  # what is true is there once
-                        view = dict(r2=view['r2'], tiles={
-                            name: tile for name, tile in view['tiles'].items()
-                            if 'predicted' in name})
-                    views[f'{whose} {i} {j} {k}'] = view
+    every = itertools.product(world.whose, range(places), range(places), range(turns))
+    for whose, i, j, k in tqdm(list(every), 'looking', leave=False, disable=None):
+        yaw = 2 * math.pi * k / turns
+        view = world.view(room, context, grid[0][i], grid[1][j], yaw, -0.25, whose=whose)
+        if whose != 'own':            # what is true is there once
+            tiles = {name: tile for name, tile in view['tiles'].items() if 'predicted' in name}
+            view = dict(r2=view['r2'], tiles=tiles)
+        views[f'{whose} {i} {j} {k}'] = view
     walk = dict(room=shown, context=context, x=grid[0], y=grid[1], turns=turns, views=views)
     with open(path, 'w', encoding='utf-8') as file:
         file.write(page_with(page.start(), walk))
@@ -205,6 +194,8 @@ def make_world(args, device):
     if config.num_latents == 0:
         raise InputError(f'{args.run} has no latents (--num-latents 0): there is nothing to see')
     if args.images or args.video:
+        if args.vlm or (args.images and args.video):
+            raise InputError('--images, --video and --vlm (which knows rooms): one of them')
         if args.images:
             paths = next(iter(find_scenes_or_say_why(args.images).scenes.values()))
             paths = [paths[i] for i in even_frames(len(paths), args.views)]
@@ -254,12 +245,13 @@ def main(argv=None):
     if not is_local:
         print(f'warning: --host {args.host} shows this page to everyone who can reach this '
               'machine', file=sys.stderr)
-    print(f'http://{args.host}:{server.server_port}/ (Ctrl-C ends)', flush=True)
-    with server:
-        try:
+    try:
+        with server:
+            print(f'http://{args.host}:{server.server_port}/ (Ctrl-C ends)', flush=True)
             server.serve_forever()
-        except KeyboardInterrupt:
-            print()
+    except KeyboardInterrupt:
+        page.lock.acquire(timeout=10)  # torch does not like to be left in the middle
+        print()
 
 
 if __name__ == '__main__':

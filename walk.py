@@ -22,7 +22,7 @@ from adapter import Reading
 from common import InputError, autocast_on
 from data import CELL, RoomPool
 from draw import PAINT, color_basis, nearest_view, rgb, to_colors, to_grey
-from measure import read_map, score_answer
+from measure import read_map
 from model import invert_pose, take_views
 from psfm import fit_pictures
 from questions import RoomQuestions, as_prompt, corners
@@ -30,7 +30,6 @@ from rooms import (CATEGORIES, EYE_HEIGHT, SCENE_UNIT, STRUCTURE, Rooms, cameras
                    make_intrinsics, render, scene_extrinsics, surface_classes)
 
 NUM_ROOMS = 96                      # held-out rooms to walk through
-WHOSE = 'own', 'other', 'average'   # latents of this room, of the next one, of many rooms
 
 
 # -----------------------------------------------------------------------------
@@ -81,18 +80,19 @@ def attention_to_latents(psfm, decode):
 
 
 class World:
-    """Scenes to walk through, with a trained field. Subclasses say where pictures and truth are
-    from: `look` and `view`."""
+    """Scenes to walk through, with a trained field. A subclass has `kind`, `views` (how many
+    pictures), `whose` (latents one can take), `average` latents (1, Q, D), `room` and `view`."""
+    answerer = None
 
     def __init__(self, psfm, config):
         self.psfm, self.config = psfm, config
         self.device = psfm.geo_mean.device
         self.num_latents, self.width = psfm.encoder.queries.shape
 
-    def change(self, z, average, off):
-        """z (1, Q, D) with the rows `off` replaced by the average latents'."""
+    def forget(self, z, off):
+        """z (1, Q, D) with the rows `off` replaced by those of the average latents."""
         z = z.clone()
-        z[:, list(off)] = average[:, list(off)]
+        z[:, list(off)] = self.average[:, list(off)]
         return z
 
     def r2(self, predicted, features):
@@ -112,6 +112,7 @@ class RoomWorld(World):
     """Held-out rooms, where everything is known."""
     kind = 'rooms'
     views = RoomPool.VIEWS
+    whose = 'own', 'other', 'average'  # latents of this room, of the next one, of many rooms
 
     def __init__(self, psfm, config, answerer=None):
         super().__init__(psfm, config)
@@ -147,35 +148,37 @@ class RoomWorld(World):
                   for k in rooms.present[0].nonzero()[:, 0].tolist()]
         eyes = invert_pose(extrinsics)[..., 3].tolist()
         ahead = extrinsics[:, 2].tolist()
-        cameras = [dict(x=x, y=y, yaw=math.atan2(dy, dx), pitch=math.asin(dz))
-                   for (x, y, _), (dx, dy, dz, _) in zip(eyes, ahead)]
+        cameras = [dict(x=x, y=y, yaw=math.atan2(dy, dx))
+                   for (x, y, _), (dx, dy, *_) in zip(eyes, ahead)]
         asked = []
         if self.answerer:
-            asked = [dict(text=record['question'], options=record['options'] or [],
-                          kind=record['question_type'], truth=record['ground_truth'])
+            asked = [dict(text=record['question'], options=record['options'] or [])
                      for record in self.questions.questions[room]]
         return dict(sides=rooms.size[0, :2].tolist(), pieces=pieces, cameras=cameras,
                     pictures=[to_picture(image) for image in images], questions=asked)
 
     @functools.lru_cache(maxsize=64)
+    @torch.no_grad()
     def look(self, room, context):
-        """What is made of the context pictures once. -> z, their patch tokens, a basis for colours
-        """
-        images = self.one(room)[1][None]
-        seen = images[:, list(context)]
-        patches, _ = self.psfm.backbone.embed(seen)
-        return self.psfm.latents(seen), patches, color_basis(self.psfm.backbone(images).features)
+        """What is made once of the context pictures. -> z, their patch tokens"""
+        seen = self.one(room)[1][None, list(context)]
+        return self.psfm.latents(seen), self.psfm.backbone.embed(seen)[0]
+
+    @functools.lru_cache(maxsize=64)
+    @torch.no_grad()
+    def basis(self, room):
+        """For the colours of features: the same from every camera of a room."""
+        return color_basis(self.psfm.backbone(self.one(room)[1][None]).features)
 
     @torch.no_grad()
     def view(self, room, context, x, y, yaw, pitch, off=(), whose='own'):
         """All that is seen from one camera: metres and radians in the frame of the plan."""
         rooms, _, walk = self.one(room)
-        z, patches, basis = self.look(room, context)
+        z, patches = self.look(room, context)
         if whose == 'other':
             z = self.look((room + 1) % NUM_ROOMS, context)[0]
-        if whose == 'average':
-            z = self.average
-        z = self.change(z, self.average, off)
+        z = self.average if whose == 'average' else self.forget(z, off)
+        basis = self.basis(room)
 
         # the truth, ray-traced: a picture, and what its cells show
         position = torch.tensor([[[x, y, sum(EYE_HEIGHT) / 2]]])
@@ -208,7 +211,8 @@ class RoomWorld(World):
                    'depth predicted': as_tile(to_grey(1 - read[0, 0] / far)),
                    'categories': as_tile(paint[classes]),
                    'categories predicted': as_tile(paint[logits[0, 0].argmax(-1)])},
-            attention=as_bytes(shares / shares.max()), grid=grid, far=SCENE_UNIT * far.item(), unit='m',
+            attention=as_bytes(shares / shares.amax(-1, keepdim=True)), grid=grid,
+            far=SCENE_UNIT * far.item(),
             r2=self.r2(predicted[0], features), r2_camera=self.r2(predicted[1], features))
 
     @torch.no_grad()
@@ -229,8 +233,7 @@ class RoomWorld(World):
             raise InputError(f'question {question}: this room has {len(records)}')
         record = records[question]
         answer = reading.answer([(0, as_prompt(record))], 16)[0]
-        return dict(truth=record['ground_truth'], answer=answer,
-                    score=score_answer(record, answer))
+        return dict(truth=record['ground_truth'], answer=answer)
 
 
 def level_camera(x, height, y, yaw, pitch):
@@ -248,7 +251,7 @@ class PhotoWorld(World):
     """One scene of photographs. Its cameras are the backbone's predictions; there is no truth but
     the pictures."""
     kind = 'photographs'
-    answerer = None
+    whose = 'own', 'average'
 
     def __init__(self, psfm, config, pictures):
         super().__init__(psfm, config)
@@ -284,8 +287,8 @@ class PhotoWorld(World):
         _, views, _, _ = self.look(context)
         eyes = invert_pose(views.extrinsics[0])[..., 3].tolist()
         ahead = views.extrinsics[0, :, 2].tolist()
-        cameras = [dict(x=x, y=z, yaw=math.atan2(dz, dx), pitch=-math.asin(max(-1, min(1, dy))))
-                   for (x, _, z), (dx, dy, dz, _) in zip(eyes, ahead)]
+        cameras = [dict(x=x, y=z, yaw=math.atan2(dz, dx))
+                   for (x, _, z), (dx, _, dz, _) in zip(eyes, ahead)]
         return dict(cameras=cameras, pieces=[], questions=[],
                     pictures=[to_picture(image) for image in self.images[0]])
 
@@ -293,7 +296,7 @@ class PhotoWorld(World):
     def view(self, room, context, x, y, yaw, pitch, off=(), whose='own'):
         """The field where nobody stood, beside the nearest picture. x, y: right and ahead."""
         z, views, depth, basis = self.look(context)
-        z = self.change(z, self.average, off if whose == 'own' else range(self.num_latents))
+        z = self.average if whose == 'average' else self.forget(z, off)
         height = invert_pose(views.extrinsics[0])[:, 1, 3].mean().item()
         camera = level_camera(x, height, y, yaw, pitch).to(self.device)
         size = self.images.shape[-2:]
@@ -308,5 +311,5 @@ class PhotoWorld(World):
                                         views.grid)[0, 0]
             tiles['depth'] = as_tile(to_grey(1 - (depth[near] / far).unflatten(-1, views.grid)))
             tiles['depth predicted'] = as_tile(to_grey(1 - (read / far).unflatten(-1, views.grid)))
-        return dict(picture=to_picture(self.images[0, near]), near=near, tiles=tiles,
-                    attention=as_bytes(shares / shares.max()), grid=views.grid)
+        return dict(picture=to_picture(self.images[0, near]), tiles=tiles, grid=views.grid,
+                    attention=as_bytes(shares / shares.amax(-1, keepdim=True)))
