@@ -263,6 +263,17 @@ def make_source(config, split, multiple, device='cpu', rank=0, world_size=1, say
                        (config.min_gap, config.max_gap), rank if split == 'train' else 0, say, kept)
 
 
+def make_sources(config, multiple, device, all_held_out=False):
+    """What a run is measured on -> its training and its held-out source; with `all_held_out`, of
+    photographs, all scenes for both: none of them was trained on."""
+    kept = getattr(config, 'kept', None)    # weights may be older than this setting
+    splits = 'train', 'val'
+    if all_held_out:
+        names = list(find_scenes_or_say_why(config.data).scenes)
+        kept, splits = names if len(names) > 1 else [], ('val', 'val')
+    return [make_source(config, split, multiple, device, kept=kept) for split in splits]
+
+
 def stamp_of(path):
     try:
         return read_weights(path)[1].get('stamp')

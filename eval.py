@@ -3,6 +3,7 @@ What has been learned? One command for each question.
 
     python eval.py field --run out/small            # metrics and field.png of a run, anew
     python eval.py field --run out/small --path     # ... and path.gif: where no picture was taken
+    python eval.py field --data scenes/             # ... on scenes of another world
     python eval.py probe                            # what does z know of the room?
     python eval.py runs out/*                       # several runs side by side
     python eval.py encode photos/ --run out/photos  # a file of latents and cameras for each scene
@@ -32,7 +33,7 @@ from chat import as_text, load_vlm
 from common import (InputError, Parser, autocast_on, check_same, fetch, find_checkpoint, find_file,
                     is_hub_id, number, pick_device, pick_dtype, read_json, run_script,
                     step_generator, write_json)
-from data import RoomPool, encode_scenes, make_source
+from data import RoomPool, encode_scenes, make_sources
 from draw import draw_field, draw_film, draw_walk
 from measure import answer_rooms, evaluate_field, field_table, rooms_table
 from media import open_picture, read_video
@@ -70,10 +71,12 @@ def field(args):
         raise InputError(f'--path: the backbone of {args.run}, {config.backbone}, has no head that '
                          'reads depth off predicted features; in rooms it takes the mini VGGT')
     out = folder_beside(args.run)
-    multiple = psfm.backbone.config.patch_size
-    kept = getattr(config, 'kept', None)    # weights may be older than this setting
-    train_source, held_out = [make_source(config, split, multiple, device, kept=kept)
-                              for split in ('train', 'val')]
+    if args.data:                           # another world
+        config.data, config.cameras = args.data, 'predicted'
+        out = os.path.join(out, os.path.basename(os.path.abspath(args.data)))
+        os.makedirs(out, exist_ok=True)
+    train_source, held_out = make_sources(config, psfm.backbone.config.patch_size, device,
+                                          all_held_out=bool(args.data))
     autocast = autocast_on(device, torch.float32)
     step = config.steps * config.accumulate
     metrics = evaluate_field(psfm, train_source, held_out, step, config, autocast)
@@ -416,6 +419,7 @@ def make_parser():
 
     c = command(field, 'measures and draws a trained field')
     c.add_argument('--run', default='out/small', help='a run, or a file (default: out/small)')
+    c.add_argument('--data', default='', help='other scenes than those of the run: a folder')
     c.add_argument('--path', action='store_true', help='also films it where no picture was taken: path.gif')
 
     c = command(probe, 'reads facts of held-out rooms off the latents')

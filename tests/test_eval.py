@@ -16,7 +16,7 @@ import train
 from adapter import Adapter
 from common import InputError
 from data import RoomPool
-from eval import load_answerer, main
+from eval import SHIPPED, load_answerer, main
 from probe import FACTS, PROBED
 from psfm import fit_pictures, load_psfm
 from questions import RoomQuestions
@@ -81,6 +81,18 @@ def test_a_film_of_the_field(tiny):
     on_cpu('field', '--run', tiny, '--path')
     with Image.open(Path(tiny, 'path.gif')) as film:
         assert film.n_frames == 36
+
+
+def test_another_world(tmp_path, capsys):
+    """The shipped encoder on scenes of a renderer that is not ours."""
+    folder = ROOT / 'tests' / 'other_world'
+    on_cpu('field', '--run', str(ROOT / SHIPPED), '--data', str(folder))
+    said = capsys.readouterr().out
+    assert 'held out: 2 scenes' in said or 'fourrooms_000, roomobjects_001' in said
+    metrics = json.loads(Path('out/psfm_small/other_world/metrics.json').read_text())
+    r2 = {name: value['r2'] for name, value in metrics.items()}
+    assert r2['psfm'] > r2['camera'] + 0.05 > r2['shuffled'] + 0.05
+    assert r2['context'] > r2['psfm'] > 0.3
 
 
 def test_a_film_among_photographs(tmp_path):
