@@ -195,7 +195,8 @@ class RoomWorld(World):
         # with the average z, knowing the camera alone
         backbone = self.psfm.backbone
         own, grid = backbone.embed(image.float() / 255)
-        tokens = backbone.mix(torch.cat([patches, own], 1), grid, len(context), (-1,))[-1]
+        num_context = len(context) if self.psfm.context == 'asymmetric' else None
+        tokens = backbone.mix(torch.cat([patches, own], 1), grid, num_context, (-1,))[-1]
         features = backbone.features(tokens)[0, -1]
         extrinsics = scene_extrinsics(torch.cat([walk[None, context[:1]], camera], 1))[0, 1]
         predicted, shares = self.decode(torch.cat([z, self.average]), extrinsics,
