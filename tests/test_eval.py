@@ -244,7 +244,8 @@ def test_ablate(vlm, tmp_path, capsys):
     main(arguments)
     shown = capsys.readouterr().out
     for words in ('without looking', 'commonest answer', 'best constant answer', 'psfm, 1 seed',
-                  'psfm, shuffled, 1 seed', 'none, 1 seed', 'psfm minus none', '2 runs of'):
+                  'psfm, shuffled, 1 seed', 'none, 1 seed', 'psfm minus none', 'tokens of 128 numbers',
+                  'none: 0.'):
         assert words in shown
 
     # finished runs are kept
