@@ -205,6 +205,10 @@ class Backbone(nn.Module):
         return output[:, :, 0].exp(), 1 + output[:, :, 1].exp()
 
     @property
+    def has_depth(self):
+        return bool({'depth', 'cells'} & set(self.config.heads))
+
+    @property
     def depth_layers(self):
         """The layers that `patch_depth` needs beside the last one."""
         return self.config.dpt_layers if 'depth' in self.config.heads else ()

@@ -26,7 +26,7 @@ EDGE = '\ue002'       # before and after what stands for a picture
 
 class Family(NamedTuple):
     """A kind of VLMs: classes of transformers, and what their names do not tell."""
-    image_processor: str   # module and class; in PIL's form, which needs no torchvision
+    image_processor: tuple  # module and class; in PIL's form, which needs no torchvision
     processor: str         # whose replace_image_token tells what stands for a picture
     system: str = ''       # the system prompt
     length: str = ''       # the processor's argument for the number of tokens of a tile
@@ -37,7 +37,7 @@ ASSISTANT = 'You are a helpful assistant.'
 FAMILIES = {  # by the model_type in config.json
     'qwen2_vl': Family(QWEN, 'Qwen2VLProcessor', ASSISTANT),
     'qwen2_5_vl': Family(QWEN, 'Qwen2_5_VLProcessor', ASSISTANT),
-    'qwen3_vl': Family(QWEN, 'Qwen3VLProcessor', ASSISTANT),
+    'qwen3_vl': Family(QWEN, 'Qwen3VLProcessor'),
     'internvl': Family(('got_ocr2', 'GotOcr2ImageProcessorPil'), 'InternVLProcessor',
                        length='image_seq_length'),
     # SmolVLM lays pictures out as Idefics 3 does; its own class asks for num2words, for videos

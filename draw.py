@@ -402,23 +402,23 @@ def draw_walk(psfm, source, config, autocast, path, tile=150):
     images = source.batch(0, 1, num_views)['images'].to(psfm.geo_mean.device)  # in their order
     mask = torch.arange(images.shape[1], device=images.device)[None] % 2 == 1
     with autocast:
-        has_depth = psfm.depth_probe is not None
-        context, views, depth = psfm.observe(images, mask, int((~mask).sum()), has_depth)
+        context, views, depth = psfm.observe(images, mask, int((~mask).sum()),
+                                             psfm.backbone.has_depth)
         z = psfm.encode(context, views.grid)
         cameras = path_through(views.extrinsics[0], FILM_FRAMES)
         intrinsics = views.intrinsics.mean(1, keepdim=True).expand(-1, FILM_FRAMES, -1, -1)
         ask = z, cameras[None], intrinsics, images.shape[-2:], views.grid
         predicted = psfm.decode(*ask)[0]
-        read = psfm.read_depth(*ask) if has_depth else None
+        read = psfm.read_depth(*ask) if psfm.depth_probe is not None else None
     nearest = [nearest_view(views.extrinsics[0], camera) for camera in cameras]
     basis = color_basis(views.features)
     columns = {'nearest picture': images[0, nearest].permute(0, 2, 3, 1),
                'features seen there': to_colors(views.features[0, nearest], basis, views.grid),
                'predicted on the way': to_colors(predicted, basis, views.grid)}
-    if has_depth:
-        depth, read = [x[0].unflatten(-1, views.grid) / depth.max() for x in (depth, read)]
-        columns['depth seen there'] = to_grey(1 - depth[nearest])
-        columns['read off the field'] = to_grey(1 - read)
+    for title, x in (('depth seen there', depth), ('read off the field', read)):
+        if x is not None:
+            x = x[0, nearest] if x is depth else x[0]
+            columns[title] = to_grey(1 - x.unflatten(-1, views.grid) / depth.max())
 
     height = tile * images.shape[-2] // images.shape[-1]
     top = 22

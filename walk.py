@@ -274,7 +274,7 @@ class PhotoWorld(World):
         order = [*context, *(i for i in range(self.views) if i not in context)]
         order = torch.tensor(order, device=self.device)[None]
         mask = torch.arange(self.views, device=self.device)[None] >= len(context)
-        has_depth = self.psfm.depth_probe is not None
+        has_depth = self.psfm.backbone.has_depth
         allowed, views, depth = self.psfm.observe(take_views(self.images, order), mask,
                                                   len(context), has_depth)
         back = order.argsort(1)
@@ -308,9 +308,10 @@ class PhotoWorld(World):
                  'predicted': as_tile(to_colors(predicted[0], basis, views.grid))}
         if depth is not None:
             far = depth.max()
+            tiles['depth'] = as_tile(to_grey(1 - (depth[near] / far).unflatten(-1, views.grid)))
+        if self.psfm.depth_probe is not None:
             read = self.psfm.read_depth(z, camera[None, None], intrinsics[None, None], size,
                                         views.grid)[0, 0]
-            tiles['depth'] = as_tile(to_grey(1 - (depth[near] / far).unflatten(-1, views.grid)))
             tiles['depth predicted'] = as_tile(to_grey(1 - (read / far).unflatten(-1, views.grid)))
         return dict(picture=to_picture(self.images[0, near]), tiles=tiles, grid=views.grid,
                     attention=as_bytes(shares / shares.amax(-1, keepdim=True)))
