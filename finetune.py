@@ -280,9 +280,29 @@ def absolute(path):
     return os.path.abspath(path) if os.path.exists(path) and not is_shipped else path
 
 
+def evaluate(asked, data, config, autocast, is_main, sharded):
+    """asked: (SpatialVLM, Chat, SceneLatents, held-out data). -> metrics, a line about them"""
+    if config.data != 'rooms' or sharded:  # a sharded model does not generate
+        metrics = held_out_loss(*asked, autocast, config.max_length)
+        return metrics, (f'held-out loss {metrics["loss"]:.4f}, answers right '
+                         f'{metrics["accuracy"]:.3f}, too long {metrics["left_out"]}')
+    if not is_main:
+        return {}, ''
+    metrics = answer_rooms(*asked, data, autocast)
+    return metrics, rooms_line(metrics)
+
+
+def card_of(config, latents, step, line):
+    """The rows of the model card. `line`: what was measured."""
+    backbone = latents.backbone if latents else ''  # the true list has none either
+    return {'VLM': with_licence(config.vlm), 'trained': config.train, 'latents': config.latents,
+            'encoder': with_licence(config.encoder) if backbone else '',
+            'frozen backbone': with_licence(backbone),
+            'trained on': f'{config.data}, {step} steps', 'held out': line}
+
+
 def save(model, chat, optimizers, step, config, dtype, metrics, card, is_main, sharded):
-    """<out>/checkpoint: what eval.py loads (save_spatial_vlm), and what --resume needs.
-    `card`: the rows of the model card."""
+    """<out>/checkpoint: what eval.py loads (save_spatial_vlm), and what --resume needs."""
     state = None
     if sharded:                                     # every process takes part
         state, optimizers = gather(model, optimizers)
@@ -440,26 +460,13 @@ def train(name, config, data=None, held_out=None):
 
         # evaluate and save
         if is_evaluated:
-            line = ''
-            if config.data == 'rooms' and not sharded:  # a sharded model does not generate
-                metrics = {}
-                if is_main:
-                    metrics = answer_rooms(model, chat, latents, held_out, data, autocast)
-                    line = rooms_line(metrics)
-            else:
-                metrics = held_out_loss(model, chat, latents, held_out, autocast,
-                                        config.max_length)
-                line = (f'held-out loss {metrics["loss"]:.4f}, answers right '
-                        f'{metrics["accuracy"]:.3f}, too long {metrics["left_out"]}')
+            metrics, line = evaluate((model, chat, latents, held_out), data, config, autocast,
+                                     is_main, sharded)
             say(f'step {done:05d}/{config.steps:05d} | {line}')
             brief = {key: value for key, value in metrics.items() if key not in ('scores', 'maps')}
             brief.update(seconds=time.time() - began, data=stamp)
             log.write(json.dumps(dict(step=done, metrics=brief)) + '\n')
-            card = {'VLM': with_licence(config.vlm), 'trained': config.train,
-                    'latents': config.latents,
-                    'encoder': with_licence(config.encoder) if latents else '',
-                    'frozen backbone': with_licence(latents.backbone) if latents else '',
-                    'trained on': f'{config.data}, {done} steps', 'held out': line}
+            card = card_of(config, latents, done, line)
             save(model, chat, optimizers, done, config, dtype, brief, card, is_main, sharded)
 
     # results
