@@ -155,6 +155,11 @@ class SpatialVLM(nn.Module):
             outputs.logits = outputs.logits + 0 * sum(p.sum() for p in self.adapter.parameters())
         return outputs
 
+    def ends(self, chat):
+        """Tokens that end an answer: what it was trained to say, and what its own folder names."""
+        own = self.vlm.generation_config.eos_token_id
+        return sorted({chat.end_of_turn, *(own if isinstance(own, list) else [own])} - {None})
+
     @torch.no_grad()
     def generate(self, input_ids, latents=None, **inputs):
         """The VLM's own generate, with `latents` as in `forward`."""
@@ -238,6 +243,7 @@ class Reading:
         cache.batch_select_indices(scene)
 
         tokenizer = self.chat.tokenizer
+        ends = torch.tensor(self.model.ends(self.chat), device=self.device)
         is_done = torch.zeros(len(ids), dtype=torch.bool, device=self.device)
         answers = []
         for _ in range(max_new_tokens):
@@ -247,7 +253,7 @@ class Reading:
                     logits_to_keep=1, **{self.name: cache})
             new = outputs.logits[:, -1].argmax(-1).masked_fill(is_done, tokenizer.pad_token_id)
             answers.append(new)
-            is_done |= new == self.chat.end_of_turn
+            is_done |= torch.isin(new, ends)
             if is_done.all():
                 break
             ids, place, mask = new[:, None], place[:, -1:] + 1, F.pad(mask, (0, 1), value=1)
@@ -342,11 +348,15 @@ def load_spatial_vlm(folder, dtype=torch.float32, max_pixels=None):
 IMAGINED = 6          # cameras of the kind `imagined`, below
 
 
-def hash_of_encoder(psfm):
+def hash_of_encoder(psfm, with_decoder=False):
     """Hex digits that tell encoders apart, by all the weights that z depends on."""
     weights = hashlib.sha256()
     state = dict(psfm.backbone.state_dict(), mean=psfm.geo_mean, std=psfm.geo_std)
-    for name, tensor in {**state, **psfm.encoder.state_dict(prefix='encoder.')}.items():
+    state.update(psfm.encoder.state_dict(prefix='encoder.'))
+    if with_decoder:
+        state.update(psfm.decoder.state_dict(prefix='decoder.'))
+        state.update(psfm.heads['geo'].state_dict(prefix='head.'))
+    for name, tensor in state.items():
         weights.update(name.encode() + tensor.detach().cpu().float().numpy().tobytes())
     return weights.hexdigest()
 
@@ -398,7 +408,8 @@ class SceneLatents:
             psfm = untrained_like(psfm, config)
         self.psfm = psfm.eval().requires_grad_(False)
 
-        self.key = f'{kind} {hash_of_encoder(psfm)} {self.image_width}'
+        whole = self.kind == 'imagined'   # z, and what is decoded from it
+        self.key = f'{kind} {hash_of_encoder(psfm, whole)} {self.image_width}'
         if dtype != torch.float32:
             self.key += f' {dtype}'
 

@@ -33,8 +33,8 @@ import finetune
 import train
 from adapter import SceneLatents, answer_loss
 from chat import to_device
-from common import (Parser, autocast_on, number, peak_memory, pick_device, pick_dtype, read_json,
-                    run_script)
+from common import (InputError, Parser, autocast_on, number, peak_memory, pick_device, pick_dtype,
+                    read_json, run_script)
 from data import CELL, RoomPool
 from draw import ACCENT, blank, draw_panel
 from model import compile_blocks, has_compiler
@@ -312,7 +312,8 @@ def print_memory():
     for name, kind, sizes, tokens in vlms:
         for trained in ('adapter', 'lora', 'adapter+llm'):
             title = f'finetune.py, {name}, {trained}, {tokens} tokens'
-            rows[title] = count_vlm(kind, sizes, trained, tokens)
+            with contextlib.suppress(InputError):     # lora needs peft
+                rows[title] = count_vlm(kind, sizes, trained, tokens)
     titles = 'frozen', 'trained', 'backward', 'together'
     print(f'\n{"GB of memory, counted from shapes, bf16 autocast":58s}'
           + ''.join(f'{title:>10s}' for title in titles))

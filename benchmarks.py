@@ -376,12 +376,10 @@ def generate(model, chat, z, items, autocast, max_new_tokens=16):
     device = next(model.parameters()).device
     batch = chat.batch([chat.encode(item) for item in items], left=True)
     batch = {name: x.to(device) for name, x in batch.items() if name != 'labels'}
-    own = model.vlm.generation_config.eos_token_id
-    ends = {chat.end_of_turn, *(own if isinstance(own, list) else [own])} - {None}
     with autocast:
         ids = model.generate(latents=z, do_sample=False, max_new_tokens=max_new_tokens,
-                             eos_token_id=sorted(ends), pad_token_id=chat.tokenizer.pad_token_id,
-                             **batch)
+                             eos_token_id=model.ends(chat),
+                             pad_token_id=chat.tokenizer.pad_token_id, **batch)
     new = ids[:, batch['input_ids'].shape[1]:]
     texts = chat.tokenizer.batch_decode(new, skip_special_tokens=True)
     return [text.strip() for text in texts]

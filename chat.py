@@ -82,7 +82,8 @@ def make_processor(config, tokenizer, image_processor):
 def fewer_pixels(config, image_processor, max_pixels):
     """Options of an image processor that keep a picture within max_pixels, or None: its own.
 
-    Where a picture is cut into tiles, it may have as many tiles as that, but always one.
+    Where a picture is cut into tiles, it may have as many tiles as that, but always one; the whole
+    picture, which is shown beside several tiles, is not counted.
     """
     if config.model_type == 'internvl':
         side = image_processor.size['height']
@@ -119,6 +120,7 @@ class Chat:
 
     def __init__(self, config, tokenizer, image_processor, max_pixels=None):
         self.tokenizer, self.image_processor = tokenizer, image_processor
+        self.made_of = config, tokenizer, image_processor, max_pixels
         self.processor = make_processor(config, tokenizer, image_processor)
         self.image_token = self.processor.image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
@@ -130,6 +132,9 @@ class Chat:
                    if token.special]
         self.special = re.compile('|'.join(map(re.escape, special)) or '(?!)')
         self.options = fewer_pixels(config, image_processor, max_pixels)
+
+    def __reduce__(self):             # for processes that read pictures: its processor's class is
+        return Chat, self.made_of     # made here, and cannot be sent
 
     @functools.cached_property
     def ending(self):
@@ -194,6 +199,7 @@ class Chat:
     def plain(self, text):
         """A text that is nothing but text: a special token's name in it is cut in two."""
         text = text.encode('utf-8', 'replace').decode()  # half characters become question marks
+        text = text.replace(EDGE, '')
         return self.special.sub(lambda found: found[0][0] + BREAK + found[0][1:], text)
 
     def fence(self, piece):

@@ -59,8 +59,9 @@ def find_file(path):
 
 def is_hub_id(name):
     """Whether a name that is no path here may be one of the hub: user/name."""
-    return name.count('/') == 1 and not name.startswith(('.', '/', '~', 'out/', 'weights/')) \
-        and not name.endswith(('.safetensors', '/'))
+    return name.count('/') == 1 and not os.path.exists(name.split('/')[0]) \
+        and not name.startswith(('.', '/', '~', 'out/', 'weights/')) \
+        and not name.endswith(('.safetensors', '.ckpt', '/'))
 
 
 def fetch(name, file=None, kind='model'):
@@ -316,7 +317,8 @@ def write_checkpoint(run, step, optimizers, config, dtype, metrics, save_model):
     shutil.rmtree(old, ignore_errors=True)
 
 
-LICENCES = {'weights/mini_v': 'MIT', 'weights/psfm_small': 'MIT', 'facebook/VGGT-1B-Commercial': 'VGGT licence, commercial use allowed',
+LICENCES = {'weights/mini_v': 'MIT', 'weights/psfm_small': 'MIT',
+            'facebook/VGGT-1B-Commercial': 'VGGT licence, commercial use allowed',
             'facebook/VGGT': 'non-commercial', 'depth-anything/DA3-SMALL': 'Apache 2.0',
             'depth-anything/DA3-BASE': 'Apache 2.0', 'facebook/dinov3': 'DINOv3 licence',
             'facebook/dinov2': 'Apache 2.0', 'Qwen/Qwen2.5-VL-3B': 'Qwen research licence',

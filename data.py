@@ -271,7 +271,10 @@ def make_sources(config, multiple, device, all_held_out=False):
     if all_held_out:
         names = list(find_scenes_or_say_why(config.data).scenes)
         kept, splits = names if len(names) > 1 else [], ('val', 'val')
-    return [make_source(config, split, multiple, device, kept=kept) for split in splits]
+    sources = [make_source(config, split, multiple, device, kept=kept) for split in splits]
+    if all_held_out:
+        sources[1].held_out = f'all of {config.data}, none of it trained on'
+    return sources
 
 
 def stamp_of(path):

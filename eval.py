@@ -11,7 +11,7 @@ What has been learned? One command for each question.
     python eval.py rooms --run out/vlm-small        # fine-tuned VLMs on held-out rooms' questions
     python eval.py ablate                           # do the latents help? every kind, three seeds
     python eval.py ask --images a.png --question "How many table(s) are in this room?"
-    python eval.py export --run out/vlm-base --out plain/             # for transformers, LoRA merged
+    python eval.py export --run out/vlm-base --out plain/   # for transformers, LoRA merged
     python eval.py vsibench --data VSI-Bench/ --run out/vlm-base      # also cvbench, sparbench,
                                                                       # viewspatial
 
@@ -188,7 +188,7 @@ def local(run):
     return fetch(run) if not os.path.isdir(run) and is_hub_id(run) else run
 
 
-def load_answerer(run, device, max_pixels=None):
+def load_answerer(run, device, max_pixels=None, num_rooms=192):
     """-> (SpatialVLM, Chat, SceneLatents or None), settings; ready to answer.
 
     `run`: a run of finetune.py or mini_vlm.py, a mini VLM, a Spa3-VLM folder of the release, or a
@@ -209,7 +209,7 @@ def load_answerer(run, device, max_pixels=None):
         check_classes(model.vlm.config.classes, run, 'python mini_vlm.py')
     latents = None
     if settings['latents'] == 'oracle':
-        latents = finetune.TrueList(0, 192)
+        latents = finetune.TrueList(0, num_rooms)
     elif settings['latents'] != 'none':
         psfm, config = open_psfm(settings['encoder'])
         latents = SceneLatents(settings['latents'], psfm, config, 'out/latents').to(device)
@@ -219,7 +219,7 @@ def load_answerer(run, device, max_pixels=None):
 def rooms(args):
     device = pick_device(args.device)
     # all of them before anything is asked: a wrong folder costs nothing
-    loaded = [load_answerer(run, device) for run in args.run]
+    loaded = [load_answerer(run, device, num_rooms=args.rooms) for run in args.run]
     for run, (answerer, _) in zip(args.run, loaded):
         if args.latents and answerer[2] is None:
             raise InputError(f'{run} was trained without latents: there is nothing to shuffle')
@@ -420,7 +420,7 @@ def make_parser():
     c = command(field, 'measures and draws a trained field')
     c.add_argument('--run', default='out/small', help='a run, or a file (default: out/small)')
     c.add_argument('--data', default='', help='other scenes than those of the run: a folder')
-    c.add_argument('--path', action='store_true', help='also films it where no picture was taken: path.gif')
+    c.add_argument('--path', action='store_true', help='also films it between its pictures: path.gif')
 
     c = command(probe, 'reads facts of held-out rooms off the latents')
     c.add_argument('--run', default=SHIPPED, help=f'a run, or a file (default: {SHIPPED})')

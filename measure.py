@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from adapter import Reading, answer_loss
 from benchmarks import BENCHMARKS, aggregate, relative_accuracy, score
+from chat import to_device
 from common import InputError, step_generator
 from model import take_views
 from psfm import context_index, random_view_mask
@@ -476,17 +477,17 @@ def held_out_loss(model, chat, latents, data, autocast, max_length=0):
         batch = chat.batch([chat.encode(item)])
         if max_length and batch['input_ids'].shape[1] > max_length:
             continue
-        batch = {name: x.to(device) for name, x in batch.items()}
+        batch = to_device(batch, model.vlm, device)
         labels = batch.pop('labels')
         z = latents([item['images']]) if latents else None
         with autocast:
             logits = model(latents=z, use_cache=False, **batch).logits
-        losses.append(answer_loss(logits[:, :-1], labels[:, 1:]).item())
+        losses.append(answer_loss(logits, labels).item())
 
-        # an answer is a run of tokens that have labels
-        said, true = logits[0, :-1].argmax(-1).tolist(), labels[0, 1:].tolist()
-        runs = itertools.groupby(zip(said, true), lambda pair: pair[1] != -100)
-        answers = [all(a == b for a, b in run) for has_labels, run in runs if has_labels]
+        # an answer goes up to its end-of-turn token
+        is_right = (logits[0].argmax(-1) == labels[0]).tolist()
+        ends = (labels[0] == chat.end_of_turn).nonzero()[:, 0] + 1
+        answers = [all(is_right[a:b]) for a, b in itertools.pairwise([0, *ends.tolist()])]
         kinds = item.get('kinds', ['all'] * len(answers))
         for kind, answer in zip(kinds, answers, strict=True):
             hits[kind].append(answer)

@@ -1,6 +1,7 @@
 """
 What training loops step with: the learning rate's course, AdamW, Muon.
 """
+import contextlib
 import math
 import os
 import pickle
@@ -113,20 +114,27 @@ def take_step(optimizers, parameters, clip):
     return norm
 
 
+@contextlib.contextmanager
+def said_of(path):
+    """What is wrong with a file of optimizers, in one sentence."""
+    try:
+        yield
+    except (OSError, RuntimeError, LookupError, ValueError, TypeError, EOFError,
+            AttributeError, pickle.UnpicklingError) as error:
+        reason = str(error).split('\n')[0] or type(error).__name__
+        raise InputError(f'{path} does not hold the optimizers of this run ({reason})') from error
+
+
 def load_optimizers(optimizers, folder):
     """The optimizers' states from a checkpoint. Raises InputError if they do not fit."""
     path = os.path.join(folder, 'optimizer.pt')
-    try:
+    with said_of(path):
         states = torch.load(path, map_location='cpu', weights_only=True)
         for optimizer, state in zip(optimizers, states, strict=True):
             optimizer.load_state_dict(state)
             for p, of_p in optimizer.state.items():
                 if any(x.ndim and x.shape != p.shape for x in of_p.values()):
                     raise ValueError('other shapes')
-    except (OSError, RuntimeError, LookupError, ValueError, TypeError, EOFError,
-            AttributeError, pickle.UnpicklingError) as error:
-        reason = str(error).split('\n')[0] or type(error).__name__
-        raise InputError(f'{path} does not hold the optimizers of this run ({reason})') from error
 
 
 # -----------------------------------------------------------------------------
@@ -146,7 +154,9 @@ def gather(model, optimizers):
 def load_sharded_optimizers(model, optimizers, folder):
     """The optimizers' states that `gather` gave; every process takes its part of them."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
-    states = torch.load(os.path.join(folder, 'optimizer.pt'), mmap=True, weights_only=True)
-    for optimizer, state in zip(optimizers, states, strict=True):
-        set_optimizer_state_dict(model, optimizer, state,
-                                 options=StateDictOptions(full_state_dict=True))
+    path = os.path.join(folder, 'optimizer.pt')
+    options = StateDictOptions(full_state_dict=True)
+    with said_of(path):
+        states = torch.load(path, mmap=True, weights_only=True)
+        for optimizer, state in zip(optimizers, states, strict=True):
+            set_optimizer_state_dict(model, optimizer, state, options=options)

@@ -92,7 +92,7 @@ class Page:
         """What the page must know from the beginning."""
         world = self.world
         colours = {name: rgb(colour) for name, colour in zip(CLASSES, PAINT)}
-        trained = [int(n * (1 - world.psfm.mask_ratio)) for n in
+        trained = [max(1, int(n * (1 - world.psfm.mask_ratio))) for n in
                    (world.config.min_views, world.config.max_views)]
         return dict(kind=world.kind, rooms=NUM_ROOMS, views=world.views, latents=world.num_latents,
                     width=world.width, whose=world.whose, colours=colours, trained=trained,
@@ -151,7 +151,7 @@ def make_handler(page, hosts):
                 self.reply(200, json.dumps(answer), 'application/json')
             except InputError as error:
                 self.reply(400, str(error))
-            except OSError:           # nobody is waiting any more
+            except (ConnectionError, TimeoutError):   # nobody is waiting any more
                 pass
             except Exception:         # our fault: said here, and the server goes on
                 traceback.print_exc()
@@ -236,7 +236,6 @@ def main(argv=None):
         return export(page, args.export)
     is_local = args.host in ('127.0.0.1', 'localhost')
     hosts = ('127.0.0.1', 'localhost') if is_local else None
-    ThreadingHTTPServer.daemon_threads = True
     try:
         server = ThreadingHTTPServer((args.host, args.port), make_handler(page, hosts))
     except OSError as error:

@@ -262,16 +262,20 @@ def open_spatial_vlm(folder, max_pixels=None):
 
 
 def export_spatial_vlm(folder, out):
-    """A fine-tuned VLM, ours or the release's, as a folder that needs no other: LoRA merged into
-    out/vlm, which transformers opens; the adapter; the encoder, where it is a file of ours."""
+    """A fine-tuned VLM, ours or the release's, as one folder for others: LoRA merged into out/vlm,
+    which transformers opens; the adapter; the encoder, where it is ours (the release's stays where
+    it is, and the encoder's frozen backbone is loaded from where it came)."""
     if os.path.exists(os.path.join(out, 'state.json')):
         raise InputError(f'--out {out} is the checkpoint of a run: take another folder')
     model, chat, settings = open_spatial_vlm(folder)
     merge_lora(model.vlm)
     settings = dict(settings, lora_rank=0)
     os.makedirs(out, exist_ok=True)
-    if settings['latents'] not in ('none', 'oracle') and settings['encoder'] != folder:
-        shutil.copyfile(weights_of_run(settings['encoder']), os.path.join(out, ENCODER))
+    encoder = settings['encoder']
+    if os.path.isdir(encoder) and not find_checkpoint(encoder) or encoder.endswith('.ckpt'):
+        settings['encoder'] = os.path.abspath(encoder)
+    elif settings['latents'] not in ('none', 'oracle'):
+        shutil.copyfile(weights_of_run(encoder), os.path.join(out, ENCODER))
         settings['encoder'] = ENCODER
     save_spatial_vlm(model, chat, out, settings, with_vlm=True)
     card = os.path.join(folder, 'README.md')

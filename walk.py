@@ -89,6 +89,9 @@ class World:
         self.device = psfm.geo_mean.device
         self.num_latents, self.width = psfm.encoder.queries.shape
 
+    def ask(self, room, question):
+        raise InputError('there is no VLM: start with --vlm RUN')
+
     def forget(self, z, off):
         """z (1, Q, D) with the rows `off` replaced by those of the average latents."""
         z = z.clone()
@@ -220,7 +223,7 @@ class RoomWorld(World):
     def ask(self, room, question):
         """The VLM's answer about the first pictures; question -1: the map. -> dict"""
         if not self.answerer:
-            raise InputError('there is no VLM: start with --vlm RUN')
+            return super().ask(room, question)
         model, chat, latents = self.answerer
         pictures = self.questions.pictures(room)
         z = latents([pictures]) if latents else None
@@ -264,7 +267,7 @@ class PhotoWorld(World):
             self.average = psfm.latents(self.images).mean(1, keepdim=True)
             self.average = self.average.expand(1, self.num_latents, -1)
 
-    @functools.lru_cache(maxsize=64)
+    @functools.lru_cache(maxsize=8)
     @torch.no_grad()
     def look(self, context):
         """-> z, what the backbone sees of all pictures as in training, depth, a basis for colours

@@ -434,8 +434,12 @@ def test_latents_are_kept_and_never_stale(tmp_path):
 
     pooled = SceneLatents('pooled', psfm, config)
     assert [len(pooled([PICTURES[:n]])[0]) for n in (1, 2, 3)] == [35, 32, 36]
-    imagined = SceneLatents('imagined', psfm, config)([PICTURES])[0]
-    assert imagined.shape == (36, 256)
+    imagined = SceneLatents('imagined', psfm, config)
+    assert imagined([PICTURES])[0].shape == (36, 256)
+    key = imagined.key
+    psfm.decoder.ray_embed.weight.data *= 2       # z is the same, what is decoded from it is not
+    assert SceneLatents('imagined', psfm, config).key != key
+    assert SceneLatents('psfm', psfm, config).key == first.key
 
     backbone = SceneLatents('backbone', psfm, config, str(tmp_path))
     assert backbone([PICTURES])[0].shape == (3 * 16, 256)
@@ -445,7 +449,8 @@ def test_cameras_around_stand_in_the_middle_and_look_round():
     walk = torch.eye(3, 4).repeat(1, 4, 1, 1)
     walk[0, :, :, 3] = -torch.tensor([[0.0, 0, 0], [2, 0, 0], [2, 0, 2], [0, 0, 2]])
     ring = cameras_around(walk, 6)[0]
-    assert torch.allclose(ring[:, :, :3] @ ring[:, :, :3].mT, torch.eye(3).expand(6, 3, 3), atol=1e-6)
+    square = ring[:, :, :3] @ ring[:, :, :3].mT
+    assert torch.allclose(square, torch.eye(3).expand(6, 3, 3), atol=1e-6)
     assert torch.allclose(ring[:, :, :3].det(), torch.ones(6), atol=1e-6)
     places = invert_pose(ring)[..., 3]
     assert torch.allclose(places[:5], torch.tensor([1.0, 0, 1]).expand(5, 3), atol=1e-6)

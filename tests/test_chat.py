@@ -3,6 +3,7 @@ models with the real classes, templates and tiles. (test_adapter.py has more of 
 import contextlib
 import json
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -214,6 +215,20 @@ def test_pictures_in_an_answer_are_not_learned(opened):
     assert text.endswith(end)
 
 
+def test_it_can_be_sent_to_another_process(opened):
+    _, chat = opened
+    item = talk(f'<image>{COUNT}', '3', images=[WIDE])
+    there, here = pickle.loads(pickle.dumps(chat)).encode(item), chat.encode(item)
+    assert there['input_ids'] == here['input_ids']
+    assert torch.equal(there['pixel_values'], here['pixel_values'])
+
+
+def test_marks_of_ours_in_a_text_change_nothing(opened):
+    _, chat = opened
+    plain = chat.encode(talk('what?', 'a table'))
+    assert chat.encode(talk('what?', 'a \ue002table')) == plain
+
+
 def test_empty_texts(opened):
     _, chat = opened
     for item in (talk('', '3'), talk('<image>', '3', images=[SQUARE]), talk('x', '')):
@@ -343,7 +358,8 @@ def test_finetune_from_end_to_end(family, tmp_path):
     (lambda folder: change(folder / 'config.json', model_type='idefics3'), 'knows Qwen2'),
     (lambda folder: (folder / 'model.safetensors').write_bytes(b'1234567890'), 'no VLM at'),
     (lambda folder: change_template(folder, "<end_of_utterance>\n", ''), 'nothing after an answer'),
-    (lambda folder: change_template(folder, "'<image>'", "'<image><image>'"), 'puts 2 <image> for 1'),
+    (lambda folder: change_template(folder, "'<image>'", "'<image><image>'"),
+     'puts 2 <image> for 1'),
     (lambda folder: change_template(folder, "'<image>'", "''"), 'puts 0 <image> for 1 images'),
     (lambda folder: change_template(folder, '{% endfor %}', ''), 'cannot lay out a conversation'),
     (lambda folder: (folder / 'preprocessor_config.json').unlink(missing_ok=True) or (
@@ -359,7 +375,7 @@ def test_folders_that_are_not_whole(spoil, message, tmp_path):
 def test_a_tokenizer_of_another_family(tmp_path):
     save_internvl(tmp_path)
     (tmp_path / 'tokenizer_config.json').unlink()
-    with pytest.raises(InputError, match='its tokenizer is not that of a internvl|no chat template'):
+    with pytest.raises(InputError, match='is not that of a internvl|no chat template'):
         load_vlm(str(tmp_path))
 
 

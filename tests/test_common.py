@@ -169,7 +169,8 @@ def test_no_two_kills_lose_the_last_whole_checkpoint(tmp_path, monkeypatch):
 @pytest.mark.parametrize('name,is_one', [
     ('user/name', True), ('Qwen/Qwen2.5-VL-3B-Instruct', True), ('out/small', False),
     ('weights/mini_vlm', False), ('./user/name', False), ('/user', False), ('~/name', False),
-    ('name', False), ('a/b/c', False), ('user/name.safetensors', False), ('photos/', False)])
+    ('name', False), ('a/b/c', False), ('user/name.safetensors', False), ('photos/', False),
+    ('a/spa3r.ckpt', False), ('tests/photos', False)])
 def test_what_may_be_a_name_on_the_hub(name, is_one):
     assert is_hub_id(name) == is_one
 
@@ -201,7 +202,7 @@ def test_runs_from_the_hub(tmp_path, monkeypatch):
         raise ConnectionError('no network\nand more')
 
     monkeypatch.setattr('huggingface_hub.hf_hub_download', fails)
-    with pytest.raises(InputError, match=r"user/gone is neither .* \(ConnectionError: no network\)"):
+    with pytest.raises(InputError, match=r'user/gone is neither .* \(ConnectionError: no net'):
         load_psfm('user/gone')
     with pytest.raises(InputError, match='no checkpoint in out/gone: train first'):
         load_psfm('out/gone')
