@@ -188,11 +188,11 @@ class RoomWorld(World):
         angles = [torch.tensor([[angle]]) for angle in (yaw, pitch, 0.0)]
         camera = cameras_at(position, *angles).to(self.device)  # (1, 1, 3, 4)
         intrinsics = make_intrinsics(self.size, 1, 1).to(self.device)
-        image = render(rooms, camera, intrinsics, self.size)['image']
-        h, w = [side // CELL for side in self.size]
-        cells = render(rooms, camera, make_intrinsics((h, w), 1, 1).to(self.device), (h, w))
-        classes = surface_classes(rooms, cells['surface'])[0, 0].long()
-        depth = cells['depth'][0, 0] / SCENE_UNIT
+        seen = render(rooms, camera, intrinsics, self.size)
+        image = seen['image']
+        middle = slice(CELL // 2, None, CELL)  # of a cell
+        classes = surface_classes(rooms, seen['surface'])[0, 0, middle, middle].long()
+        depth = seen['depth'][0, 0, middle, middle] / SCENE_UNIT
 
         # what the backbone sees there, beside the context; what the field predicts, with z and
         # with the average z, knowing the camera alone
