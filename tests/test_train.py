@@ -18,6 +18,7 @@ import torch
 from PIL import Image, ImageColor
 from safetensors.torch import load_file, save_file
 
+import data
 import eval as evaluation
 import finetune
 import mini_vggt
@@ -377,7 +378,7 @@ def test_what_is_held_out_stays_so_when_the_folder_grows(scenes, tmp_path, monke
         return {path for scene in sources[split].scenes for path in scene}
 
     monkeypatch.setattr(train, 'make_source', spy)
-    monkeypatch.setattr(evaluation, 'make_source', spy)
+    monkeypatch.setattr(data, 'make_source', spy)      # for make_sources, in eval.py
     options = [*TINY, '--data', str(photos), '--image-width', '32', '--out', str(tmp_path / 'out'),
                '--min-views', '3', '--max-views', '4', '--workers', '0']
     main([*options, '--steps', '1'])
