@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from chat import load_vlm, to_device
 from common import (InputError, autocast_on, load_strictly, read_json, read_weights,
                     without_prefix, write_json)
-from model import MLP, invert_pose
+from model import MLP, invert_pose, look_along
 from psfm import fit_pictures, untrained_like
 
 
@@ -203,7 +203,7 @@ class Reading:
         self.images = '<image>' * len(scenes[0])
         items = []
         for pictures in scenes:
-            self.looked = chat.look(pictures)
+            self.looked = chat.look(pictures)  # of the last: in all scenes the same stands there
             item = self.encode('')
             ids = item['input_ids']
             end = len(ids) - ids[::-1].index(chat.image_token_id)  # after the last picture
@@ -375,13 +375,10 @@ def cameras_around(extrinsics, count):
     ahead = F.normalize(ahead - (ahead * down).sum(-1, keepdim=True) * down, dim=-1)
     right = torch.linalg.cross(down, ahead)
     turn = 2 * math.pi * torch.arange(count - 1, device=down.device)[:, None] / (count - 1)
-    forward = turn.cos() * ahead + turn.sin() * right  # (B, count - 1, 3)
-    side = turn.cos() * right - turn.sin() * ahead
-    level = torch.stack([side, down.expand_as(side), forward], -2)
-    above = torch.stack([right, -ahead, down], -2)     # its picture's top is ahead
-    rotation = torch.cat([level, above], 1)
-    places = torch.cat([middle.expand_as(side), middle - 1.5 * spread * down], 1)
-    return torch.cat([rotation, -rotation @ places[..., None]], -1)
+    level = turn.cos() * ahead + turn.sin() * right    # (B, count - 1, 3)
+    above = middle - 1.5 * spread * down               # its picture's top is ahead
+    return look_along(torch.cat([middle.expand_as(level), above], 1), torch.cat([level, down], 1),
+                      torch.cat([down.expand_as(level), -ahead], 1))
 
 
 class SceneLatents:

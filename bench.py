@@ -26,7 +26,6 @@ import tempfile
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 import finetune
@@ -41,7 +40,8 @@ from model import compile_blocks, has_compiler
 from psfm import load_psfm, random_view_mask
 from questions import RoomQuestions
 from speed import (CPU_ATTENTION, GIGA, PEAKS, QWEN_3B, SMOLVLM_256M, TINY_QWEN, Clock, batch_shape,
-                   build, compare, count_vlm, dense_mask, peak_flops, report, report_parts)
+                   build, compare, count_vlm, dense_mask, peak_flops, report, report_parts,
+                   storages_kept)
 from train import PRESETS, Config
 
 # -----------------------------------------------------------------------------
@@ -212,11 +212,6 @@ def count_step(psfm, config, V):
     size = batch_shape(config, V)[-2:]
     num_context = max(1, int(V * (1 - config.mask_ratio)))
     rows = []
-    kept = {}
-
-    def keep(x):
-        kept[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
-        return x
 
     def part(label, call):
         flops = counter.get_total_flops()
@@ -227,7 +222,7 @@ def count_step(psfm, config, V):
 
     counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
     with FakeTensorMode(allow_non_fake_inputs=True), counter, autocast_on(
-            torch.device('cpu'), torch.bfloat16), saved_tensors_hooks(keep, lambda x: x):
+            torch.device('cpu'), torch.bfloat16), storages_kept() as kept:
         psfm.to_empty(device='cpu')
         images = torch.rand(batch_shape(config, V))
         depth = None

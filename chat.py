@@ -126,7 +126,7 @@ class Chat:
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
         family = FAMILIES[config.model_type]
         self.system = family.system
-        self.tile = (family.length, tokens_of_tile(config)) if family.length else None
+        self.length = family.length
         self.counts_sides = config.model_type.startswith('qwen')  # a picture's, for positions
         special = [token.content for token in tokenizer.added_tokens_decoder.values()
                    if token.special]
@@ -281,9 +281,9 @@ class Chat:
     def save_pretrained(self, folder):
         for part in (self.tokenizer, self.image_processor):
             part.save_pretrained(folder)
-        if self.tile:                 # what transformers' own processor would not know else
-            name, tokens = self.tile
-            write_json(os.path.join(folder, 'processor_config.json'), {name: tokens})
+        if self.length:               # what transformers' own processor would not know else
+            settings = {self.length: getattr(self.processor, self.length)}
+            write_json(os.path.join(folder, 'processor_config.json'), settings)
 
 
 def load_vlm(source, dtype=torch.float32, max_pixels=None, leave=()):

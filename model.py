@@ -66,6 +66,14 @@ def relative_pose(extrinsics, reference):
     return (to_4x4(extrinsics) @ to_4x4(invert_pose(reference)))[..., :3, :]
 
 
+def look_along(places, forward, down):
+    """Cameras at `places` that look along `forward`, both (..., 3), with `down` (..., 3) as near to
+    their own as can be. -> extrinsics (..., 3, 4)"""
+    right = F.normalize(torch.linalg.cross(down, forward), dim=-1)
+    rotation = torch.stack([right, torch.linalg.cross(forward, right), forward], -2)
+    return torch.cat([rotation, -rotation @ places[..., None]], -1)
+
+
 @full_precision
 def path_through(extrinsics, num_frames):
     """Cameras (V, 3, 4), V >= 2, -> a smooth path (F, 3, 4) through all of them in their order.

@@ -153,15 +153,25 @@ def count_flops(step):
     return counter.get_total_flops(), ' '.join(sorted(kernels))
 
 
-def bytes_kept(step):
-    """What one forward pass keeps for the backward pass, each storage once."""
+@contextlib.contextmanager
+def storages_kept(weights=()):
+    """-> {storage: its bytes} of what autograd keeps for the backward pass, each storage once, as
+    it grows; without those of `weights`, which are there anyway."""
+    known = {p.untyped_storage()._cdata for p in weights}
     kept = {}
 
     def keep(x):
-        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        if x.untyped_storage()._cdata not in known:
+            kept[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
         return x
 
     with saved_tensors_hooks(keep, lambda x: x):
+        yield kept
+
+
+def bytes_kept(step):
+    """What one forward pass keeps for the backward pass."""
+    with storages_kept() as kept:
         step.forward().backward()
     step.optimizer.zero_grad(set_to_none=True)
     return sum(kept.values())
@@ -297,27 +307,19 @@ def count_vlm(kind, sizes, train, num_tokens, num_answers=100):
     numbers = [sum(p.numel() for p in spatial_vlm.parameters() if p.requires_grad == is_trained)
                for is_trained in (False, True)]
     language = vlm.get_decoder()
-    kept = {}
-    weights = set()                   # counted already
-
-    def keep(x):
-        if x.untyped_storage()._cdata not in weights:
-            kept[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
-        return x
-
+    layers = language.config.num_hidden_layers
     with FakeTensorMode(allow_non_fake_inputs=True), autocast_on(
-            torch.device('cpu'), torch.bfloat16), saved_tensors_hooks(keep, lambda x: x):
+            torch.device('cpu'), torch.bfloat16):
         vlm.to_empty(device='cpu')
-        weights.update(p.untyped_storage()._cdata for p in vlm.parameters())
         x = torch.rand(1, num_tokens, language.config.hidden_size, dtype=vlm.dtype)
-        hidden = language(inputs_embeds=x.requires_grad_(), use_cache=False).last_hidden_state
-        layers = language.config.num_hidden_layers
         inputs = layers * x.numel() * x.element_size()
+        with storages_kept(vlm.parameters()) as kept:
+            hidden = language(inputs_embeds=x.requires_grad_(), use_cache=False).last_hidden_state
         one_layer = sum(kept.values()) / layers
-        kept.clear()
-        answer_loss(vlm.lm_head(hidden[:, :num_answers]), torch.zeros(1, num_answers).long())
+        with storages_kept(vlm.parameters()) as of_loss:
+            answer_loss(vlm.lm_head(hidden[:, :num_answers]), torch.zeros(1, num_answers).long())
     return (numbers[0] * (2 if is_frozen else 4) / GIGA, 16 * numbers[1] / GIGA,
-            (inputs + one_layer + sum(kept.values())) / GIGA)
+            (inputs + one_layer + sum(of_loss.values())) / GIGA)
 
 
 def report_parts(presets, clock, dtype, views, sizes, can_compile):

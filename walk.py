@@ -15,15 +15,14 @@ import io
 import math
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 from adapter import Reading
 from common import InputError, autocast_on
 from data import CELL, RoomPool
 from draw import PAINT, color_basis, nearest_view, rgb, to_colors, to_grey
-from measure import read_map
-from model import invert_pose, take_views
+from measure import Score, read_map
+from model import invert_pose, look_along, take_views
 from psfm import fit_pictures
 from questions import RoomQuestions, as_prompt, corners
 from rooms import (CATEGORIES, EYE_HEIGHT, SCENE_UNIT, STRUCTURE, Rooms, cameras_at,
@@ -100,8 +99,9 @@ class World:
 
     def r2(self, predicted, features):
         """Of one view: both (N, 2C)."""
-        p, t = [(x - self.psfm.geo_mean) / self.psfm.geo_std for x in (predicted, features)]
-        return (1 - (p - t).square().sum() / t.square().sum()).item()
+        score = Score(self.psfm)
+        score.add(predicted, features)
+        return score.result()['r2']
 
     def decode(self, z, extrinsics, intrinsics, size, grid):
         """z (B, Q, D) of one camera (3, 4) -> features (B, N, 2C), shares of the latents (N, Q)."""
@@ -245,10 +245,7 @@ def level_camera(x, height, y, yaw, pitch):
     right, a quarter turn ahead; pitch is up. -> extrinsics (3, 4)"""
     forward = torch.tensor([math.cos(yaw) * math.cos(pitch), -math.sin(pitch),
                             math.sin(yaw) * math.cos(pitch)])
-    down = torch.tensor([0.0, 1.0, 0.0])
-    right = F.normalize(torch.linalg.cross(down, forward), dim=0)
-    rotation = torch.stack([right, torch.linalg.cross(forward, right), forward])
-    return torch.cat([rotation, -rotation @ torch.tensor([[x], [height], [y]])], 1)
+    return look_along(torch.tensor([x, height, y]), forward, torch.tensor([0.0, 1.0, 0.0]))
 
 
 class PhotoWorld(World):
