@@ -307,8 +307,10 @@ def print_memory():
     for name, kind, sizes, tokens in vlms:
         for trained in ('adapter', 'lora', 'adapter+llm'):
             title = f'finetune.py, {name}, {trained}, {tokens} tokens'
-            with contextlib.suppress(InputError):     # lora needs peft
+            try:
                 rows[title] = count_vlm(kind, sizes, trained, tokens)
+            except InputError as error:
+                print(f'left out: {title} ({error})')
     titles = 'frozen', 'trained', 'backward', 'together'
     print(f'\n{"GB of memory, counted from shapes, bf16 autocast":58s}'
           + ''.join(f'{title:>10s}' for title in titles))
