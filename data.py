@@ -23,7 +23,8 @@ from media import (even_frames, find_scenes_or_say_why, natural_order, open_file
                    reading_fault)
 from model import full_precision
 from psfm import fit_picture, fit_pictures, to_one_height
-from rooms import make_intrinsics, make_rooms, make_walk, render, room_seed, surface_classes
+from rooms import (Style, make_intrinsics, make_rooms, make_walk, render, room_seed,
+                   surface_classes)
 
 CELL = 4                            # pixels a side: depth and classes have this resolution
 
@@ -43,9 +44,9 @@ class RoomPool:
     VIEWS = 8
 
     def __init__(self, split, seed, num_rooms, new_rooms=0.0, image_size=(64, 64), device='cpu',
-                 rank=0, world_size=1):
+                 rank=0, world_size=1, style=Style()):
         self.split, self.seed, self.new_rooms = split, seed, new_rooms
-        self.size, self.device = image_size, device
+        self.size, self.device, self.style = image_size, device, style
         self.rank, self.world_size = rank, world_size
         self.num_blocks = max(1, num_rooms // self.BLOCK)
         self.blocks = {}  # slot -> index of the block that is in it
@@ -59,10 +60,11 @@ class RoomPool:
         Always in fp32 without gradients, whatever the context of the caller is.
         """
         seed = room_seed(self.split, self.seed, index * self.world_size + self.rank)
-        rooms = make_rooms(self.BLOCK, seed)
-        extrinsics = make_walk(rooms, self.VIEWS, seed)[:, :num_views]  # the first of the walk
+        rooms = make_rooms(self.BLOCK, seed, self.style)
+        extrinsics = make_walk(rooms, self.VIEWS, seed, self.style)[:, :num_views]
         extrinsics = extrinsics.to(self.device)
-        intrinsics = make_intrinsics(self.size, self.BLOCK, num_views).to(self.device)
+        intrinsics = make_intrinsics(self.size, self.BLOCK, num_views,
+                                     field_of_view=self.style.field_of_view).to(self.device)
         rooms = rooms.to(self.device)
         views = render(rooms, extrinsics, intrinsics, self.size)
         # a cell's depth is that of the ray through its center: rendered at the cells' resolution

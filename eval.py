@@ -9,13 +9,13 @@ What has been learned? One command for each question.
     python eval.py encode photos/ --run out/photos  # a file of latents and cameras for each scene
     python eval.py backbone                         # how good the mini VGGT is
     python eval.py rooms --run out/vlm-small        # fine-tuned VLMs on held-out rooms' questions
-    python eval.py ablate                           # do the latents help? every kind, three seeds
     python eval.py ask --images a.png --question "How many table(s) are in this room?"
     python eval.py export --run out/vlm-base --out plain/   # for transformers, LoRA merged
     python eval.py vsibench --data VSI-Bench/ --run out/vlm-base      # also cvbench, sparbench,
                                                                       # viewspatial
 
-The measures are in measure.py, probe.py and benchmarks.py, the pictures in draw.py.
+The measures are in measure.py, probe.py and benchmarks.py, the pictures in draw.py. Experiments of
+many runs are in ablate.py.
 """
 import json
 import math
@@ -26,13 +26,12 @@ import torch
 from tqdm import tqdm
 
 import finetune
-from adapter import LATENTS, SceneLatents, SpatialVLM, hash_of_encoder
+from adapter import SceneLatents, SpatialVLM, hash_of_encoder
 from benchmarks import (BENCHMARKS, ask_benchmark, generate, leave_out_lost, read_answers,
                         read_benchmark, results_table)
 from chat import as_text, load_vlm
-from common import (InputError, Parser, autocast_on, check_same, fetch, find_checkpoint, find_file,
-                    is_hub_id, number, pick_device, pick_dtype, read_json, run_script,
-                    step_generator, write_json)
+from common import (InputError, Parser, autocast_on, fetch, find_checkpoint, find_file, is_hub_id,
+                    number, pick_device, read_json, run_script, step_generator, write_json)
 from data import RoomPool, encode_scenes, make_sources
 from draw import draw_field, draw_film, draw_walk
 from measure import answer_rooms, evaluate_field, field_table, rooms_table
@@ -273,65 +272,6 @@ def export(args):
     print(f'{args.out}/vlm is a plain folder for transformers, {args.out} one for --run')
 
 
-def check_finished(folder, config):
-    """Raises InputError if the run in `folder` is of another configuration or of older weights."""
-    there = read_json(os.path.join(folder, 'config.json'))
-    check_same(folder, there, config, free={'out', 'device', 'workers', 'log_every', 'cache'})
-    finished = os.path.getmtime(os.path.join(folder, 'metrics.json'))
-    for source in (config.vlm, config.encoder):
-        path = find_file(source)
-        if os.path.exists(path) and os.path.getmtime(path) > finished:
-            raise InputError(f'{folder} is older than {source}: take another --out, or delete it')
-
-
-def ask_shuffled(folder, config, data):
-    """Asks a finished run once more, with other rooms' latents; adds this to its metrics."""
-    path = os.path.join(folder, 'metrics.json')
-    metrics = read_json(path)
-    if 'shuffled' in metrics:
-        return
-    device = pick_device(config.device)
-    autocast = autocast_on(device, pick_dtype(config.dtype, device)[0])
-    answerer, _ = load_answerer(folder, device)
-    train_data, held_out = data
-    metrics['shuffled'] = answer_rooms(*answerer, held_out, train_data, autocast, shuffled=True)
-    write_json(path, metrics)
-
-
-def ablate(args):
-    """Fine-tunes every arm with every seed, from the same start, on the same
-    data in the same order. Finished runs are kept. Options that this command
-    does not know are finetune.py's."""
-    data = None
-    arms = {}
-    for seed in args.seeds:
-        for arm in args.arms:
-            out = os.path.join(args.out, f'{arm}-{seed}')
-            options = ['--config', args.config, '--latents', arm, '--seed', str(seed), '--out', out]
-            _, config = finetune.parse_config([*options, *args.options])
-            if config.data != 'rooms':
-                raise InputError('ablate compares on rooms: leave --data out')
-            if os.path.isfile(os.path.join(out, 'metrics.json')):
-                check_finished(out, config)
-            else:
-                data = data or finetune.make_data(config, rendering)
-                finetune.train(f'{arm}, seed {seed}', config, *data)
-            if arm == 'psfm':
-                data = data or finetune.make_data(config, rendering)
-                ask_shuffled(out, config, data)
-    for arm in args.arms:
-        for seed in args.seeds:
-            metrics = read_json(os.path.join(args.out, f'{arm}-{seed}', 'metrics.json'))
-            arms.setdefault(arm, []).append(metrics)
-            if 'shuffled' in metrics:
-                arms.setdefault('psfm, shuffled', []).append(metrics['shuffled'])
-    print(rooms_table(arms))
-    for arm in args.arms:
-        minutes = sorted(run['seconds'] / 60 for run in arms[arm])
-        print(f'{arm}: {minutes[0]:.1f} to {minutes[-1]:.1f} minutes; '
-              f'{arms[arm][0].get("cost", "")}')
-
-
 # -----------------------------------------------------------------------------
 # the four benchmarks
 
@@ -449,13 +389,6 @@ def make_parser():
     c.add_argument('--maps', action='store_true', help='ask for the maps alone')
     c.add_argument('--rooms', type=number(int, 2), default=96, help='held-out rooms (96)')
 
-    c = command(ablate, 'do the latents help? every kind, fine-tuned from the same start; takes '
-                        'the options of finetune.py too')
-    c.add_argument('--config', default='small')
-    c.add_argument('--arms', nargs='+', default=LATENTS, choices=LATENTS)
-    c.add_argument('--seeds', nargs='+', type=number(int, 0), default=[0, 1, 2])
-    c.add_argument('--out', default='out/ablate-vlm')
-
     c = command(ask, 'a question about your own pictures')
     c.add_argument('--run', default='out/vlm-small', help='a run of finetune.py')
     c.add_argument('--images', nargs='+', default=[])
@@ -487,11 +420,7 @@ def make_parser():
 
 
 def main(argv=None):
-    parser = make_parser()
-    args, options = parser.parse_known_args(argv)
-    if options and args.command != 'ablate':
-        parser.error(f'unrecognized arguments: {" ".join(options)}')
-    args.options = options
+    args = make_parser().parse_args(argv)
     args.function(args)
 
 

@@ -38,7 +38,7 @@ from rooms import SCENE_UNIT, STRUCTURE, check_classes, scene_extrinsics
 # the field
 
 def field_batches(psfm, source, config, num_scenes, first=0):
-    """The evaluation's samples: the same scenes, views and masks every time.
+    """The evaluation's samples: for every run the same scenes, views and masks (half is context).
 
     Yields (batch, view_mask, num_context) on the model's device, from the source's batch `first`
     on: of training rooms, only those of the present step are in memory.
@@ -50,7 +50,7 @@ def field_batches(psfm, source, config, num_scenes, first=0):
         batch = source.batch(first + step, at_once, num_views)
         batch = {name: x.to(device) for name, x in batch.items()}
         B, V = batch['images'].shape[:2]
-        mask, num_context = random_view_mask(B, V, psfm.mask_ratio, step_generator(1, step))
+        mask, num_context = random_view_mask(B, V, 0.5, step_generator(1, step))
         yield batch, mask.to(device), num_context
 
 

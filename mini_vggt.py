@@ -2,8 +2,7 @@
 Makes weights/mini_vggt.safetensors: the VGGT class with small numbers,
 trained on procedural rooms, where cameras, depth and categories are known.
 
-    python mini_vggt.py                          # 72 minutes on one core; --help for the options
-    python mini_vggt.py --init weights/mini_vggt.safetensors --seed 1 --steps 3600 ...
+    python mini_vggt.py              # --help for the options; --resume goes on
 
 Cameras alone teach too little. Beside them: `match`, which makes patches of
 different views that see the same 3-D point look alike; dense targets; each
@@ -12,6 +11,7 @@ any motion. The category loss stands in for what the real VGGT inherits from
 DINOv2. Shapes as in model.py; a cell is 4 x 4 pixels, 2 x 2 per patch.
 """
 import dataclasses
+import itertools
 import json
 import os
 import sys
@@ -25,13 +25,12 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from common import (autocast_on, check_finite, load_strictly, open_run, opt, parse_options,
-                    pick_device, pick_dtype, read_state, read_weights, run_script, step_generator,
-                    write_checkpoint)
+                    pick_device, pick_dtype, read_state, read_weights, run_script, write_checkpoint)
 from data import RoomPool
 from model import (MLP, camera_rays, full_precision, invert_pose, pose_encoding_to_cameras,
                    relative_pose)
 from optim import learning_rate, load_optimizers, make_optimizers, set_rates, take_step
-from rooms import CLASSES, SCENE_UNIT, STRUCTURE, check_classes, scene_extrinsics
+from rooms import CLASSES, SCENE_UNIT, STRUCTURE, scene_extrinsics
 from vggt import VGGT, CellHead, VGGTConfig
 
 # patch 8, 64 x 64 pixels, 3.7 M parameters. No layer scale: it has to learn in minutes.
@@ -46,7 +45,7 @@ WEIGHTS = dict(translation=1.7, rotation=3.0, field_of_view=1.0, depth=1.0, poin
 @dataclass(frozen=True)
 class LoopConfig:
     """The options of the training loop that both minis share (`fit`)."""
-    steps: int = opt(8000, 'optimiser steps', low=1, group='training')
+    steps: int = opt(16_000, 'optimiser steps', low=1, group='training')
     lr: float = opt(1e-3, 'peak learning rate of AdamW', low=0)
     muon_lr: float = opt(2e-3, "peak rate of Muon for the blocks' matrices", low=0)
     min_lr: float = opt(0.02, 'where the cosine ends, as a share of the peak', low=0, high=1)
@@ -56,7 +55,7 @@ class LoopConfig:
     beta2: float = opt(0.98, "AdamW's second moment", low=0, high=0.99999)
     clip: float = opt(2.0, 'largest gradient norm', low=1e-9)
     val_scenes: int = opt(100, 'held-out rooms to evaluate on', low=1)
-    eval_every: int = opt(1000, 'steps between evaluations and checkpoints', low=1)
+    eval_every: int = opt(2000, 'steps between evaluations and checkpoints', low=1)
     log_every: int = opt(50, 'steps between log lines', low=1)
     out: str = opt('out/mini-vggt', 'folder for everything that is written')
     seed: int = opt(0, 'of weights and data', low=0)
@@ -70,7 +69,6 @@ class LoopConfig:
 class Config(LoopConfig):
     num_rooms: int = opt(1600, 'rooms that are kept in memory', low=1, group='mini VGGT')
     new_rooms: float = opt(2.0, 'how many of them are replaced at each step', low=0)
-    init: str = opt('', 'a mini VGGT to begin with: the lessons with two views are left out')
 
 
 # -----------------------------------------------------------------------------
@@ -96,9 +94,8 @@ class MiniVGGTTrainer(nn.Module):
         with torch.no_grad():
             last.bias.copy_(identity / config.camera_iterations)
 
-    def forward(self, images, depth, classes, extrinsics, intrinsics, match_shift):
-        """A batch of data.RoomPool; `match_shift` in 1 .. V - 1. -> losses,
-        and 'loss', their sum with WEIGHTS."""
+    def forward(self, images, depth, classes, extrinsics, intrinsics):
+        """A batch of data.RoomPool -> losses, and 'loss', their sum with WEIGHTS."""
         vggt = self.vggt
         size = images.shape[-2:]
         truth = self.truth(depth, extrinsics, intrinsics, size)
@@ -121,7 +118,7 @@ class MiniVGGTTrainer(nn.Module):
         losses['points'] = F.smooth_l1_loss(points, truth['points'], beta=0.1)
         losses['classes'] = F.cross_entropy(logits.flatten(0, 3), classes.flatten())
         losses['gravity'] = (gravity - truth['gravity']).abs().mean()
-        losses['match'] = self.match_loss(descriptors, truth['patch_points'], match_shift)
+        losses['match'] = self.match_loss(descriptors, truth['patch_points'])
         losses['loss'] = sum(weight * losses[name] for name, weight in WEIGHTS.items())
         return losses
 
@@ -168,17 +165,16 @@ class MiniVGGTTrainer(nn.Module):
                     field_of_view=field_of_view, gravity=torch.cat([up, stand], -1))
 
     @staticmethod
-    def match_loss(descriptors, points, shift, radius=0.08, temperature=0.07):
-        """InfoNCE between each view and the one `shift` further.
+    def match_loss(descriptors, points, radius=0.08, temperature=0.07):
+        """InfoNCE between every view and every other.
 
         descriptors (B, V, N, 32), points (B, V, N, 3). A patch's positive is
         the patch of the other view that is nearest in space; those with none
         within `radius` are left out.
         """
-        other = descriptors.roll(shift, 1)
-        other_points = points.roll(shift, 1)
-        distance, match = torch.cdist(points, other_points).min(-1)  # (B, V, N)
-        logits = descriptors @ other.transpose(-1, -2) / temperature  # (B, V, N, N)
+        i, j = torch.tensor(list(itertools.permutations(range(points.shape[1]), 2))).T
+        distance, match = torch.cdist(points[:, i], points[:, j]).min(-1)  # (B, pairs, N)
+        logits = descriptors[:, i] @ descriptors[:, j].mT / temperature  # (B, pairs, N, N)
         loss = F.cross_entropy(logits.flatten(0, 2), match.flatten(), reduction='none')
         is_seen = (distance < radius).float()
         return (loss.view_as(distance) * is_seen).sum() / is_seen.sum().clamp(min=1)
@@ -187,22 +183,18 @@ class MiniVGGTTrainer(nn.Module):
 def make_batch(pool, step, config):
     """From two views with little motion between them to six of any; fewer views, more scenes."""
     progress = step / config.steps
-    if config.init:
-        progress = 0.4 + 0.6 * progress
-    if progress < 0.2:
+    if progress < 0.1:
         lessons = [(14, 2)]
-    elif progress < 0.4:
+    elif progress < 0.2:
         lessons = [(14, 2), (10, 3), (8, 4)]
     else:
         lessons = [(10, 3), (8, 4), (7, 5), (6, 6)]
     B, V = lessons[step % len(lessons)]
-    neighbours = min(1.0, max(0.0, 1.2 - 2 * progress))
+    neighbours = min(1.0, max(0.0, 1.2 - 4 * progress))
     keep_closest = 1.0
-    if V == 2 and progress < 0.3:
-        keep_closest = 1 / (3 - 2 * progress / 0.3)
-    batch = pool.batch(step, B, V, neighbours, keep_closest)
-    shift = torch.randint(1, V, (1,), generator=step_generator(config.seed, step, 2))
-    return dict(batch, match_shift=int(shift))
+    if V == 2 and progress < 0.15:
+        keep_closest = 1 / (3 - 2 * progress / 0.15)
+    return pool.batch(step, B, V, neighbours, keep_closest)
 
 
 # -----------------------------------------------------------------------------
@@ -358,10 +350,6 @@ def train(config, command):
 
     # model and data
     model = MiniVGGTTrainer()
-    if config.init:
-        begin_with = VGGT.from_pretrained(config.init)
-        check_classes(begin_with.config.classes, config.init)
-        load_strictly(model.vggt, begin_with.state_dict(), config.init)
     model.to(device).train()
     optimizers = make_optimizers(model, config, device, dtype)
     if config.resume:
@@ -403,7 +391,7 @@ def train(config, command):
 
 def main(argv=None):
     _, config = parse_options(argv, __doc__, Config, {'mini': {}}, default='mini')
-    train(config, 'python mini_vggt.py ' + ' '.join(sys.argv[1:] if argv is None else argv))
+    train(config, ' '.join(['python mini_vggt.py', *(sys.argv[1:] if argv is None else argv)]))
 
 
 if __name__ == '__main__':

@@ -1,13 +1,11 @@
 """
 Makes weights/mini_vlm/: a real Qwen2.5-VL with small numbers, pre-trained on pictures of rooms.
 
-    python mini_vlm.py                    # for a GPU; --help for the options
-    python mini_vlm.py --vlm weights/mini_vlm --batch 4 --steps 1700 --warmup 30     # goes on
+    python mini_vlm.py                    # --help for the options; --resume goes on
 
-It stands in for an open VLM: it sees pictures and holds no scene. It is asked about single pictures
-and unrelated pictures in a row. Two things make so small a model reason: half of the choices are
-answered in words, and places in metres are asked for on the way (`Sight`). `ground` is how
-finetune.py begins with such a VLM.
+It stands in for an open VLM: it sees pictures, alone or unrelated ones in a row, and holds no scene.
+Two things make so small a model reason: half of the choices are answered in words, and places in
+metres are asked for on the way (`Sight`). `ground` is how finetune.py begins with such a VLM.
 
 h width of the VLM    T tokens of a conversation    C categories    NAMES names in a question
 """
@@ -21,6 +19,7 @@ import re
 import sys
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -44,12 +43,12 @@ from rooms import CATEGORIES, CLASSES, SEEN, K, check_classes
 
 @dataclass(frozen=True)
 class Config(LoopConfig):
-    vlm: str = opt('', 'a mini VLM to begin with; empty: a new one', group='mini VLM')
-    batch: int = opt(8, 'rooms per batch, in fours, of seven conversations each', low=1)
+    batch: int = opt(4, 'rooms per batch, in fours, of seven conversations each', low=1,
+                     group='mini VLM')
 
 
-PRESETS = {'mini': dict(steps=6000, lr=2e-3, muon_lr=4e-3, decay_from=0.5, clip=1.0, val_scenes=48,
-                        eval_every=2000, log_every=100, out='out/mini-vlm', dtype='float32')}
+PRESETS = {'mini': dict(steps=8000, lr=2e-3, muon_lr=4e-3, decay_from=0.5, clip=1.0, val_scenes=48,
+                        eval_every=1000, log_every=100, out='out/mini-vlm')}
 
 
 # -----------------------------------------------------------------------------
@@ -185,8 +184,7 @@ class RoomPictures(torch.utils.data.Dataset):
         rooms = block.rooms
         only = dataclasses.replace(rooms, present=rooms.present & (cells >= SEEN))
         records = ask(only, room, cells, '', g, self.used, per_kind=4)
-        records = [record for record in records
-                   if record['question_type'] != 'room_size_estimation']
+        records = [record for record in records if 'room_size' not in record['question_type']]
         records = ask_2d(rooms, room, block.surface[room, view], g) + records
         records = shuffled(records, g)[:self.QUESTIONS]
         turns = []
@@ -314,9 +312,7 @@ class Sight(nn.Module):
     def place_loss(said, true):
         """Smooth L1 between places (..., 3), where the true one is not NaN."""
         known = ~true.isnan()
-        if not known.any():
-            return 0 * said.sum()
-        return F.smooth_l1_loss(said[known].float(), true[known])
+        return F.smooth_l1_loss(said[known].float(), true[known]) if known.any() else 0 * said.sum()
 
 
 def load_sight(folder, width):
@@ -423,11 +419,11 @@ def ground(model, chat, latents, batch_of, config, autocast, say):
 # -----------------------------------------------------------------------------
 # training
 
-def start(config):
-    """-> (SpatialVLM, Chat, Sight), those of --vlm or new ones"""
-    if config.vlm:
-        vlm, chat = load_vlm(config.vlm)
-        return SpatialVLM(vlm), chat, load_sight(config.vlm, vlm.config.text_config.hidden_size)
+def start(folder):
+    """-> (SpatialVLM, Chat, Sight): those of a checkpoint, or without a folder new ones"""
+    if folder:
+        vlm, chat = load_vlm(folder)
+        return SpatialVLM(vlm), chat, load_sight(folder, vlm.config.text_config.hidden_size)
     # the vocabulary: the words of both kinds of questions
     rooms = RoomQuestions('train', 0, 400)
     texts = [turn['value'].replace('<image>', '')
@@ -447,8 +443,7 @@ def train(config, command):
     torch.manual_seed(config.seed)
 
     # model and data
-    begin_with = dataclasses.replace(config, vlm=state['folder'] or config.vlm)
-    model, chat, sight = start(begin_with)
+    model, chat, sight = start(state['folder'])
     model.requires_grad_(True).to(device).train()
     attend_in_fp32(model.vlm, device)
     sight.to(device)
@@ -462,14 +457,19 @@ def train(config, command):
                f'({reason}) | writing to {config.out}/')
 
     def losses_of(step):
-        # rooms that were never seen before
+        # rooms that were never seen before, from short to long: else half would be padding
         items = list(RoomPictures('train', config.seed * 10 ** 6 + step, config.batch))
-        batch = chat.batch([chat.encode(item) for item in items])
-        truth = truth_of(items, batch, category_of)
-        truth = {name: x.to(device) for name, x in truth.items()}
-        with autocast:
-            losses = losses_on(model, to_device(batch, model.vlm, device), None, sight, truth)
-            return dict(losses, loss=sum(losses.values()))
+        encoded = [chat.encode(item) for item in items]
+        order = sorted(range(len(items)), key=lambda i: len(encoded[i]['input_ids']))
+        total = collections.Counter()
+        for part in np.array_split(order, 4):
+            batch = chat.batch([encoded[i] for i in part])
+            truth = truth_of([items[i] for i in part], batch, category_of)
+            truth = {name: x.to(device) for name, x in truth.items()}
+            with autocast:
+                losses = losses_on(model, to_device(batch, model.vlm, device), None, sight, truth)
+            total.update({name: loss / 4 for name, loss in losses.items()})
+        return dict(total, loss=sum(total.values()))
 
     def evaluate():
         metrics = held_out_loss(model, chat, None, held_out, autocast)
@@ -493,7 +493,7 @@ def train(config, command):
 
 def main(argv=None):
     _, config = parse_options(argv, __doc__, Config, PRESETS, default='mini')
-    train(config, 'python mini_vlm.py ' + ' '.join(sys.argv[1:] if argv is None else argv))
+    train(config, ' '.join(['python mini_vlm.py', *(sys.argv[1:] if argv is None else argv)]))
 
 
 if __name__ == '__main__':

@@ -1,17 +1,14 @@
 """
-A small procedural world: furnished rooms, a walk through each, and a
-ray-caster.
+A small procedural world: furnished rooms, a walk through each, and a ray-caster.
 
-Nothing can be assumed on a newcomer's machine, so the project carries its own
-data. A room is a box with textured walls and up to ten pieces of furniture
-(boxes, ellipsoids and cylinders, of eight categories). A walk is a noisy loop
-of views around it. `render` casts one ray per pixel, for many rooms and views at
-once, in plain torch on any device. It returns what a real data set would have
-to measure: colour, depth, object, camera.
+Nothing can be assumed on a newcomer's machine, so the project carries its own data. A room is a box
+with textured walls and up to ten pieces of furniture (boxes, ellipsoids and cylinders, of eight
+categories). A walk is a noisy loop of views around it. `render` casts one ray per pixel, for many
+rooms and views at once, and returns what a real data set would have to measure.
 
-World: metres, z up, the origin on the floor in the middle of the room. Cameras
-as in model.py. The same seed gives the same rooms; training and validation
-seeds never meet (`room_seed`). A new category is a new line of FURNITURE.
+World: metres, z up, the origin on the floor in the middle of the room. Cameras as in model.py. The
+same seed gives the same rooms; training and validation seeds never meet (`room_seed`). A new
+category is a new line of FURNITURE.
 
     python rooms.py            # draws out/rooms.png: what the world looks like, and one room alone
 
@@ -27,7 +24,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from common import InputError, run_script
-from model import camera_rays, full_precision, relative_pose
+from model import camera_rays, full_precision, look_along, relative_pose
 
 # name: (shape, half sizes in metres (x, y, z) from .. to, colour). None: as x, the piece is round.
 FURNITURE = {
@@ -50,6 +47,17 @@ EYE_HEIGHT = (1.5, 1.75)                                     # metres
 SCENE_UNIT = 3.0      # metres; the mini VGGT's unit of length, in which distances are near 1
 SEEN = 4              # cells that a piece must fill, over all views together, to count as seen
 FAR = 1e9
+
+
+@dataclass(frozen=True)
+class Style:
+    """What rooms and walks are drawn from. Another one than this is a world never trained on."""
+    sides: tuple = (3.5, 8.0)               # metres, from .. to
+    furnished: float = 0.7                  # share of the slots
+    waves: tuple = (2.0, 6.0)               # of the patterns of walls, radians a metre
+    brightness: float = 1.0
+    field_of_view: float = FIELD_OF_VIEW
+    eye_height: tuple = EYE_HEIGHT
 
 
 @dataclass
@@ -104,11 +112,12 @@ class Dice:
         return 1.0 - 2.0 * self.integer(0, 2, *shape)
 
 
-def make_rooms(num_rooms, seed):
+def make_rooms(num_rooms, seed, style=Style()):
     """`num_rooms` random rooms, a pure function of the arguments. -> Rooms on the CPU"""
     dice = Dice(seed)
     R = num_rooms
-    sides = dice.uniform(R, low=3.5, high=8.0), dice.uniform(R, low=3.5, high=8.0)
+    low, high = style.sides
+    sides = [dice.uniform(R, low=low, high=high) for _ in range(2)]
     size = torch.stack([*sides, dice.uniform(R, low=2.4, high=3.2)], -1)
 
     # what stands in the room: every slot draws among the categories of its shape
@@ -128,14 +137,13 @@ def make_rooms(num_rooms, seed):
     low, high = ranges[category].unbind(-1)  # (R, K, 3)
     half = low + share * (high - low)
     yaw = dice.uniform(R, K, high=math.pi)
-    present = dice.uniform(R, K) < 0.7
-    first_slot = 0
-    for _, count in SLOTS:  # one of each shape, if it finds a place
-        present[:, first_slot] = True
-        first_slot += count
+    present = dice.uniform(R, K) < style.furnished
+    firsts = [sum(count for _, count in SLOTS[:i]) for i in range(len(SLOTS))]
+    present[:, firsts] = True  # one of each shape, if it finds a place
 
     center = place_furniture(dice, size, half, present)
-    colors, texture, pattern, light = paint_rooms(dice, category)
+    colors, texture, pattern, light = paint_rooms(dice, category, style.waves)
+    colors = style.brightness * colors
     return Rooms(size, category, present, center, half, yaw, colors, texture, pattern, light)
 
 
@@ -162,7 +170,7 @@ def place_furniture(dice, size, half, present):
     return center
 
 
-def paint_rooms(dice, category):
+def paint_rooms(dice, category, waves):
     """Walls of any colour, furniture near its category's. -> colors, texture, pattern, light."""
     R, S = len(category), 6 + K
     first = dice.uniform(R, S, 3, low=0.2, high=0.9)
@@ -170,7 +178,7 @@ def paint_rooms(dice, category):
     first[:, 6:] = (paint[category] + 0.12 * dice.normal(R, K, 3)).clamp(0.05, 1)
     second = (first + 0.7 * (dice.uniform(R, S, 3) - 0.5)).clamp(0.02, 1)
     second[:, 6:] = first[:, 6:] * dice.uniform(R, K, 1, low=0.35, high=0.8)
-    frequency = dice.uniform(R, S, 2, low=2.0, high=6.0)
+    frequency = dice.uniform(R, S, 2, low=waves[0], high=waves[1])
     frequency[:, 6:] = dice.uniform(R, K, 2, low=4.0, high=11.0)
     phase = dice.uniform(R, S, 2, high=2 * math.pi)
     pattern = dice.integer(0, 4, R, S)
@@ -183,7 +191,7 @@ def paint_rooms(dice, category):
 # -----------------------------------------------------------------------------
 # cameras
 
-def make_walk(rooms, num_views, seed):
+def make_walk(rooms, num_views, seed, style=Style()):
     """A walk around each room, views in walking order. -> extrinsics (R, V, 3, 4), world-to-camera.
 
     A noisy loop that looks inward, with a quarter of the views turned away by
@@ -206,11 +214,12 @@ def make_walk(rooms, num_views, seed):
     limit = limit[:, None, None]  # (R, 1, 1, 2)
     spot = direction * radius * 1.1 * limit  # (R, V, tries, 2)
     spot = torch.maximum(torch.minimum(spot, limit), -limit)
-    gap = clearance(rooms, spot)  # (R, V, tries)
+    gap = clearance(rooms, spot, style.eye_height)  # (R, V, tries)
     is_clear = gap > 0.3
     best = torch.where(is_clear.any(-1), is_clear.float().argmax(-1), gap.argmax(-1))
     xy = spot.gather(2, best[..., None, None].expand(-1, -1, 1, 2))[:, :, 0]
-    z = dice.uniform(R, 1, 1, low=EYE_HEIGHT[0], high=EYE_HEIGHT[1]) + 0.04 * dice.normal(R, V, 1)
+    low, high = style.eye_height
+    z = dice.uniform(R, 1, 1, low=low, high=high) + 0.04 * dice.normal(R, V, 1)
     position = torch.cat([xy, z], -1)  # (R, V, 3)
 
     # whereto: a point near the middle, or away from it
@@ -225,9 +234,9 @@ def make_walk(rooms, num_views, seed):
     return cameras_at(position, yaw, pitch, roll)
 
 
-def clearance(rooms, xy):
+def clearance(rooms, xy, eye_height=EYE_HEIGHT):
     """Metres from places (R, ..., 2) to the nearest furniture of a camera's height. -> (R, ...)"""
-    tall = rooms.present & (rooms.center[..., 2] + rooms.half[..., 2] > EYE_HEIGHT[0] - 0.4)
+    tall = rooms.present & (rooms.center[..., 2] + rooms.half[..., 2] > eye_height[0] - 0.4)
     flat = xy.flatten(1, -2)  # (R, places, 2)
     gap = (flat[:, :, None] - rooms.center[:, None, :, :2]).norm(dim=-1)  # (R, places, K)
     gap = gap - rooms.half[:, None, :, :2].norm(dim=-1)
@@ -239,22 +248,17 @@ def cameras_at(position, yaw, pitch, roll):
 
     Angles in radians. -> extrinsics (R, V, 3, 4)
     """
-    forward = [yaw.cos() * pitch.cos(), yaw.sin() * pitch.cos(), pitch.sin()]
-    forward = torch.stack(forward, -1)  # (R, V, 3)
-    up = torch.tensor([0., 0., 1.]).expand_as(forward)
-    right = F.normalize(torch.cross(forward, up, dim=-1), dim=-1)
-    down = torch.cross(forward, right, dim=-1)
-    cos = roll.cos()[..., None]
-    sin = roll.sin()[..., None]
-    axes = [cos * right + sin * down, cos * down - sin * right, forward]
-    rotation = torch.stack(axes, -2)  # rows: the camera's axes
-    return torch.cat([rotation, -rotation @ position[..., None]], -1)
+    forward = torch.stack([yaw.cos() * pitch.cos(), yaw.sin() * pitch.cos(), pitch.sin()], -1)
+    level = look_along(position, forward, torch.tensor([0.0, 0.0, -1.0]).expand_as(forward))
+    cos, sin, zero = roll.cos(), roll.sin(), torch.zeros_like(roll)
+    turn = torch.stack([cos, sin, zero, -sin, cos, zero, zero, zero, zero + 1], -1)
+    return turn.unflatten(-1, (3, 3)) @ level
 
 
-def make_intrinsics(size, *batch):
-    """Pinhole of FIELD_OF_VIEW across the shorter side. -> (*batch, 3, 3) for `size` = (H, W)."""
+def make_intrinsics(size, *batch, field_of_view=FIELD_OF_VIEW):
+    """Pinhole, with `field_of_view` across the shorter side of `size` = (H, W). -> (*batch, 3, 3)"""
     H, W = size
-    focal = min(H, W) / 2 / math.tan(FIELD_OF_VIEW / 2)
+    focal = min(H, W) / 2 / math.tan(field_of_view / 2)
     intrinsics = torch.tensor([[focal, 0, W / 2], [0, focal, H / 2], [0, 0, 1]])
     return intrinsics.expand(*batch, 3, 3).clone()
 

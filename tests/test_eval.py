@@ -237,71 +237,6 @@ def test_an_answerer_is_what_was_trained(tuned, vlm):
         load_answerer('nowhere', 'cpu')
 
 
-def test_ablate(vlm, tmp_path, capsys):
-    out = tmp_path / 'arms'
-    arguments = ['ablate', '--arms', 'psfm', 'none', '--seeds', '0',
-                 *options(vlm, tmp_path, '--steps', '1', '--map-steps', '0', '--out', str(out))]
-    main(arguments)
-    shown = capsys.readouterr().out
-    for words in ('without looking', 'commonest answer', 'best constant answer', 'psfm, 1 seed',
-                  'psfm, shuffled, 1 seed', 'none, 1 seed', 'psfm minus none', 'tokens of 128 numbers',
-                  'none: 0.'):
-        assert words in shown
-
-    # finished runs are kept
-    written = os.path.getmtime(out / 'psfm-0' / 'metrics.json')
-    main(arguments)
-    assert os.path.getmtime(out / 'psfm-0' / 'metrics.json') == written
-    assert 'psfm, shuffled, 1 seed' in capsys.readouterr().out
-    with pytest.raises(InputError, match='batch 2 there, 4 here'):
-        main([*arguments, '--batch', '4'])
-
-
-def test_ablate_trains_every_arm_with_every_seed(vlm, tmp_path, capsys, monkeypatch):
-    """The order of things alone; nothing is trained, no room is rendered."""
-    trained = []
-
-    def answers(value):
-        prior = dict(object_counting=10.0, overall=10.0)
-        return dict(scores=[['object_counting', 0, value]], prior=prior, commonest=prior, maps=[],
-                    seconds=60)
-
-    def train(name, config, data, held_out):
-        assert (data, held_out) == ('train', 'held out')
-        trained.append((config.latents, config.seed, config.out))
-        os.makedirs(config.out)
-        Path(config.out, 'config.json').write_text(json.dumps(vars(config)))
-        Path(config.out, 'metrics.json').write_text(json.dumps(answers(0.5)))
-
-    shuffled = []
-
-    def ask_shuffled(folder, config, data):
-        shuffled.append(folder)
-        Path(folder, 'metrics.json').write_text(json.dumps(dict(answers(0.5),
-                                                                shuffled=answers(0.25))))
-
-    monkeypatch.setattr(finetune, 'make_data', lambda config, progress: ('train', 'held out'))
-    monkeypatch.setattr(finetune, 'train', train)
-    monkeypatch.setattr(evaluation, 'ask_shuffled', ask_shuffled)
-    out = str(tmp_path / 'arms')
-    arguments = ['ablate', '--arms', 'psfm', 'none', '--seeds', '0', '1', '--out', out,
-                 '--vlm', vlm]
-    main(arguments)
-    assert trained == [(arm, seed, f'{out}/{arm}-{seed}')
-                       for seed in (0, 1) for arm in ('psfm', 'none')]
-    assert shuffled == [f'{out}/psfm-0', f'{out}/psfm-1']
-    rows = capsys.readouterr().out.splitlines()
-    assert [row.split('  ')[0] for row in rows[3:8]] == [
-        'psfm, 2 seeds', 'psfm, shuffled, 2 seeds', 'none, 2 seeds',
-        'psfm minus psfm, shuffled', 'psfm minus none']
-
-    # finished runs are kept
-    main(arguments)
-    assert len(trained) == 4
-    with pytest.raises(InputError, match='was trained with another configuration .lr'):
-        main([*arguments, '--lr', '0.5'])
-
-
 # -----------------------------------------------------------------------------
 # bad input: one clear sentence, no traceback
 
@@ -319,7 +254,6 @@ def test_ablate_trains_every_arm_with_every_seed(vlm, tmp_path, capsys, monkeypa
     (['probe', '--run', 'README.md'], 'README.md is not a .safetensors file'),
     (['rooms', '--run', 'nowhere'], 'no folder of a run at nowhere: fine-tune first'),
     (['rooms', '--run', 'weights'], 'weights is no Spa3-VLM'),
-    (['ablate', '--arms', 'all'], "invalid choice: 'all'"),
 ])
 def test_bad_input(arguments, message, capsys):
     refuse(message, main, arguments, capsys)

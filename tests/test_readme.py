@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import ablate
 import bench
 import data
 import eval as evaluation
@@ -56,11 +57,12 @@ def parse(script, arguments, monkeypatch):
         Config = dict(mini_vggt=mini_vggt, mini_vlm=mini_vlm)[script[:-3]].Config
         parse_options(arguments, '', Config, {'mini': {}}, default='mini')
     elif script == 'eval.py':
-        args, options = evaluation.make_parser().parse_known_args(arguments)
-        if args.command == 'ablate':
-            finetune.parse_config(['--config', args.config, *options])
-        else:
-            assert options == []
+        evaluation.make_parser().parse_args(arguments)
+    elif script == 'ablate.py':
+        args, options = ablate.make_parser().parse_known_args(arguments)
+        if args.command != 'worlds':
+            of = finetune if args.command == 'vlm' else train
+            of.parse_config(['--config', args.config, *options])
     elif script in ('bench.py', 'data.py'):
         monkeypatch.setattr(bench, 'pick_device', stop)
         monkeypatch.setattr(bench, 'predict', stop)
@@ -96,7 +98,7 @@ def test_there_are_commands_to_check():
 
 @pytest.mark.parametrize('command', [
     'python train.py --confg small', 'python train.py --config smal', 'python train.py --steps 0',
-    'python finetune.py --encoder', 'python eval.py fields', 'python eval.py ablate --arm psfm',
+    'python finetune.py --encoder', 'python eval.py fields', 'python ablate.py vlm --arm psfm',
     'python bench.py --view 8', 'python data.py chek photos/', 'python mini_vlm.py --batch 0',
     'python rooms.py 3', 'python nowhere.py'])
 def test_a_wrong_command_would_be_noticed(command, monkeypatch, capsys):

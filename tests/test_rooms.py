@@ -1,5 +1,6 @@
 """The world: rooms, walks and the ray-caster, against the rooms' own lists of what stands where."""
 import functools
+import math
 from dataclasses import fields
 
 import pytest
@@ -8,8 +9,8 @@ import torch
 from common import InputError
 from data import RoomPool
 from model import camera_rays, invert_pose
-from rooms import (CATEGORIES, CLASSES, FURNITURE, K, check_classes, make_intrinsics, make_rooms,
-                   make_walk, render, room_seed, surface_classes)
+from rooms import (CATEGORIES, CLASSES, FURNITURE, K, Style, check_classes, make_intrinsics,
+                   make_rooms, make_walk, render, room_seed, surface_classes)
 
 
 def hit_points(world):
@@ -55,6 +56,22 @@ def test_same_seed_same_world(world):
     views = render(again, make_walk(again, 8, seed=5), make_intrinsics(size, 6, 8), size)
     assert all(torch.equal(views[name], world[3][name]) for name in views)
     assert not torch.equal(make_rooms(6, seed=6).size, again.size)
+
+
+def test_other_worlds_differ_in_what_they_say():
+    plain = make_rooms(40, 5)
+    larger = make_rooms(40, 5, Style(sides=(8.0, 11.0)))
+    assert larger.size[:, :2].min() >= 8 and larger.size[:, :2].max() <= 11
+    full = make_rooms(40, 5, Style(furnished=1.0))
+    assert full.present.float().mean() > 1.1 * plain.present.float().mean()
+    dark = make_rooms(40, 5, Style(brightness=0.5))
+    assert torch.equal(dark.colors, plain.colors / 2) and torch.equal(dark.size, plain.size)
+    fine = make_rooms(40, 5, Style(waves=(8.0, 16.0)))
+    assert fine.texture[:, :6, :2].min() >= 8 and torch.equal(fine.center, plain.center)
+    low = make_walk(plain, 8, 5, Style(eye_height=(0.8, 1.0)))
+    assert (invert_pose(low)[..., 2, 3].mean(1) - 0.9).abs().max() < 0.2
+    half = make_intrinsics((64, 64), 1, field_of_view=math.radians(60))
+    assert half[0, 0, 0] == pytest.approx(32 / math.tan(math.radians(30)))
 
 
 def test_train_and_validation_never_share_a_seed():

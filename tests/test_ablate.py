@@ -1,0 +1,217 @@
+"""Experiments of many runs: what is trained, what is kept, what the tables say."""
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+import ablate
+import finetune
+import psfm as method
+import train
+from ablate import STYLES, CameraToken, comparison, decoder_replaced, main
+from common import InputError
+from data import RoomPool
+from eval import SHIPPED
+from measure import field_batches
+from psfm import FieldDecoder, load_psfm
+from tiny import TINY_PSFM, options, refuse, save_tiny_vlm
+
+
+@pytest.fixture(scope='module')
+def tiny_vlm(tmp_path_factory):
+    return save_tiny_vlm(tmp_path_factory.mktemp('vlm') / 'tiny')
+
+
+# -----------------------------------------------------------------------------
+# the method, one decision at a time
+
+def test_a_camera_token_decodes_each_view_on_its_own():
+    torch.manual_seed(0)
+    decoder = CameraToken(32, 2, 2).eval()
+    z, extrinsics = torch.randn(2, 5, 32), torch.randn(2, 3, 3, 4)
+    intrinsics = torch.tensor([[30.0, 0, 32], [0, 30, 24], [0, 0, 1]]).expand(2, 3, 3, 3)
+    size, grid = (48, 64), (6, 8)
+    with torch.no_grad():
+        out = decoder(z, extrinsics, intrinsics, size, grid)
+        alone = decoder(z, extrinsics[:, 1:2], intrinsics[:, 1:2], size, grid)
+        turned = decoder(z, extrinsics.roll(1, 1), intrinsics, size, grid)
+    assert out.shape == (2, 3, 48, 32)
+    torch.testing.assert_close(out[:, 1:2], alone)
+    torch.testing.assert_close(out.roll(1, 1), turned)
+    assert (out[:, 0] - out[:, 1]).abs().max() > 1e-3  # cameras differ, and so do their views
+
+
+def test_a_decoder_is_replaced_for_a_while():
+    with pytest.raises(ZeroDivisionError), decoder_replaced(CameraToken):
+        assert method.FieldDecoder is CameraToken
+        1 / 0
+    assert method.FieldDecoder is FieldDecoder
+
+
+def run(value):
+    read = dict(psfm=dict(object_recall=0.0, depth_abs_rel=0.0))
+    metrics = dict(psfm=dict(r2=value), camera=dict(r2=0.0), read_out=read)
+    return dict(asked=dict(asymmetric=metrics, separate=metrics), seconds=60)
+
+
+def test_intervals_are_of_student_and_differences_are_paired():
+    text = comparison({'a': [run(x) for x in (0.1, 0.2, 0.3)],
+                       'b': [run(x) for x in (0.2, 0.3, 0.4)]})
+    rows = [line.split() for line in text.splitlines()[1:]]
+    assert [row[0] for row in rows] == ['a', 'b', 'b']
+    # standard deviation 0.1 of three: 4.30 x 0.1 / sqrt(3)
+    assert rows[0][1:3] == ['0.200', '±0.248'] and rows[1][1:3] == ['0.300', '±0.248']
+    assert rows[2][:5] == ['b', 'minus', 'a', '0.100', '±0.000']
+    assert '±' not in comparison({'a': [run(0.1)]})
+
+
+def test_field_trains_every_row_and_asks_all_the_same(tmp_path, monkeypatch, capsys):
+    changes = dict(ablate.FIELD)
+    chosen = 'as it is', 'camera token', 'mask ratio 0.75', 'two passes'
+    monkeypatch.setattr(ablate, 'FIELD', {name: changes[name] for name in chosen})
+    asked, ask = [], ablate.evaluate_field
+
+    def evaluate(psfm, train_source, held_out, *rest):
+        asked.append((psfm.context, psfm.mask_ratio, type(psfm.decoder)))
+        return ask(psfm, train_source, held_out, *rest)
+
+    monkeypatch.setattr(ablate, 'evaluate_field', evaluate)
+    out = tmp_path / 'runs'
+    arguments = ['field', '--seeds', '0', '--out', str(out), *TINY_PSFM]
+    main(arguments)
+    assert asked == [(context, mask, decoder)
+                     for mask, decoder in ((0.5, FieldDecoder), (0.5, CameraToken),
+                                           (0.75, FieldDecoder), (0.5, FieldDecoder))
+                     for context in ('asymmetric', 'separate')]
+    config = json.loads((out / 'two-passes-0' / 'config.json').read_text())
+    assert config['context'] == 'separate' and config['width'] == 32
+    shown = capsys.readouterr().out
+    for words in ('R2, two passes', 'camera token minus as it is', 'two passes minus as it is'):
+        assert words in shown
+
+    # what was trained is kept; other options are another experiment
+    main(arguments)
+    assert len(asked) == 8 and 'camera token minus as it is' in capsys.readouterr().out
+    with pytest.raises(InputError, match='steps 1 there, 2 here'):
+        main([*arguments, '--steps', '2'])
+
+
+def test_half_of_the_views_are_shown_to_every_run():
+    """The evaluation's question does not depend on the mask ratio of the training."""
+    psfm, config = load_psfm(SHIPPED)
+    masks = []
+    for ratio in (0.5, 0.9):
+        psfm.mask_ratio = ratio
+        (_, mask, num_context), = field_batches(psfm, RoomPool('val', 0, 4), config, 4)
+        masks.append(mask)
+        assert num_context == 3
+    assert torch.equal(*masks)
+
+
+def test_scaling(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ablate, 'WIDTHS', (64, 128))
+    monkeypatch.setattr(ablate, 'STEPS', (1, 2))
+    main(['scaling', '--seeds', '0', '1', '--out', str(tmp_path / 'runs'), *TINY_PSFM[4:]])
+    shown = capsys.readouterr().out
+    assert '128 wide, 2 steps minus 64 wide, 1 steps' in shown
+    assert (tmp_path / 'runs' / 'scaling.png').is_file()
+    assert sorted(path.name for path in (tmp_path / 'runs').iterdir() if path.is_dir()) == [
+        f'{width}-{steps}-{seed}' for width in (128, 64) for steps in (1, 2) for seed in (0, 1)]
+
+
+# -----------------------------------------------------------------------------
+# other worlds
+
+def test_worlds(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train.main([*TINY_PSFM, '--out', 'run'])
+    main(['worlds', '--run', 'run', '--rooms', '4', '--device', 'cpu'])
+    rows = capsys.readouterr().out.splitlines()
+    assert [row[:26].strip() for row in rows[-9:-1]] == ['', *STYLES]
+    found = json.loads(Path('run/worlds.json').read_text())
+    assert list(found) == list(STYLES)
+    truths = [world['read_out']['true']['depth_abs_rel'] for world in found.values()]
+    assert len(set(truths)) == len(truths)  # they are different worlds
+
+
+# -----------------------------------------------------------------------------
+# arms of a VLM
+
+def test_arms_of_a_vlm(tiny_vlm, tmp_path, capsys):
+    out = tmp_path / 'arms'
+    arguments = ['vlm', '--arms', 'psfm', 'none', '--seeds', '0',
+                 *options(tiny_vlm, tmp_path, '--steps', '1', '--map-steps', '0', '--out', str(out))]
+    main(arguments)
+    shown = capsys.readouterr().out
+    for words in ('without looking', 'commonest answer', 'best constant answer', 'psfm, 1 seed',
+                  'psfm, shuffled, 1 seed', 'none, 1 seed', 'psfm minus none', 'tokens of 128 numbers',
+                  'none: 0.'):
+        assert words in shown
+
+    # finished runs are kept
+    written = os.path.getmtime(out / 'psfm-0' / 'metrics.json')
+    main(arguments)
+    assert os.path.getmtime(out / 'psfm-0' / 'metrics.json') == written
+    assert 'psfm, shuffled, 1 seed' in capsys.readouterr().out
+    with pytest.raises(InputError, match='batch 2 there, 4 here'):
+        main([*arguments, '--batch', '4'])
+
+
+def test_every_arm_is_trained_with_every_seed(tiny_vlm, tmp_path, capsys, monkeypatch):
+    """The order of things alone; nothing is trained, no room is rendered."""
+    trained = []
+
+    def answers(value):
+        prior = dict(object_counting=10.0, overall=10.0)
+        return dict(scores=[['object_counting', 0, value]], prior=prior, commonest=prior, maps=[],
+                    seconds=60)
+
+    def train(name, config, data, held_out):
+        assert (data, held_out) == ('train', 'held out')
+        trained.append((config.latents, config.seed, config.out))
+        os.makedirs(config.out)
+        Path(config.out, 'config.json').write_text(json.dumps(vars(config)))
+        Path(config.out, 'metrics.json').write_text(json.dumps(answers(0.5)))
+
+    shuffled = []
+
+    def ask_shuffled(folder, config, data):
+        shuffled.append(folder)
+        Path(folder, 'metrics.json').write_text(json.dumps(dict(answers(0.5),
+                                                                shuffled=answers(0.25))))
+
+    monkeypatch.setattr(finetune, 'make_data', lambda config, progress: ('train', 'held out'))
+    monkeypatch.setattr(finetune, 'train', train)
+    monkeypatch.setattr(ablate, 'ask_shuffled', ask_shuffled)
+    out = str(tmp_path / 'arms')
+    arguments = ['vlm', '--arms', 'psfm', 'none', '--seeds', '0', '1', '--out', out,
+                 '--vlm', tiny_vlm]
+    main(arguments)
+    assert trained == [(arm, seed, f'{out}/{arm}-{seed}')
+                       for seed in (0, 1) for arm in ('psfm', 'none')]
+    assert shuffled == [f'{out}/psfm-0', f'{out}/psfm-1']
+    rows = capsys.readouterr().out.splitlines()
+    assert [row.split('  ')[0] for row in rows[3:8]] == [
+        'psfm, 2 seeds', 'psfm, shuffled, 2 seeds', 'none, 2 seeds',
+        'psfm minus psfm, shuffled', 'psfm minus none']
+
+    # finished runs are kept
+    main(arguments)
+    assert len(trained) == 4
+    with pytest.raises(InputError, match='was trained with another configuration .lr'):
+        main([*arguments, '--lr', '0.5'])
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (['vlm', '--arms', 'all'], "invalid choice: 'all'"),
+    (['vlm', '--data', 'a.json'], 'ablate compares on rooms'),
+    (['field', '--data', 'photos'], 'ablate compares on rooms'),
+    (['field', '--lrr', '1'], 'no option --lrr'),
+    (['worlds', '--steps', '3'], 'no option --steps'),
+    (['worlds', '--run', 'nowhere'], 'no checkpoint in nowhere: train first'),
+    (['fields'], "invalid choice: 'fields'"),
+])
+def test_bad_input(arguments, message, capsys):
+    refuse(message, main, arguments, capsys)
