@@ -4,14 +4,16 @@ What matters, what does it take, what does it withstand? Experiments of many run
     python ablate.py field      # the decisions of the method, one at a time
     python ablate.py scaling    # R2 and objects found against steps and width
     python ablate.py worlds     # a trained field in rooms unlike those that it was trained on
+    python ablate.py limits     # where a trained field is wrong
     python ablate.py vlm        # do the latents help a VLM? every kind
 
-Three seeds each, side by side in one table. Finished runs are kept: a command that was cut off goes
+What is trained is trained with three seeds. Finished runs are kept: a command that was cut off goes
 on with the run that was cut off, and two of them may share the work (`--seeds 0`, `--seeds 1 2`).
 Options that this script does not know are those of train.py (field, scaling) or finetune.py (vlm).
 """
 import contextlib
 import dataclasses
+import itertools
 import math
 import os
 
@@ -28,10 +30,11 @@ from common import (InputError, Parser, autocast_on, check_same, find_file, numb
 from data import RoomPool, make_sources
 from draw import ACCENT, blank, draw_panel
 from eval import SHIPPED, folder_beside, load_answerer, rendering
-from measure import answer_rooms, evaluate_field, rooms_table
-from model import MLP, RoPE2D, camera_rays
-from psfm import FieldDecoder, load_psfm
-from rooms import Style
+from measure import answer_rooms, evaluate_field, field_batches, look, rooms_table
+from mini_vggt import pose_errors
+from model import MLP, RoPE2D, camera_rays, invert_pose, take_views
+from psfm import FieldDecoder, context_index, load_psfm
+from rooms import STRUCTURE, Style, scene_extrinsics
 
 
 class CameraToken(FieldDecoder):
@@ -209,20 +212,26 @@ def draw_scaling(rows, path):
 
 
 # -----------------------------------------------------------------------------
-# other worlds
+# a trained field: other worlds, and where it is wrong
 
-def worlds(args):
+def open_field(args):
+    """-> PSFM, its options with --rooms held-out rooms, training rooms, held-out rooms"""
     device = pick_device(args.device)
     psfm, config = load_psfm(args.run, device)
     if config.data != 'rooms':
         raise InputError(f'{args.run} was trained on {config.data}; this takes a run on rooms')
-    source, held_out = make_sources(config, psfm.backbone.config.patch_size, device)
+    config.val_scenes = args.rooms
+    return psfm, config, *make_sources(config, psfm.backbone.config.patch_size, device)
+
+
+def worlds(args):
+    psfm, config, source, held_out = open_field(args)
+    device = held_out.device
     titles = 'R2', 'camera', 'context', 'objects', '(true)', 'abs-rel', '(true)'
     print(f'{"":26s}' + ''.join(f'{title:>9s}' for title in titles))
     found = {}
     for name, style in STYLES.items():
         pool = RoomPool('val', 0, args.rooms, 0, held_out.size, device, style=style)
-        config.val_scenes = args.rooms
         metrics = evaluate_field(psfm, source, pool, config.steps * config.accumulate, config,
                                  autocast_on(device, torch.float32))
         found[name] = metrics
@@ -234,6 +243,91 @@ def worlds(args):
     path = os.path.join(folder_beside(args.run), 'worlds.json')
     write_json(path, found)
     print(f'wrote {path}')
+
+
+def camera_errors(extrinsics, truth, num_context):
+    """Of each view after the first `num_context`: the mean over those of the worse of two errors,
+    rotation and direction of translation. (B, V, 3, 4) twice -> degrees (B, V - num_context)"""
+    V = extrinsics.shape[1]
+    worse = torch.maximum(*pose_errors(extrinsics, truth))  # (B, pairs)
+    i, j = torch.triu_indices(V, V, offset=1)
+    return torch.stack([worse[:, (i < num_context) & (j == view)].mean(1)
+                        for view in range(num_context, V)], 1)
+
+
+def is_shown(batch, context, index, size, grid):
+    """Which patches of the views `index` (B, U) show something that a view of `context` (B, Vc)
+    shows too: at least half of a patch's cells, by true depth and cameras. -> (B, U, N) bool"""
+    depth = batch['depth'].flatten(2)  # (B, V, cells)
+    cells = batch['depth'].shape[-2:]
+    rays = camera_rays(batch['intrinsics'], size, cells)  # (B, V, cells, 3)
+    pose = invert_pose(batch['extrinsics'])[:, :, None]  # camera -> world
+    points = (pose[..., :3] @ (rays * depth[..., None])[..., None] + pose[..., 3:])[..., 0]
+    points = take_views(points, index).flatten(1, 2)  # (B, U cells, 3)
+    shown = torch.zeros(points.shape[:2], dtype=torch.bool, device=depth.device)
+    for view in context.T[:, :, None]:  # (B, 1)
+        E, K, seen = [take_views(x, view)[:, 0]
+                      for x in (batch['extrinsics'], batch['intrinsics'], depth)]
+        local = points @ E[..., :3].mT + E[:, None, :, 3]
+        distance = local[..., 2]
+        pixel = (local @ K.mT)[..., :2] / distance.clamp(min=1e-3)[..., None]
+        cell = (pixel * pixel.new_tensor(cells[::-1]) / pixel.new_tensor(size[::-1])).floor().long()
+        x, y = cell.unbind(-1)
+        inside = (distance > 0) & (x >= 0) & (x < cells[1]) & (y >= 0) & (y < cells[0])
+        place = (y * cells[1] + x).where(inside, 0)
+        shown |= inside & ((seen.gather(1, place) - distance).abs() < 0.1 + 0.15 * distance)
+    return per_patch(shown.view(*index.shape, *cells), grid).float().mean(-1) >= 0.5
+
+
+def per_patch(cells, grid):
+    """(B, U, 2h, 2w) -> the four cells of each patch, (B, U, N, 4)"""
+    B, U, H, W = cells.shape
+    cells = cells.view(B, U, grid[0], H // grid[0], grid[1], W // grid[1])
+    return cells.transpose(3, 4).flatten(4).flatten(2, 3)
+
+
+@torch.no_grad()
+def limits(args):
+    """Is it the cameras that the backbone predicts? Is it what no context view shows?"""
+    psfm, config, _, held_out = open_field(args)
+    errors, variances, degrees, shown, found, furniture = [], [], [], [], [], []
+    for batch, mask, num_context in field_batches(psfm, held_out, config, args.rooms):
+        size, V = batch['images'].shape[-2:], mask.shape[1]
+        seen, unseen = context_index(mask, num_context), context_index(~mask, V - num_context)
+        context, views = look(psfm, batch, mask, num_context, config)
+        z = psfm.encode(context, views.grid)
+        cameras = [take_views(x, unseen) for x in (views.extrinsics, views.intrinsics)]
+        predicted = psfm.decode(z, *cameras, size, views.grid)
+        target = take_views(views.features, unseen).float()
+        p, t = [(x - psfm.geo_mean) / psfm.geo_std for x in (predicted, target)]
+        errors.append((p - t).square().sum(-1))  # (B, U, N)
+        variances.append(t.square().sum(-1))
+        order = torch.cat([seen, unseen], 1)
+        truth = scene_extrinsics(take_views(batch['extrinsics'], order))
+        degrees.append(camera_errors(take_views(views.extrinsics, order), truth, num_context))
+        shown.append(is_shown(batch, seen, unseen, size, views.grid))
+        classes = take_views(batch['classes'], unseen)
+        is_furniture = classes >= len(STRUCTURE)
+        is_right = psfm.backbone.read_out(predicted, views.grid)[1].argmax(-1) == classes
+        furniture.append(per_patch(is_furniture, views.grid).sum(-1))
+        found.append(per_patch(is_furniture & is_right, views.grid).sum(-1))
+    errors, variances, degrees, shown, found, furniture = [
+        torch.cat(x) for x in (errors, variances, degrees, shown, found, furniture)]
+
+    print(f'unseen views of {len(errors)} held-out rooms{"share":>29s}{"R2":>9s}{"objects":>9s}')
+
+    def row(name, where):
+        r2 = 1 - errors[where].sum() / variances[where].sum()
+        objects = found[where].sum() / furniture[where].sum()
+        share = 100 * where.float().mean()
+        print(f'{name:55s}{share:6.0f} %{r2:9.3f}{objects:9.3f}')
+
+    bounds = degrees.flatten().quantile(torch.linspace(0, 1, 7, device=degrees.device))
+    for low, high in itertools.pairwise(bounds.tolist()):
+        row(f'camera predicted with an error of {low:.1f} to {high:.1f} degrees',
+            (degrees >= low) & (degrees <= high))
+    row('patches that a context view shows', shown)
+    row('patches that none shows', ~shown)
 
 
 # -----------------------------------------------------------------------------
@@ -305,10 +399,11 @@ def make_parser():
 
     command(field, 'one decision of the method at a time', 'out/ablate-field')
     command(scaling, 'R2 and objects found against steps and width', 'out/ablate-scaling')
-    c = command(worlds, 'a trained field in rooms unlike those of its training', '')
-    c.add_argument('--run', default=SHIPPED, help=f'a run, or a file ({SHIPPED})')
-    c.add_argument('--rooms', type=number(int, 4), default=192, help='held-out rooms each (192)')
-    c.add_argument('--device', default='auto')
+    for c in (command(worlds, 'a trained field in rooms unlike those of its training', ''),
+              command(limits, 'where a trained field is wrong', '')):
+        c.add_argument('--run', default=SHIPPED, help=f'a run, or a file ({SHIPPED})')
+        c.add_argument('--rooms', type=number(int, 4), default=192, help='held-out rooms (192)')
+        c.add_argument('--device', default='auto')
     c = command(vlm, 'do the latents help? every kind of them, from the same start',
                 'out/ablate-vlm')
     c.add_argument('--arms', nargs='+', default=LATENTS, choices=LATENTS)
@@ -318,7 +413,7 @@ def make_parser():
 def main(argv=None):
     parser = make_parser()
     args, options = parser.parse_known_args(argv)
-    if options and args.command == 'worlds':
+    if options and args.command in ('worlds', 'limits'):
         parser.error(f'unrecognized arguments: {" ".join(options)}')
     args.options = options
     args.function(args)

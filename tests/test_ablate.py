@@ -16,6 +16,7 @@ from data import RoomPool
 from eval import SHIPPED
 from measure import field_batches
 from psfm import FieldDecoder, load_psfm
+from rooms import scene_extrinsics
 from tiny import TINY_PSFM, options, refuse, save_tiny_vlm
 
 
@@ -136,6 +137,45 @@ def test_worlds(tmp_path, monkeypatch, capsys):
     assert len(set(truths)) == len(truths)  # they are different worlds
 
 
+def test_what_a_view_shows_is_shown_by_itself_and_not_from_behind():
+    batch = RoomPool('val', 0, 8).batch(0, 8, 4)
+    each = torch.arange(4).expand(8, 4)
+    size, grid = (64, 64), (8, 8)
+    assert ablate.is_shown(batch, each, each, size, grid).all()
+    some = ablate.is_shown(batch, each[:, :1], each[:, 1:], size, grid)
+    assert some.shape == (8, 3, 64) and 0.05 < some.float().mean() < 0.95
+    back = dict(batch, extrinsics=batch['extrinsics'].clone())
+    turn = torch.diag(torch.tensor([-1.0, 1, -1]))  # half a turn about the camera's own down
+    back['extrinsics'][:, 1] = turn @ batch['extrinsics'][:, 0]
+    back['depth'][:, 1] = batch['depth'][:, 0]
+    assert not ablate.is_shown(back, each[:, 1:2], each[:, :1], size, grid).any()
+
+
+def test_cells_of_a_patch():
+    cells = torch.arange(16).view(1, 1, 4, 4)
+    assert ablate.per_patch(cells, (2, 2)).tolist() == [[[
+        [0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]]]
+
+
+def test_errors_of_the_cameras_to_be_looked_from():
+    truth = scene_extrinsics(RoomPool('val', 0, 4).batch(0, 2, 4)['extrinsics'])
+    assert ablate.camera_errors(truth, truth, 2).max() < 0.1
+    wrong = truth.clone()
+    wrong[:, 3] = torch.tensor([[0.0, -1, 0], [1, 0, 0], [0, 0, 1]]) @ truth[:, 3]
+    errors = ablate.camera_errors(wrong, truth, 2)
+    assert errors.shape == (2, 2) and errors[:, 0].max() < 0.1
+    assert (errors[:, 1] > 89).all()
+
+
+def test_limits(capsys):
+    main(['limits', '--rooms', '8', '--device', 'cpu'])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert rows[0][:5] == ['unseen', 'views', 'of', '8', 'held-out'] and len(rows) == 9
+    shown, hidden = rows[-2:]
+    assert float(shown[-4]) + float(hidden[-4]) == pytest.approx(100, abs=1)
+    assert float(shown[-1]) > float(hidden[-1])  # furniture is found where the context shows it
+
+
 # -----------------------------------------------------------------------------
 # arms of a VLM
 
@@ -210,7 +250,7 @@ def test_every_arm_is_trained_with_every_seed(tiny_vlm, tmp_path, capsys, monkey
     (['field', '--data', 'photos'], 'ablate compares on rooms'),
     (['field', '--lrr', '1'], 'no option --lrr'),
     (['worlds', '--steps', '3'], 'no option --steps'),
-    (['worlds', '--run', 'nowhere'], 'no checkpoint in nowhere: train first'),
+    (['limits', '--run', 'nowhere'], 'no checkpoint in nowhere: train first'),
     (['fields'], "invalid choice: 'fields'"),
 ])
 def test_bad_input(arguments, message, capsys):

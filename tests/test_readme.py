@@ -60,7 +60,7 @@ def parse(script, arguments, monkeypatch):
         evaluation.make_parser().parse_args(arguments)
     elif script == 'ablate.py':
         args, options = ablate.make_parser().parse_known_args(arguments)
-        if args.command != 'worlds':
+        if args.command in ('field', 'scaling', 'vlm'):
             of = finetune if args.command == 'vlm' else train
             of.parse_config(['--config', args.config, *options])
     elif script in ('bench.py', 'data.py'):
