@@ -403,10 +403,10 @@ def make_parser():
               command(limits, 'where a trained field is wrong', '')):
         c.add_argument('--run', default=SHIPPED, help=f'a run, or a file ({SHIPPED})')
         c.add_argument('--rooms', type=number(int, 4), default=192, help='held-out rooms (192)')
-        c.add_argument('--device', default='auto')
+        c.add_argument('--device', default='auto', help='auto | cpu | cuda | mps (auto)')
     c = command(vlm, 'do the latents help? every kind of them, from the same start',
                 'out/ablate-vlm')
-    c.add_argument('--arms', nargs='+', default=LATENTS, choices=LATENTS)
+    c.add_argument('--arms', nargs='+', default=LATENTS, choices=LATENTS, help='(all)')
     return parser
 
 

@@ -354,13 +354,13 @@ def make_parser():
     def command(function, help, name=None):
         added = commands.add_parser(name or function.__name__, help=help)
         added.set_defaults(function=function)
-        added.add_argument('--device', default='auto')
+        added.add_argument('--device', default='auto', help='auto | cpu | cuda | mps (auto)')
         return added
 
     c = command(field, 'measures and draws a trained field')
     c.add_argument('--run', default='out/small', help='a run, or a file (default: out/small)')
     c.add_argument('--data', default='', help='other scenes than those of the run: a folder')
-    c.add_argument('--path', action='store_true', help='also films it between its pictures: path.gif')
+    c.add_argument('--path', action='store_true', help='also films it from new places: path.gif')
 
     c = command(probe, 'reads facts of held-out rooms off the latents')
     c.add_argument('--run', default=SHIPPED, help=f'a run, or a file (default: {SHIPPED})')
@@ -375,10 +375,10 @@ def make_parser():
     c.add_argument('--out', default='out/encoded', help='(default: out/encoded)')
 
     c = command(runs, 'several runs side by side; those that differ in the seed share a row')
-    c.add_argument('folders', nargs='+')
+    c.add_argument('folders', nargs='+', help='of train.py, as out/*')
 
     c = command(backbone, 'cameras, depth and categories of the mini VGGT on held-out rooms')
-    c.add_argument('--weights', default='weights/mini_vggt.safetensors')
+    c.add_argument('--weights', default='weights/mini_vggt.safetensors', help='(shipped)')
     c.add_argument('--rooms', type=number(int, 4), default=200, help='held-out rooms (200)')
 
     c = command(rooms, 'fine-tuned VLMs on the held-out rooms')
@@ -391,10 +391,10 @@ def make_parser():
 
     c = command(ask, 'a question about your own pictures')
     c.add_argument('--run', default='out/vlm-small', help='a run of finetune.py')
-    c.add_argument('--images', nargs='+', default=[])
+    c.add_argument('--images', nargs='+', default=[], help='files')
     c.add_argument('--video', default='', help='a file (needs PyAV) or a folder of frames')
     c.add_argument('--frames', type=number(int, 0), default=0, help='(default: as in training)')
-    c.add_argument('--question', required=True)
+    c.add_argument('--question', required=True, help='in words that the VLM knows')
 
     c = command(export, 'a fine-tuned VLM as a folder for transformers, LoRA merged into it')
     c.add_argument('--run', default='out/vlm-small', help='a run of finetune.py')

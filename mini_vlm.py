@@ -3,9 +3,9 @@ Makes weights/mini_vlm/: a real Qwen2.5-VL with small numbers, pre-trained on pi
 
     python mini_vlm.py                    # --help for the options; --resume goes on
 
-It stands in for an open VLM: it sees pictures, alone or unrelated ones in a row, and holds no scene.
-Two things make so small a model reason: half of the choices are answered in words, and places in
-metres are asked for on the way (`Sight`). `ground` is how finetune.py begins with such a VLM.
+It stands in for an open VLM: it sees pictures, alone or unrelated ones in a row, and no scene. Two
+things make so small a model reason: half of the choices are answered in words, and places in metres
+are asked for on the way (`Sight`). `ground` is how finetune.py begins with such a VLM.
 
 h width of the VLM    T tokens of a conversation    C categories    NAMES names in a question
 """

@@ -223,7 +223,7 @@ def make_parser():
     parser.add_argument('--export', default='', metavar='FILE', help='writes one file and ends')
     parser.add_argument('--host', default='127.0.0.1', help='(default: 127.0.0.1, this machine)')
     parser.add_argument('--port', type=number(int, 0, 65535), default=8000, help='(8000)')
-    parser.add_argument('--device', default='auto')
+    parser.add_argument('--device', default='auto', help='auto | cpu | cuda | mps (auto)')
     return parser
 
 

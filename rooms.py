@@ -256,7 +256,7 @@ def cameras_at(position, yaw, pitch, roll):
 
 
 def make_intrinsics(size, *batch, field_of_view=FIELD_OF_VIEW):
-    """Pinhole, with `field_of_view` across the shorter side of `size` = (H, W). -> (*batch, 3, 3)"""
+    """Pinhole, `field_of_view` across the shorter side of `size` = (H, W). -> (*batch, 3, 3)"""
     H, W = size
     focal = min(H, W) / 2 / math.tan(field_of_view / 2)
     intrinsics = torch.tensor([[focal, 0, W / 2], [0, focal, H / 2], [0, 0, 1]])

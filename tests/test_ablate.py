@@ -182,12 +182,13 @@ def test_limits(capsys):
 def test_arms_of_a_vlm(tiny_vlm, tmp_path, capsys):
     out = tmp_path / 'arms'
     arguments = ['vlm', '--arms', 'psfm', 'none', '--seeds', '0',
-                 *options(tiny_vlm, tmp_path, '--steps', '1', '--map-steps', '0', '--out', str(out))]
+                 *options(tiny_vlm, tmp_path, '--steps', '1', '--map-steps', '0'),
+                 '--out', str(out)]
     main(arguments)
     shown = capsys.readouterr().out
     for words in ('without looking', 'commonest answer', 'best constant answer', 'psfm, 1 seed',
-                  'psfm, shuffled, 1 seed', 'none, 1 seed', 'psfm minus none', 'tokens of 128 numbers',
-                  'none: 0.'):
+                  'psfm, shuffled, 1 seed', 'none, 1 seed', 'psfm minus none',
+                  'tokens of 128 numbers', 'none: 0.'):
         assert words in shown
 
     # finished runs are kept

@@ -107,7 +107,8 @@ def test_files_tell_which_backbone_they_hold(tmp_path):
     backbone, images = make('da3')
     path = str(tmp_path / 'model.safetensors')
     state = {f'model.{name}': x for name, x in backbone.state_dict().items()}
-    more = {'model.cam_enc.token': torch.ones(3), 'model.head.scratch.output_conv1_aux': torch.ones(1)}
+    more = {f'model.{name}': torch.ones(1)
+            for name in ('cam_enc.token', 'head.scratch.output_conv1_aux')}
     save_file({**state, **more}, path)
     for source in (path, str(tmp_path)):
         assert isinstance(open_backbone(source), DA3)

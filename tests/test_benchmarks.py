@@ -336,7 +336,8 @@ def test_questions_that_cannot_be_scored_or_seen(run, tmp_path):
             rows(**changes)
     path = tmp_path / 'ViewSpatial-Bench.json'
     for content, fault in (([], 'there are no questions'), (None, 'it has no pictures')):
-        doc = dict(question_type='x', question='?', choices='A. 1', answer='A. 1', image_path=content)
+        doc = dict(question_type='x', question='?', choices='A. 1', answer='A. 1',
+                   image_path=content)
         path.write_text(json.dumps([doc] if content is None else content))
         with pytest.raises(InputError, match=fault):
             read_benchmark('viewspatial', str(tmp_path))

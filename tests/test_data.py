@@ -311,10 +311,12 @@ def together(root):
 
 
 @pytest.mark.parametrize('make, name, unused', [
-    (seven_scenes, 'chess/seq-01', {'pictures named depth, mask, ...': 4}), (sun3d, 'hotel/room/scan1', {'depth/': 1}),
+    (seven_scenes, 'chess/seq-01', {'pictures named depth, mask, ...': 4}),
+    (sun3d, 'hotel/room/scan1', {'depth/': 1}),
     (scannet_frames, 'scene0000_00', {}), (iphone, '0a7cc12c0e', {}),
     (colmap, 'garden', {'images_4/': 1, 'sparse/': 1}),
-    (flat_with_depth, '(its own pictures)', {'depth/': 1}), (together, '(its own pictures)', {'pictures named depth, mask, ...': 8})])
+    (flat_with_depth, '(its own pictures)', {'depth/': 1}),
+    (together, '(its own pictures)', {'pictures named depth, mask, ...': 8})])
 def test_layouts(tmp_path, make, name, unused):
     make(tmp_path)
     found = find_scenes(str(tmp_path))
@@ -384,8 +386,8 @@ def test_more_that_is_not_passed_over_silently(tmp_path):
     picture(tmp_path / 'b' / 'depth of field.jpg')
     picture(tmp_path / '1' / '2' / '3' / '4' / '5' / '6' / '7' / '8' / '1.jpg')
     assert find_scenes(str(tmp_path)).unused == {
-        'pictures': 3, '.dng': 1, 'broken links': 1, '.mp4': 1, 'pictures named depth, mask, ...': 1,
-        'folders more than 6 deep': 1}
+        'pictures': 3, '.dng': 1, 'broken links': 1, '.mp4': 1,
+        'pictures named depth, mask, ...': 1, 'folders more than 6 deep': 1}
 
 
 def test_sizes_are_as_shown(tmp_path):

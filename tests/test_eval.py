@@ -290,8 +290,8 @@ def test_encode_writes_a_file_a_scene_and_resumes(tmp_path, capsys, monkeypatch)
     (tmp_path / 'latents').mkdir()
     os.link(out / 'scene0.safetensors', tmp_path / 'latents' / 'kitchen.safetensors')
     monkeypatch.chdir(tmp_path)
-    (code,) = [block.split('```')[0] for block in (ROOT / 'README.md').read_text().split('```python')
-               if 'latents/kitchen' in block]
+    blocks = (ROOT / 'README.md').read_text().split('```python')
+    (code,) = [block.split('```')[0] for block in blocks if 'latents/kitchen' in block]
     found = {}
     exec(code, found)
     assert torch.equal(found['z'], z) and found['pictures'] == names

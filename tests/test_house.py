@@ -69,3 +69,9 @@ def test_help_waits_for_no_compiler(script):
 @pytest.mark.parametrize('path', FILES, ids=lambda path: path.name)
 def test_no_file_is_long(path):
     assert len(path.read_text().splitlines()) <= 500
+
+
+@pytest.mark.parametrize('path', [*FILES, *Path(__file__).parent.glob('*.py')],
+                         ids=lambda path: path.name)
+def test_no_line_is_long(path):
+    assert [line for line in path.read_text().splitlines() if len(line) > 100] == []

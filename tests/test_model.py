@@ -9,8 +9,8 @@ from torch.autograd.graph import saved_tensors_hooks
 import model
 from speed import dense_mask_attention
 from model import (Attention, Block, Encoder, RoPE2D, Transformer, camera_rays, invert_pose,
-                   path_through, pose_encoding_to_cameras, quaternion_to_matrix, relative_pose, split_attention,
-                   to_4x4)
+                   path_through, pose_encoding_to_cameras, quaternion_to_matrix, relative_pose,
+                   split_attention, to_4x4)
 
 
 def random_extrinsics(*shape):

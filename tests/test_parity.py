@@ -191,8 +191,8 @@ def check_adapter(config, weights, given):
 # -----------------------------------------------------------------------------
 # all of them
 
-CHECKS = {'da3': check_da3, 'da3_masked': check_da3, 'vggt': check_vggt, 'vggt_masked': check_vggt, 'psfm': check_psfm,
-          'adapter': check_adapter}
+CHECKS = {'da3': check_da3, 'da3_masked': check_da3, 'vggt': check_vggt,
+          'vggt_masked': check_vggt, 'psfm': check_psfm, 'adapter': check_adapter}
 
 
 @pytest.mark.parametrize('path', FILES, ids=lambda path: path.stem)
@@ -230,7 +230,8 @@ def test_released_names_load_strictly(which, load):
             load(state)
 
 
-@pytest.mark.skipif(not (FOLDER / 'da3_keys.json').is_file(), reason=f'no da3_keys.json in {FOLDER}')
+@pytest.mark.skipif(not (FOLDER / 'da3_keys.json').is_file(),
+                    reason=f'no da3_keys.json in {FOLDER}')
 @pytest.mark.parametrize('which, millions', [('DA3-SMALL', 26), ('DA3-BASE', 103)])
 def test_open_names_load_strictly(which, millions):
     shapes = json.loads((FOLDER / 'da3_keys.json').read_text())[which]

@@ -427,7 +427,8 @@ def test_a_spoiled_log_does_not_stop_a_resume(tmp_path):
     assert [json.loads(line)['step'] for line in lines] == [1, 1, 2, 2]
 
 
-@pytest.mark.parametrize('change', [dict(dtype='foo'), dict(step=-1), dict(metrics=dict(seconds='x'))])
+@pytest.mark.parametrize('change', [
+    dict(dtype='foo'), dict(step=-1), dict(metrics=dict(seconds='x'))])
 def test_a_spoiled_state_is_refused(tmp_path, capsys, change):
     out = tmp_path / 'run'
     main([*TINY, '--out', str(out), '--steps', '1'])
@@ -477,7 +478,8 @@ def test_twenty_kills_leave_no_trace(tmp_path):
     main([*options, '--out', str(tmp_path / 'whole')])
     dice, sessions = random.Random(0), 0
     while sessions < 20:
-        resume = ['--resume'] * any(map(os.path.isdir, [out / 'checkpoint', f'{out}/checkpoint.old']))
+        folders = out / 'checkpoint', f'{out}/checkpoint.old'
+        resume = ['--resume'] * any(map(os.path.isdir, folders))
         command = [sys.executable, 'train.py', *options, '--out', str(out), *resume]
         session = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
         while session.poll() is None and not (out / 'log.jsonl').exists():
@@ -497,7 +499,8 @@ def test_twenty_kills_leave_no_trace(tmp_path):
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert losses(out) == losses(tmp_path / 'whole')
     records = [json.loads(line) for line in (out / 'log.jsonl').read_text().splitlines()]
-    assert [record['step'] for record in records if 'metrics' in record] == [*range(3, steps + 1, 3)]
+    evaluated = [record['step'] for record in records if 'metrics' in record]
+    assert evaluated == [*range(3, steps + 1, 3)]
 
 
 def test_another_number_of_processes_is_refused(tmp_path, capsys, monkeypatch):
