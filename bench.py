@@ -171,18 +171,21 @@ def bench_finetune(clock, autocast):
         spatial_vlm.trainable(config.train).to(device)
         kept.to(device)
         anew.to(device)
-        batch, items = finetune.Encoded(data, chat, config)[0]
-        batch = to_device(batch, spatial_vlm.vlm, device)
-        labels = batch.pop('labels')
-        pictures = [item['images'] for item in items]
-        kept(pictures)
+        parts = []
+        for batch, items in finetune.Encoded(data, chat, config)[0]:
+            parts.append((to_device(batch, spatial_vlm.vlm, device),
+                          [item['images'] for item in items]))
+            kept(parts[-1][1])
 
         def step(latents):
-            z = latents(pictures)
-            with autocast:
-                outputs = spatial_vlm(latents=z, use_cache=False, **batch)
-                loss = answer_loss(outputs.logits, labels)
-            loss.backward()
+            for batch, pictures in parts:
+                z = latents(pictures)
+                labels = batch['labels']
+                inputs = {name: x for name, x in batch.items() if name != 'labels'}
+                with autocast:
+                    outputs = spatial_vlm(latents=z, use_cache=False, **inputs)
+                    loss = answer_loss(outputs.logits, labels)
+                loss.backward()
 
         times = {'kept': [], 'anew': []}
         for _ in range(3 * clock.repeats):        # the times of the steps differ by a fifth

@@ -15,6 +15,7 @@ import os
 import re
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 
@@ -277,6 +278,16 @@ class Chat:
             if parts:  # tiles of SmolVLM: (1, tiles, 3, H, W)
                 batch[name] = torch.cat(parts, dim=1 if parts[0].ndim == 5 else 0)
         return batch
+
+    def batches(self, samples, parts):
+        """[(encoded, item)] -> `parts` times (batch, items), from short samples to long ones: less
+        is padding, of which attention takes the square."""
+        samples = sorted(samples, key=lambda sample: len(sample[0]['input_ids']))
+        split = []
+        for numbers in np.array_split(range(len(samples)), parts):
+            encoded, items = zip(*[samples[i] for i in numbers])
+            split.append((self.batch(encoded), list(items)))
+        return split
 
     def save_pretrained(self, folder):
         for part in (self.tokenizer, self.image_processor):

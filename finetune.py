@@ -196,7 +196,7 @@ def epoch_order(n, epoch, seed):
 
 
 class Encoded(torch.utils.data.Dataset):
-    """Batch `number` -> (tensors for the VLM, items); depends on nothing that came before it.
+    """Batch `number` for the VLM; depends on nothing that came before it.
     The first `map_steps` steps only ask for maps, of twice as many rooms per batch: the model
     learns where things are before it answers questions about it."""
 
@@ -233,9 +233,10 @@ class Encoded(torch.utils.data.Dataset):
         raise InputError(f'--max-length {limit}: all records are longer, the last one {length}')
 
     def __getitem__(self, number):
+        """-> [(tensors, items)]: from eight samples on in two parts, by length."""
         item_of = self.data.map_of if number < self.num_maps else self.data.__getitem__
-        encoded, items = zip(*[self.sample(i, item_of) for i in self.samples(number)])
-        return self.chat.batch(encoded), list(items)
+        samples = [self.sample(i, item_of) for i in self.samples(number)]
+        return self.chat.batches(samples, 2 if len(samples) >= 8 else 1)
 
 
 # -----------------------------------------------------------------------------
@@ -393,8 +394,8 @@ def train(name, config, data=None, held_out=None):
     # the adapter alone first: where in the room is what each image token shows? (on every rank)
     if config.ground_steps and latents and not config.resume:
         doubled = dataclasses.replace(config, batch=2 * config.batch, map_steps=0)
-        batch_of = Encoded(data, chat, doubled).__getitem__
-        ground(model, chat, latents, batch_of, config, autocast, say)
+        batches_of = Encoded(data, chat, doubled).__getitem__
+        ground(model, chat, latents, batches_of, config, autocast, say)
 
     if sharded:
         model = shard_model(model)
@@ -424,16 +425,19 @@ def train(name, config, data=None, held_out=None):
 
         # forward, backward
         for micro in range(config.accumulate):
-            batch, items = next(loader)
-            batch = to_device(batch, model.vlm, device)
-            labels = batch.pop('labels')
-            z = latents([item['images'] for item in items]) if latents else None
-            is_last = micro == config.accumulate - 1
-            with contextlib.nullcontext() if is_last or not is_ddp else wrapped.no_sync():
-                with autocast:
-                    outputs = wrapped(latents=z, use_cache=False, **batch)
-                    loss = answer_loss(outputs.logits, labels)
-                (loss / config.accumulate).backward()
+            parts, loss = next(loader), 0.0
+            answers = [(batch['labels'] != -100).sum().item() for batch, _ in parts]
+            for i, (batch, items) in enumerate(parts):
+                batch = to_device(batch, model.vlm, device)
+                labels = batch.pop('labels')
+                z = latents([item['images'] for item in items]) if latents else None
+                is_last = micro == config.accumulate - 1 and i == len(parts) - 1
+                with contextlib.nullcontext() if is_last or not is_ddp else wrapped.no_sync():
+                    with autocast:
+                        outputs = wrapped(latents=z, use_cache=False, **batch)
+                        of_part = answer_loss(outputs.logits, labels) * answers[i] / sum(answers)
+                    (of_part / config.accumulate).backward()
+                loss = loss + of_part.detach()
 
         # update
         norm = take_step(optimizers, parameters, config.clip)

@@ -19,7 +19,6 @@ import re
 import sys
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -384,12 +383,12 @@ def losses_on(model, batch, latents, sight, truth):
     return dict(answers=answer_loss(outputs.logits, labels), **losses)
 
 
-def ground(model, chat, latents, batch_of, config, autocast, say):
+def ground(model, chat, latents, batches_of, config, autocast, say):
     """Before any fine-tuning: the adapter alone learns to add to every image token where what it
     shows lies, seen from the first camera.
 
     The mini VLM's own tokens say so of their own camera, in a form that its language model has
-    learned to read. VLM and Sight stay as they are. `batch_of(step)` -> (batch, items).
+    learned to read. VLM and Sight stay as they are. `batches_of(step)` -> [(batch, items)].
     """
     width = model.vlm.config.get_text_config().hidden_size
     device = next(model.parameters()).device
@@ -401,13 +400,14 @@ def ground(model, chat, latents, batch_of, config, autocast, say):
     optimizers = make_optimizers(model, plan, device, rate_of=lambda name: 2e-2)
     for step in range(plan.steps):
         set_rates(optimizers, learning_rate(step, plan))
-        batch, items = batch_of(step)
-        truth = truth_of(items, batch, category_of)
-        truth = {name: x.to(device) for name, x in truth.items()}
-        z = latents([item['images'] for item in items])
-        with autocast:
-            losses = losses_on(model, to_device(batch, model.vlm, device), z, sight, truth)
-        sum(losses.values()).backward()
+        parts = batches_of(step)
+        for batch, items in parts:
+            truth = truth_of(items, batch, category_of)
+            truth = {name: x.to(device) for name, x in truth.items()}
+            z = latents([item['images'] for item in items])
+            with autocast:
+                losses = losses_on(model, to_device(batch, model.vlm, device), z, sight, truth)
+            (sum(losses.values()) / len(parts)).backward()
         take_step(optimizers, model.adapter.parameters(), config.clip)
         done = step + 1
         if step == 0 or done % config.log_every == 0 or done == plan.steps:
@@ -457,14 +457,11 @@ def train(config, command):
                f'({reason}) | writing to {config.out}/')
 
     def losses_of(step):
-        # rooms that were never seen before, from short to long: else half would be padding
+        # rooms that were never seen before
         items = list(RoomPictures('train', config.seed * 10 ** 6 + step, config.batch))
-        encoded = [chat.encode(item) for item in items]
-        order = sorted(range(len(items)), key=lambda i: len(encoded[i]['input_ids']))
         total = collections.Counter()
-        for part in np.array_split(order, 4):
-            batch = chat.batch([encoded[i] for i in part])
-            truth = truth_of([items[i] for i in part], batch, category_of)
+        for batch, items in chat.batches([(chat.encode(item), item) for item in items], 4):
+            truth = truth_of(items, batch, category_of)
             truth = {name: x.to(device) for name, x in truth.items()}
             with autocast:
                 losses = losses_on(model, to_device(batch, model.vlm, device), None, sight, truth)

@@ -212,7 +212,7 @@ def test_what_is_trained_is_fp32_and_what_is_frozen_need_not_be(vlm, cached, tmp
     frozen = {p.dtype for p in model.vlm.parameters() if not p.requires_grad}
     assert frozen == {torch.float32 if train == 'adapter+llm' else torch.bfloat16}
     data = RoomQuestions('train', 0, 4)
-    batch, items = Encoded(data, chat, dataclasses.replace(config, map_steps=0))[0]
+    (batch, items), = Encoded(data, chat, dataclasses.replace(config, map_steps=0))[0]
     batch = to_device(batch, model.vlm, 'cpu')
     labels = batch.pop('labels')
     with torch.autocast('cpu', torch.bfloat16):
@@ -229,7 +229,7 @@ def test_checkpointing_leaves_the_frozen_vision_tower_alone(vlm, cached, tmp_pat
     model.trainable('adapter+llm').train()
     model.vlm.get_decoder().gradient_checkpointing_enable(dict(use_reentrant=False))
     data = RoomQuestions('train', 0, 4)
-    batch, items = Encoded(data, chat, dataclasses.replace(config, map_steps=0))[0]
+    (batch, items), = Encoded(data, chat, dataclasses.replace(config, map_steps=0))[0]
     batch = to_device(batch, model.vlm, 'cpu')
     labels = batch.pop('labels')
     seen = []
@@ -258,10 +258,10 @@ def test_the_first_steps_hold_maps_alone(vlm):
     data = RoomQuestions('train', 0, 8)
     config = Config(batch=2, map_steps=1)
     dealt = Encoded(data, chat, config)
-    batch, items = dealt[0]
+    (batch, items), = dealt[0]
     assert len(batch['input_ids']) == len(items) == 4
     assert all(len(item['conversations']) == 2 for item in items)
-    batch, items = dealt[1]
+    (batch, items), = dealt[1]
     assert len(batch['input_ids']) == len(items) == 2
     assert all(len(item['conversations']) > 2 for item in items)
     assert sorted(dealt.samples(0) + dealt.samples(1) + dealt.samples(2)) == list(range(8))
@@ -270,6 +270,29 @@ def test_the_first_steps_hold_maps_alone(vlm):
     both = [Encoded(data, chat, Config(batch=1, map_steps=1), rank, 2) for rank in range(2)]
     rooms = [room for dealt in both for number in range(3) for room in dealt.samples(number)]
     assert sorted(rooms) == list(range(8))
+
+
+def test_a_batch_in_two_parts_teaches_the_same(vlm, tmp_path, cached):
+    """... as one that is padded to its longest sample: the first step, and where it leads."""
+    _, config = finetune.parse_config(options(vlm, tmp_path, *cached, '--batch', '8'))
+    _, chat = load_vlm(vlm)
+    parts = Encoded(RoomQuestions('train', 0, 8), chat, dataclasses.replace(config, map_steps=0))[0]
+    short, long = [batch['input_ids'].shape for batch, _ in parts]
+    assert short[0] == long[0] == 4 and short[1] < long[1]
+
+    losses_of, halves = [], chat.__class__.batches
+    for number in (1, 2):
+        def batches(self, samples, parts, number=number):
+            return halves(self, samples, min(parts, number))
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(chat.__class__, 'batches', batches)
+            folder = tmp_path / str(number)
+            finetune.main(options(vlm, folder, *cached, '--batch', '8', '--ground-steps', '0',
+                                  '--map-steps', '0', '--steps', '3', '--warmup', '0'))
+        losses_of.append([x for _, x in losses(folder / 'run')])
+    assert losses_of[0] == pytest.approx(losses_of[1], rel=1e-4)
+    assert losses_of[0][2] < losses_of[0][0]
 
 
 def test_a_vlm_of_other_categories_is_refused(tmp_path):
