@@ -46,7 +46,7 @@ class Config(LoopConfig):
                      group='mini VLM')
 
 
-PRESETS = {'mini': dict(steps=8000, lr=2e-3, muon_lr=4e-3, decay_from=0.5, clip=1.0, val_scenes=48,
+PRESETS = {'mini': dict(steps=6000, lr=2e-3, muon_lr=4e-3, decay_from=0.5, clip=1.0, val_scenes=48,
                         eval_every=1000, log_every=100, out='out/mini-vlm')}
 
 
@@ -182,7 +182,7 @@ class RoomPictures(torch.utils.data.Dataset):
         cells = block.cells[room, view:view + 1]  # (1, K)
         rooms = block.rooms
         only = dataclasses.replace(rooms, present=rooms.present & (cells >= SEEN))
-        records = ask(only, room, cells, '', g, self.used, per_kind=4)
+        records = ask(only, room, cells, '', g, self.used, per_kind=4, fewest=2)
         records = [record for record in records if 'room_size' not in record['question_type']]
         records = ask_2d(rooms, room, block.surface[room, view], g) + records
         records = shuffled(records, g)[:self.QUESTIONS]

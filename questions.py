@@ -3,7 +3,6 @@ Questions about rooms, in VSI-Bench's schema, wording and ground-truth definitio
 2412.14171), with answers that follow from the rooms' object lists; and maps in words.
 
     RoomQuestions('train', seed=0, num_rooms=3000)[i]  # room i: six pictures, all it is asked
-    ask(rooms, room, cells, name, g, used)  # records in VSI-Bench's schema
 
 A category is asked about only if the views show every piece of it. A new kind of question is one
 function and one line of KINDS.
@@ -78,7 +77,8 @@ class Triple(NamedTuple):
 class Scene:
     """What of one room can be asked about: the pieces of categories that are seen whole."""
 
-    def __init__(self, rooms, room, cells):
+    def __init__(self, rooms, room, cells, fewest=3):
+        self.fewest = fewest  # options for which is the closest
         is_seen = cells.sum(0) >= SEEN  # (K,)
         self.longest = 2 * rooms.half[room].amax(-1)  # (K,) metres
         self.area = (rooms.size[room, 0] * rooms.size[room, 1]).item()
@@ -166,7 +166,7 @@ def find_closest(scene):
         for distance, name in others[1:]:
             if distance - apart[-1][0] > clear:
                 apart.append((distance, name))
-        if len(apart) < 3:
+        if len(apart) < scene.fewest:
             continue
         names = [name for _, name in apart[:4]]
         question = ('Measuring from the closest point of each object, which of these objects '
@@ -299,14 +299,14 @@ def ask_order(first, g, used):
     return question, [answer, *sorted(orders)], answer
 
 
-def ask(rooms, room, cells, name, g, used, per_kind=1):
+def ask(rooms, room, cells, name, g, used, per_kind=1, fewest=3):
     """Questions about one room: up to `per_kind` of every kind, the rarest answers first.
 
     `used`: Counter of the classes of answers so far, over the whole data set, by which no answer
     becomes much commoner than another. -> list of records in VSI-Bench's schema
     """
     records = []
-    scene = Scene(rooms, room, cells)
+    scene = Scene(rooms, room, cells, fewest)
     for kind, (_, find) in KINDS.items():
         choices = list(find(scene))
         for _ in range(min(per_kind, len(choices))):

@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import sys
 import time
 from dataclasses import dataclass
 
@@ -246,7 +247,8 @@ def save_checkpoint(psfm, optimizers, step, config, dtype, metrics, kept):
     """<out>/checkpoint: what is trained, never what is frozen. `kept`: what is held out."""
     settings = dict(dataclasses.asdict(config), kept=kept)
     metadata = {'config': json.dumps(settings), 'step': str(step),
-                'backbone': psfm.backbone.fingerprint}
+                'backbone': psfm.backbone.fingerprint,
+                'command': ' '.join(['python', os.path.basename(sys.argv[0]), *sys.argv[1:]])}
 
     def save_model(folder):
         state = {name: x.detach().cpu().contiguous() for name, x in psfm.state_dict().items()

@@ -96,6 +96,14 @@ def test_pictures_to_pre_train_on(pictures):
     assert row['stand'].isnan().all()
 
 
+def test_pictures_teach_to_compare_distances(pictures):
+    """With two options too, of which single pictures have more than of the bench's three."""
+    of = [turn['value'] for item in (pictures[i] for i in range(len(pictures)))
+          for turn in item['conversations'] if 'is the closest to' in turn['value']]
+    pairs = [text for text in of if text.split('(')[1].split(')')[0].count(',') == 1]
+    assert len(pairs) >= 5 and len(of) > len(pairs)
+
+
 def test_half_of_the_choices_are_answered_in_words(pictures):
     in_words, with_options = 0, 0
     for item in pictures:
