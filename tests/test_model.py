@@ -4,10 +4,11 @@ import shutil
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
 
 import model
-from speed import dense_mask_attention
+from speed import dense_mask_attention, storages_kept
 from model import (Attention, Block, Encoder, RoPE2D, Transformer, camera_rays, invert_pose,
                    path_through, pose_encoding_to_cameras, quaternion_to_matrix, relative_pose,
                    split_attention, to_4x4)
@@ -182,6 +183,34 @@ class NoPosition:
 
     def restore(self, out):
         return out
+
+
+# -----------------------------------------------------------------------------
+# MLP
+
+def test_an_mlp_that_keeps_less_is_the_same():
+    torch.manual_seed(0)
+    mlp = model.MLP(8, 16, 4).double()
+    x = torch.randn(2, 3, 8, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(2, 3, 4, dtype=torch.float64)
+    plain = mlp.fc2(F.gelu(mlp.fc1(x)))
+    expected = torch.autograd.grad((plain * weight).sum(), [x, *mlp.parameters()])
+    found = torch.autograd.grad((mlp(x) * weight).sum(), [x, *mlp.parameters()])
+    assert torch.equal(mlp(x), plain)
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(found, expected))
+
+    # under autocast too, where it keeps half of what plain operations keep
+    mlp = mlp.float()
+    kept = []
+    for run in (mlp, lambda x: mlp.fc2(F.gelu(mlp.fc1(x)))):
+        with storages_kept(mlp.parameters()) as storages, torch.autocast('cpu', torch.bfloat16):
+            out = run(torch.randn(500, 8))
+        out.float().sum().backward()
+        assert out.dtype == torch.bfloat16
+        kept.append(sum(storages.values()))
+    assert kept[0] < 0.7 * kept[1]
+    mlp.requires_grad_(False)
+    assert not mlp(torch.randn(5, 8)).requires_grad
 
 
 # -----------------------------------------------------------------------------
