@@ -7,9 +7,9 @@ What matters, what does it take, what does it withstand? Experiments of many run
     python ablate.py limits     # where a trained field is wrong
     python ablate.py vlm        # do the latents help a VLM? every kind
 
-What is trained is trained with three seeds. Finished runs are kept: a command that was cut off goes
-on with the run that was cut off, and two of them may share the work (`--seeds 0`, `--seeds 1 2`).
-Options that this script does not know are those of train.py (field, scaling) or finetune.py (vlm).
+What is trained is trained with three seeds. The same command goes on where it was cut off: finished
+runs are kept, and two commands may share the work (`--seeds 0`, `--seeds 1 2`). Options that this
+script does not know are those of train.py (field, scaling) or finetune.py (vlm), for all runs.
 """
 import contextlib
 import dataclasses
@@ -25,14 +25,14 @@ import finetune
 import psfm as method
 import train
 from adapter import LATENTS
-from common import (InputError, Parser, autocast_on, check_same, find_file, number, pick_device,
-                    pick_dtype, read_json, run_script, write_json)
+from common import (InputError, Parser, autocast_on, check_same, find_checkpoint, find_file, number,
+                    pick_device, pick_dtype, read_json, run_script, write_json)
 from data import RoomPool, make_sources
 from draw import ACCENT, blank, draw_panel
 from eval import SHIPPED, folder_beside, load_answerer, rendering
-from measure import answer_rooms, evaluate_field, field_batches, look, rooms_table
+from measure import (answer_rooms, evaluate_field, field_batches, knows_rooms, look, rooms_table)
 from mini_vggt import pose_errors
-from model import MLP, RoPE2D, camera_rays, invert_pose, take_views
+from model import (MLP, RoPE2D, camera_rays, full_precision, init_linear, invert_pose, take_views)
 from psfm import FieldDecoder, context_index, load_psfm
 from rooms import STRUCTURE, Style, scene_extrinsics
 
@@ -43,15 +43,21 @@ class CameraToken(FieldDecoder):
 
     def __init__(self, dim, depth, num_heads, num_registers=4):
         super().__init__(dim, depth, num_heads, num_registers)
-        self.camera_embed = MLP(14, dim, dim)
+        with torch.random.fork_rng(devices=[]):  # what is made after it begins as without it
+            self.camera_embed = MLP(14, dim, dim).apply(init_linear)
+
+    @full_precision
+    def embed(self, extrinsics, intrinsics, size):
+        """-> (B V, 1, D)"""
+        focal = intrinsics[..., [0, 1], [0, 1]] / intrinsics.new_tensor([size[1], size[0]])
+        camera = torch.cat([extrinsics.flatten(2), focal], -1).float()
+        return self.camera_embed(camera).flatten(0, 1)[:, None]
 
     def forward(self, z, extrinsics, intrinsics, size, grid):
         B, V = extrinsics.shape[:2]
         rays = F.normalize(camera_rays(intrinsics, size, grid), dim=-1)
         rays = self.ray_embed(rays).flatten(0, 1)  # (B V, N, D)
-        focal = intrinsics[..., [0, 1], [0, 1]] / intrinsics.new_tensor([size[1], size[0]])
-        camera = self.camera_embed(torch.cat([extrinsics.flatten(2), focal], -1).float())
-        camera = camera.flatten(0, 1)[:, None]  # (B V, 1, D)
+        camera = self.embed(extrinsics, intrinsics, size)
         z = z.repeat_interleave(V, dim=0)  # (B V, Q, D)
         x = torch.cat([z, camera.to(z.dtype), rays.to(z.dtype)], dim=1)
         in_front = self.transformer.num_registers + z.shape[1] + 1
@@ -94,9 +100,15 @@ def check_finished(folder, config):
     check_same(folder, there, config, free={'out', 'device', 'workers', 'log_every', 'cache'})
     finished = os.path.getmtime(os.path.join(folder, 'metrics.json'))
     for name in ('vlm', 'encoder', 'backbone', 'init'):
-        path = find_file(getattr(config, name, ''))
-        if os.path.exists(path) and os.path.getmtime(path) > finished:
+        path = getattr(config, name, '') and find_file(getattr(config, name))
+        if path and os.path.exists(path) and os.path.getmtime(path) > finished:
             raise InputError(f'{folder} is older than {path}: take another --out, or delete it')
+
+
+def options_of(args, out, seed, *changes):
+    """The options of a run, the row's own last: they hold whatever else was asked for."""
+    options = ['--config', args.config, *args.options, *changes, '--seed', str(seed), '--out', out]
+    return [*options, '--resume'] if find_checkpoint(out) else options
 
 
 @contextlib.contextmanager
@@ -109,37 +121,49 @@ def decoder_replaced(decoder):
         method.FieldDecoder = plain
 
 
-def trained(name, out, options, decoder=FieldDecoder):
+def trained(args, name, seed, changes, decoder=FieldDecoder):
     """-> metrics of a run of train.py on rooms; a finished one is kept.
 
     All are asked the same, whatever their own objective: features of one pass ('asymmetric'), and
-    of two ('separate').
+    of two ('separate'), in the units of their own statistics (which differ by 0.001 of R2).
     """
-    _, config = train.parse_config([*options, '--out', out])
+    out = os.path.join(args.out, f'{name.replace(" ", "-")}-{seed}')
+    options = options_of(args, out, seed, *changes)
+    _, config = train.parse_config(options)
     if config.data != 'rooms':
         raise InputError('ablate compares on rooms: leave --data out')
-    config = dataclasses.replace(config, eval_every=config.steps)
     path = os.path.join(out, 'metrics.json')
     with decoder_replaced(decoder):
         if os.path.isfile(path):
-            check_finished(out, config)
+            check_finished(out, dataclasses.replace(config, resume=False))
         else:
-            train.train(name, config)
+            train.train(f'{name}, seed {seed}', config)
         metrics = read_json(path)
         if 'asked' not in metrics:
-            metrics['asked'] = {kind: ask(out, config, kind) for kind in ('asymmetric', 'separate')}
+            metrics['asked'] = ask(out, config)
             write_json(path, metrics)
+            settings = read_json(os.path.join(out, 'config.json'))
+            write_json(os.path.join(out, 'config.json'), {**settings, 'decoder': decoder.__name__})
     return metrics
 
 
-def ask(run, config, context):
-    """-> metrics of a finished run, whose features are those of one pass or of two"""
+def ask(run, config):
+    """-> {context: metrics} of a finished run"""
     device = pick_device(config.device)
     psfm, _ = load_psfm(run, device)
-    psfm.context = context
+    needs_heads(psfm, config)
     sources = make_sources(config, psfm.backbone.config.patch_size, device)
-    return evaluate_field(psfm, *sources, config.steps * config.accumulate, config,
-                          autocast_on(device, torch.float32))
+    asked = {}
+    for psfm.context in ('asymmetric', 'separate'):
+        asked[psfm.context] = evaluate_field(psfm, *sources, config.steps * config.accumulate,
+                                             config, autocast_on(device, torch.float32))
+    return asked
+
+
+def needs_heads(psfm, config):
+    if not knows_rooms(psfm, config):
+        raise InputError(f'the backbone {config.backbone} has no heads that read depth and '
+                         'categories of rooms: this takes the mini VGGT')
 
 
 COLUMNS = {
@@ -155,43 +179,47 @@ COLUMNS = {
 def comparison(rows):
     """{row: [metrics of each seed]} -> a table of means over the seeds, then of the differences to
     the first row, seed by seed, each with its 95 % interval by Student's t."""
-    lines = [f'{"":32s}' + ''.join(f'{title:>16s}' for title in COLUMNS)]
     values = {name: np.array([[of(run) for of in COLUMNS.values()] for run in runs])
               for name, runs in rows.items()}  # (seeds, columns)
     first = next(iter(values))
-    values |= {f'{name} minus {first}': x - values[first] for name, x in values.items()
-               if name != first and len(x) == len(values[first])}
+    values |= {f'{name} minus {first}': (x - values[first])[:, :-1] for name, x in values.items()
+               if name != first and len(x) == len(values[first])}  # without the minutes
+    longest = max(map(len, values))
+    lines = [' ' * longest + ''.join(f'{title:>16s}' for title in COLUMNS)]
     for name, x in values.items():
         n = len(x)
         half = T95[min(n, len(T95) - 1)] * x.std(0, ddof=1) / n ** 0.5 if n > 1 else 0 * x[0]
         cells = [f'{mean:.3f} ±{width:.3f}' if n > 1 else f'{mean:.3f}'
                  for mean, width in zip(x.mean(0), half)]
-        lines.append(f'{name:32s}' + ''.join(cell.rjust(16) for cell in cells))
+        lines.append(name.ljust(longest) + ''.join(cell.rjust(16) for cell in cells))
     return '\n'.join(lines)
 
 
+def one_dtype(args):
+    """All runs in the dtype that is fast here, measured once."""
+    dtype, _ = pick_dtype('auto', pick_device('auto'))
+    args.options = ['--dtype', str(dtype).removeprefix('torch.'), *args.options]
+
+
 def field(args):
+    one_dtype(args)
     rows = {}
     for seed in args.seeds:
-        for name, (options, decoder) in FIELD.items():
-            out = os.path.join(args.out, f'{name.replace(" ", "-")}-{seed}')
-            options = ['--config', args.config, *options, '--seed', str(seed), *args.options]
-            run = trained(f'{name}, seed {seed}', out, options, decoder)
-            rows.setdefault(name, []).append(run)
+        for name, (changes, decoder) in FIELD.items():
+            rows.setdefault(name, []).append(trained(args, name, seed, changes, decoder))
     print(comparison(rows))
 
 
 def scaling(args):
+    one_dtype(args)
     rows = {}
     for seed in args.seeds:
         for width in WIDTHS:
             for steps in STEPS:
-                name = f'{width} wide, {steps} steps'
-                out = os.path.join(args.out, f'{width}-{steps}-{seed}')
-                run = trained(f'{name}, seed {seed}', out, [
-                    '--config', args.config, '--width', str(width), '--num-heads',
-                    str(width // 64), '--steps', str(steps), '--seed', str(seed), *args.options])
-                rows.setdefault(name, []).append(run)
+                name = f'{width} wide {steps} steps'
+                changes = ['--width', str(width), '--num-heads', str(width // 64), '--steps',
+                           str(steps)]
+                rows.setdefault(name, []).append(trained(args, name, seed, changes))
     print(comparison(rows))
     path = os.path.join(args.out, 'scaling.png')
     draw_scaling(rows, path)
@@ -199,14 +227,15 @@ def scaling(args):
 
 
 def draw_scaling(rows, path):
-    """R2 and objects found over the steps, a curve a width; all seeds stand at each step."""
+    """R2 and objects found over the steps, a colour a width, a curve a seed."""
     canvas, pen, font = blank(1000, 360)
     for title, box in (('R2', (60, 40, 470, 290)), ('objects', (550, 40, 970, 290))):
         curves = {}
         for width, colour in zip(WIDTHS, COLOURS):
-            points = [(steps, COLUMNS[title](run)) for steps in STEPS
-                      for run in rows[f'{width} wide, {steps} steps']]
-            curves[f'{width} wide'] = (*zip(*points), colour)
+            of_steps = [rows[f'{width} wide {steps} steps'] for steps in STEPS]
+            for number, runs in enumerate(zip(*of_steps)):
+                name = f'{width} wide' if number == 0 else f'_{width} {number}'
+                curves[name] = STEPS, [COLUMNS[title](run) for run in runs], colour
         draw_panel(pen, font, box, curves, f'{title}, over steps', low=0)
     canvas.save(path)
 
@@ -220,6 +249,7 @@ def open_field(args):
     psfm, config = load_psfm(args.run, device)
     if config.data != 'rooms':
         raise InputError(f'{args.run} was trained on {config.data}; this takes a run on rooms')
+    needs_heads(psfm, config)
     config.val_scenes = args.rooms
     return psfm, config, *make_sources(config, psfm.backbone.config.patch_size, device)
 
@@ -247,7 +277,8 @@ def worlds(args):
 
 def camera_errors(extrinsics, truth, num_context):
     """Of each view after the first `num_context`: the mean over those of the worse of two errors,
-    rotation and direction of translation. (B, V, 3, 4) twice -> degrees (B, V - num_context)"""
+    rotation and direction (not length) of translation. (B, V, 3, 4) twice -> degrees
+    (B, V - num_context)"""
     V = extrinsics.shape[1]
     worse = torch.maximum(*pose_errors(extrinsics, truth))  # (B, pairs)
     i, j = torch.triu_indices(V, V, offset=1)
@@ -257,7 +288,11 @@ def camera_errors(extrinsics, truth, num_context):
 
 def is_shown(batch, context, index, size, grid):
     """Which patches of the views `index` (B, U) show something that a view of `context` (B, Vc)
-    shows too: at least half of a patch's cells, by true depth and cameras. -> (B, U, N) bool"""
+    shows too: at least half of a patch's cells, by true depth and cameras. -> (B, U, N) bool
+
+    Depths agree up to 0.1 m + 8 %: a cell is wide. (Against pictures four times as fine it takes a
+    fifth of the hidden furniture for shown, and a tenth of the shown for hidden.)
+    """
     depth = batch['depth'].flatten(2)  # (B, V, cells)
     cells = batch['depth'].shape[-2:]
     rays = camera_rays(batch['intrinsics'], size, cells)  # (B, V, cells, 3)
@@ -275,7 +310,7 @@ def is_shown(batch, context, index, size, grid):
         x, y = cell.unbind(-1)
         inside = (distance > 0) & (x >= 0) & (x < cells[1]) & (y >= 0) & (y < cells[0])
         place = (y * cells[1] + x).where(inside, 0)
-        shown |= inside & ((seen.gather(1, place) - distance).abs() < 0.1 + 0.15 * distance)
+        shown |= inside & ((seen.gather(1, place) - distance).abs() < 0.1 + 0.08 * distance)
     return per_patch(shown.view(*index.shape, *cells), grid).float().mean(-1) >= 0.5
 
 
@@ -288,39 +323,52 @@ def per_patch(cells, grid):
 
 @torch.no_grad()
 def limits(args):
-    """Is it the cameras that the backbone predicts? Is it what no context view shows?"""
+    """Is it the cameras that the backbone predicts? Is it what no context view shows?
+
+    The field was trained with predicted cameras; asked with the true ones, it says how much of an
+    error is the camera's.
+    """
     psfm, config, _, held_out = open_field(args)
-    errors, variances, degrees, shown, found, furniture = [], [], [], [], [], []
+    found_of = {name: [] for name in ('error', 'from true cameras', 'variance', 'degrees', 'shown',
+                                      'found', 'furniture')}
     for batch, mask, num_context in field_batches(psfm, held_out, config, args.rooms):
         size, V = batch['images'].shape[-2:], mask.shape[1]
         seen, unseen = context_index(mask, num_context), context_index(~mask, V - num_context)
         context, views = look(psfm, batch, mask, num_context, config)
         z = psfm.encode(context, views.grid)
-        cameras = [take_views(x, unseen) for x in (views.extrinsics, views.intrinsics)]
-        predicted = psfm.decode(z, *cameras, size, views.grid)
         target = take_views(views.features, unseen).float()
-        p, t = [(x - psfm.geo_mean) / psfm.geo_std for x in (predicted, target)]
-        errors.append((p - t).square().sum(-1))  # (B, U, N)
-        variances.append(t.square().sum(-1))
-        order = torch.cat([seen, unseen], 1)
-        truth = scene_extrinsics(take_views(batch['extrinsics'], order))
-        degrees.append(camera_errors(take_views(views.extrinsics, order), truth, num_context))
-        shown.append(is_shown(batch, seen, unseen, size, views.grid))
+
+        def ask(extrinsics, intrinsics):
+            cameras = take_views(extrinsics, unseen), take_views(intrinsics, unseen)
+            predicted = psfm.decode(z, *cameras, size, views.grid)
+            return predicted, ((predicted - target) / psfm.geo_std).square().sum(-1)  # (B, U, N)
+
+        truth = scene_extrinsics(batch['extrinsics'])
+        predicted, error = ask(views.extrinsics, views.intrinsics)
         classes = take_views(batch['classes'], unseen)
         is_furniture = classes >= len(STRUCTURE)
         is_right = psfm.backbone.read_out(predicted, views.grid)[1].argmax(-1) == classes
-        furniture.append(per_patch(is_furniture, views.grid).sum(-1))
-        found.append(per_patch(is_furniture & is_right, views.grid).sum(-1))
-    errors, variances, degrees, shown, found, furniture = [
-        torch.cat(x) for x in (errors, variances, degrees, shown, found, furniture)]
+        order = torch.cat([seen, unseen], 1)
+        of_views = [take_views(x, order) for x in (views.extrinsics, truth)]
+        for name, x in {
+                'error': error, 'from true cameras': ask(truth, batch['intrinsics'])[1],
+                'variance': ((target - psfm.geo_mean) / psfm.geo_std).square().sum(-1),
+                'degrees': camera_errors(*of_views, num_context),
+                'shown': is_shown(batch, seen, unseen, size, views.grid),
+                'found': per_patch(is_furniture & is_right, views.grid).sum(-1),
+                'furniture': per_patch(is_furniture, views.grid).sum(-1)}.items():
+            found_of[name].append(x)
+    error, of_true, variance, degrees, shown, found, furniture = map(torch.cat, found_of.values())
 
-    print(f'unseen views of {len(errors)} held-out rooms{"share":>29s}{"R2":>9s}{"objects":>9s}')
+    title = f'unseen views of {len(error)} held-out rooms'
+    print(f'{title:55s}   share  shown       R2  true cameras  objects')
 
     def row(name, where):
-        r2 = 1 - errors[where].sum() / variances[where].sum()
-        objects = found[where].sum() / furniture[where].sum()
-        share = 100 * where.float().mean()
-        print(f'{name:55s}{share:6.0f} %{r2:9.3f}{objects:9.3f}')
+        values = [100 * where.float().mean(), 100 * shown[where].float().mean(),
+                  1 - error[where].sum() / variance[where].sum(),
+                  1 - of_true[where].sum() / variance[where].sum(),
+                  found[where].sum() / furniture[where].sum()]
+        print('{:55s}{:6.0f} %{:5.0f} %{:9.3f}{:14.3f}{:9.3f}'.format(name, *values))
 
     bounds = degrees.flatten().quantile(torch.linspace(0, 1, 7, device=degrees.device))
     for low, high in itertools.pairwise(bounds.tolist()):
@@ -349,19 +397,18 @@ def ask_shuffled(folder, config, data):
 
 def vlm(args):
     """Fine-tunes every arm with every seed, from the same start, on the same data in the same
-    order."""
+    order; 768 rooms are held out."""
+    args.options = ['--val-scenes', '768', *args.options]
     data = None
     arms = {}
     for seed in args.seeds:
         for arm in args.arms:
             out = os.path.join(args.out, f'{arm}-{seed}')
-            options = ['--config', args.config, '--val-scenes', '768', '--latents', arm, '--seed',
-                       str(seed), '--out', out]
-            _, config = finetune.parse_config([*options, *args.options])
+            _, config = finetune.parse_config(options_of(args, out, seed, '--latents', arm))
             if config.data != 'rooms':
                 raise InputError('ablate compares on rooms: leave --data out')
             if os.path.isfile(os.path.join(out, 'metrics.json')):
-                check_finished(out, config)
+                check_finished(out, dataclasses.replace(config, resume=False))
             else:
                 data = data or finetune.make_data(config, rendering)
                 finetune.train(f'{arm}, seed {seed}', config, *data)
@@ -416,6 +463,8 @@ def main(argv=None):
     if options and args.command in ('worlds', 'limits'):
         parser.error(f'unrecognized arguments: {" ".join(options)}')
     args.options = options
+    if len(set(getattr(args, 'seeds', ()))) < len(getattr(args, 'seeds', ())):
+        parser.error('argument --seeds: each of them once')
     args.function(args)
 
 

@@ -172,7 +172,7 @@ def bench_finetune(clock, autocast):
         kept.to(device)
         anew.to(device)
         parts = []
-        for batch, items in finetune.Encoded(data, chat, config)[0]:
+        for batch, items, _ in finetune.Encoded(data, chat, config)[0]:
             parts.append((to_device(batch, spatial_vlm.vlm, device),
                           [item['images'] for item in items]))
             kept(parts[-1][1])

@@ -280,14 +280,15 @@ class Chat:
         return batch
 
     def batches(self, samples, parts):
-        """[(encoded, item)] -> `parts` times (batch, items), from short samples to long ones: less
-        is padding, of which attention takes the square."""
+        """[(encoded, item)] -> `parts` times (batch, items, share of the answers' tokens), from
+        short samples to long ones: less is padding, of which attention takes the square."""
         samples = sorted(samples, key=lambda sample: len(sample[0]['input_ids']))
         split = []
         for numbers in np.array_split(range(len(samples)), parts):
             encoded, items = zip(*[samples[i] for i in numbers])
             split.append((self.batch(encoded), list(items)))
-        return split
+        answers = [(batch['labels'] != -100).sum().item() for batch, _ in split]
+        return [(*part, count / max(1, sum(answers))) for part, count in zip(split, answers)]
 
     def save_pretrained(self, folder):
         for part in (self.tokenizer, self.image_processor):

@@ -88,8 +88,10 @@ def read_json(path):
 
 
 def write_json(path, content):
-    with open(path, 'w', encoding='utf-8') as file:
+    """The whole file, or what was there before."""
+    with open(f'{path}.part', 'w', encoding='utf-8') as file:
         json.dump(content, file, indent=1)
+    os.replace(f'{path}.part', path)
 
 
 # -----------------------------------------------------------------------------

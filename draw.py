@@ -203,15 +203,15 @@ def draw_panel(pen, font, box, curves, title, low=None):
         pen.line((left, y, right, y), 'gainsboro')
         pen.text((left - 6, y), f'{value:.2f}', 'black', font, anchor='rm')
         pen.text((x, bottom + 12), f'{last * i / 4:.0f}', 'black', font, anchor='mm')
-    for i, (name, (xs, ys, colour)) in enumerate(curves.items()):
-        line = [place(x, y) for x, y in zip(xs, ys)]
-        pen.line(line, colour, 2, joint='curve')
+    names = [name for name in curves if name[0] != '_']  # the others stay out of the legend
+    for name, (xs, ys, colour) in curves.items():
+        pen.line(line := [place(x, y) for x, y in zip(xs, ys)], colour, 2, joint='curve')
         for x, y in line if len(line) < 40 else []:
             pen.ellipse((x - 3, y - 3, x + 3, y + 3), colour)
-        y = bottom + 32
-        x = left + i * (right - left) // len(curves)
-        pen.line((x, y, x + 20, y), colour, 3)
-        pen.text((x + 26, y), name, 'black', font, anchor='lm')
+        if name in names:
+            x, y = left + names.index(name) * (right - left) // len(names), bottom + 32
+            pen.line((x, y, x + 20, y), colour, 3)
+            pen.text((x + 26, y), name, 'black', font, anchor='lm')
 
 
 def draw_curve(log, path):

@@ -233,7 +233,7 @@ class Encoded(torch.utils.data.Dataset):
         raise InputError(f'--max-length {limit}: all records are longer, the last one {length}')
 
     def __getitem__(self, number):
-        """-> [(tensors, items)]: from eight samples on in two parts, by length."""
+        """-> [(tensors, items, share)] of Chat.batches: from eight samples on in two parts."""
         item_of = self.data.map_of if number < self.num_maps else self.data.__getitem__
         samples = [self.sample(i, item_of) for i in self.samples(number)]
         return self.chat.batches(samples, 2 if len(samples) >= 8 else 1)
@@ -394,8 +394,8 @@ def train(name, config, data=None, held_out=None):
     # the adapter alone first: where in the room is what each image token shows? (on every rank)
     if config.ground_steps and latents and not config.resume:
         doubled = dataclasses.replace(config, batch=2 * config.batch, map_steps=0)
-        batches_of = Encoded(data, chat, doubled).__getitem__
-        ground(model, chat, latents, batches_of, config, autocast, say)
+        parts_of = Encoded(data, chat, doubled).__getitem__
+        ground(model, chat, latents, parts_of, config, autocast, say)
 
     if sharded:
         model = shard_model(model)
@@ -426,8 +426,7 @@ def train(name, config, data=None, held_out=None):
         # forward, backward
         for micro in range(config.accumulate):
             parts, loss = next(loader), 0.0
-            answers = [(batch['labels'] != -100).sum().item() for batch, _ in parts]
-            for i, (batch, items) in enumerate(parts):
+            for i, (batch, items, share) in enumerate(parts):
                 batch = to_device(batch, model.vlm, device)
                 labels = batch.pop('labels')
                 z = latents([item['images'] for item in items]) if latents else None
@@ -435,7 +434,7 @@ def train(name, config, data=None, held_out=None):
                 with contextlib.nullcontext() if is_last or not is_ddp else wrapped.no_sync():
                     with autocast:
                         outputs = wrapped(latents=z, use_cache=False, **batch)
-                        of_part = answer_loss(outputs.logits, labels) * answers[i] / sum(answers)
+                        of_part = share * answer_loss(outputs.logits, labels)
                     (of_part / config.accumulate).backward()
                 loss = loss + of_part.detach()
 

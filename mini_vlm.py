@@ -375,20 +375,31 @@ def truth_of(items, batch, category_of):
     return dict(seen=torch.cat([item['seen'] for item in items]), words=words, answers=answers)
 
 
-def losses_on(model, batch, latents, sight, truth):
-    """-> {answers, tokens, words, questions}"""
-    labels = batch.pop('labels')
-    outputs = model(latents=latents, use_cache=False, output_hidden_states=True, **batch)
-    losses = sight.losses(model.image_tokens, outputs.hidden_states, truth)
-    return dict(answers=answer_loss(outputs.logits, labels), **losses)
+def losses_on(model, parts, latents, sight, category_of, autocast):
+    """Of a batch in parts (Chat.batches), each by its share of the answers' tokens.
+    -> {answers, tokens, words, questions}"""
+    device, total = next(model.parameters()).device, {}
+    for batch, items, share in parts:
+        truth = truth_of(items, batch, category_of)
+        truth = {name: x.to(device) for name, x in truth.items()}
+        z = latents([item['images'] for item in items]) if latents else None
+        batch = to_device(batch, model.vlm, device)
+        labels = batch.pop('labels')
+        with autocast:
+            outputs = model(latents=z, use_cache=False, output_hidden_states=True, **batch)
+            losses = sight.losses(model.image_tokens, outputs.hidden_states, truth)
+            losses = dict(answers=answer_loss(outputs.logits, labels), **losses)
+        for name, loss in losses.items():
+            total[name] = total.get(name, 0) + share * loss
+    return total
 
 
-def ground(model, chat, latents, batches_of, config, autocast, say):
+def ground(model, chat, latents, parts_of, config, autocast, say):
     """Before any fine-tuning: the adapter alone learns to add to every image token where what it
     shows lies, seen from the first camera.
 
     The mini VLM's own tokens say so of their own camera, in a form that its language model has
-    learned to read. VLM and Sight stay as they are. `batches_of(step)` -> [(batch, items)].
+    learned to read. VLM and Sight stay as they are. `parts_of(step)`: of its batch.
     """
     width = model.vlm.config.get_text_config().hidden_size
     device = next(model.parameters()).device
@@ -400,14 +411,8 @@ def ground(model, chat, latents, batches_of, config, autocast, say):
     optimizers = make_optimizers(model, plan, device, rate_of=lambda name: 2e-2)
     for step in range(plan.steps):
         set_rates(optimizers, learning_rate(step, plan))
-        parts = batches_of(step)
-        for batch, items in parts:
-            truth = truth_of(items, batch, category_of)
-            truth = {name: x.to(device) for name, x in truth.items()}
-            z = latents([item['images'] for item in items])
-            with autocast:
-                losses = losses_on(model, to_device(batch, model.vlm, device), z, sight, truth)
-            (sum(losses.values()) / len(parts)).backward()
+        losses = losses_on(model, parts_of(step), latents, sight, category_of, autocast)
+        sum(losses.values()).backward()
         take_step(optimizers, model.adapter.parameters(), config.clip)
         done = step + 1
         if step == 0 or done % config.log_every == 0 or done == plan.steps:
@@ -459,14 +464,9 @@ def train(config, command):
     def losses_of(step):
         # rooms that were never seen before
         items = list(RoomPictures('train', config.seed * 10 ** 6 + step, config.batch))
-        total = collections.Counter()
-        for batch, items in chat.batches([(chat.encode(item), item) for item in items], 4):
-            truth = truth_of(items, batch, category_of)
-            truth = {name: x.to(device) for name, x in truth.items()}
-            with autocast:
-                losses = losses_on(model, to_device(batch, model.vlm, device), None, sight, truth)
-            total.update({name: loss / 4 for name, loss in losses.items()})
-        return dict(total, loss=sum(total.values()))
+        parts = chat.batches([(chat.encode(item), item) for item in items], 4)
+        losses = losses_on(model, parts, None, sight, category_of, autocast)
+        return dict(losses, loss=sum(losses.values()))
 
     def evaluate():
         metrics = held_out_loss(model, chat, None, held_out, autocast)

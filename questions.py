@@ -303,7 +303,7 @@ def ask(rooms, room, cells, name, g, used, per_kind=1, fewest=3):
     """Questions about one room: up to `per_kind` of every kind, the rarest answers first.
 
     `used`: Counter of the classes of answers so far, over the whole data set, by which no answer
-    becomes much commoner than another. -> list of records in VSI-Bench's schema
+    becomes much commoner than another. `fewest`: as in Scene. -> records in VSI-Bench's schema
     """
     records = []
     scene = Scene(rooms, room, cells, fewest)

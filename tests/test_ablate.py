@@ -11,13 +11,13 @@ import finetune
 import psfm as method
 import train
 from ablate import STYLES, CameraToken, comparison, decoder_replaced, main
-from common import InputError
+from common import InputError, find_file
 from data import RoomPool
 from eval import SHIPPED
 from measure import field_batches
 from psfm import FieldDecoder, load_psfm
 from rooms import scene_extrinsics
-from tiny import TINY_PSFM, options, refuse, save_tiny_vlm
+from tiny import TINY_PSFM, losses, options, refuse, save_tiny_vlm
 
 
 @pytest.fixture(scope='module')
@@ -80,23 +80,51 @@ def test_field_trains_every_row_and_asks_all_the_same(tmp_path, monkeypatch, cap
 
     monkeypatch.setattr(ablate, 'evaluate_field', evaluate)
     out = tmp_path / 'runs'
-    arguments = ['field', '--seeds', '0', '--out', str(out), *TINY_PSFM]
+    arguments = ['field', '--seeds', '0', '--out', str(out), *TINY_PSFM, '--mask-ratio', '0.5']
     main(arguments)
     assert asked == [(context, mask, decoder)
                      for mask, decoder in ((0.5, FieldDecoder), (0.5, CameraToken),
                                            (0.75, FieldDecoder), (0.5, FieldDecoder))
                      for context in ('asymmetric', 'separate')]
-    config = json.loads((out / 'two-passes-0' / 'config.json').read_text())
-    assert config['context'] == 'separate' and config['width'] == 32
+    configs = [json.loads((out / f'{name.replace(" ", "-")}-0' / 'config.json').read_text())
+               for name in chosen]
+    assert [config['context'] for config in configs] == [*['asymmetric'] * 3, 'separate']
+    assert [config['mask_ratio'] for config in configs] == [0.5, 0.5, 0.75, 0.5]
+    assert [config['decoder'] for config in configs] == [
+        'FieldDecoder', 'CameraToken', 'FieldDecoder', 'FieldDecoder']
+    assert all(config['width'] == 32 for config in configs)
     shown = capsys.readouterr().out
     for words in ('R2, two passes', 'camera token minus as it is', 'two passes minus as it is'):
         assert words in shown
 
-    # what was trained is kept; other options are another experiment
+    # what was trained is kept, as long as it is younger than what it was trained with
+    trained = os.path.getmtime(find_file('weights/mini_vggt.safetensors')) + 0.001
+    os.utime(out / 'as-it-is-0' / 'metrics.json', (trained, trained))
     main(arguments)
     assert len(asked) == 8 and 'camera token minus as it is' in capsys.readouterr().out
     with pytest.raises(InputError, match='steps 1 there, 2 here'):
         main([*arguments, '--steps', '2'])
+    os.utime(out / 'as-it-is-0' / 'metrics.json', (trained - 1, trained - 1))
+    with pytest.raises(InputError, match='is older than .*mini_vggt.safetensors'):
+        main(arguments)
+
+
+def test_a_run_that_was_cut_off_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(ablate, 'FIELD', {'as it is': ([], FieldDecoder)})
+    write = train.save_checkpoint
+
+    def stop(*arguments):
+        write(*arguments)
+        raise KeyboardInterrupt
+
+    arguments = ['field', '--seeds', '0', '--out', str(tmp_path), *TINY_PSFM, '--steps', '3',
+                 '--eval-every', '2', '--log-every', '1']
+    with monkeypatch.context() as patch:
+        patch.setattr(train, 'save_checkpoint', stop)
+        with pytest.raises(KeyboardInterrupt):
+            main(arguments)
+    main(arguments)
+    assert [step for step, _ in losses(tmp_path / 'as-it-is-0')] == [1, 2, 3]
 
 
 def test_half_of_the_views_are_shown_to_every_run():
@@ -116,10 +144,15 @@ def test_scaling(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ablate, 'STEPS', (1, 2))
     main(['scaling', '--seeds', '0', '1', '--out', str(tmp_path / 'runs'), *TINY_PSFM[4:]])
     shown = capsys.readouterr().out
-    assert '128 wide, 2 steps minus 64 wide, 1 steps' in shown
+    assert '128 wide 2 steps minus 64 wide 1 steps' in shown
     assert (tmp_path / 'runs' / 'scaling.png').is_file()
-    assert sorted(path.name for path in (tmp_path / 'runs').iterdir() if path.is_dir()) == [
-        f'{width}-{steps}-{seed}' for width in (128, 64) for steps in (1, 2) for seed in (0, 1)]
+    for width in (64, 128):
+        for steps in (1, 2):
+            for seed in (0, 1):  # whatever the options say, the row's own hold
+                out = tmp_path / 'runs' / f'{width}-wide-{steps}-steps-{seed}'
+                config = json.loads((out / 'config.json').read_text())
+                assert config['width'] == width and config['num_heads'] == width // 64
+                assert config['steps'] == steps and config['seed'] == seed
 
 
 # -----------------------------------------------------------------------------
@@ -150,6 +183,12 @@ def test_what_a_view_shows_is_shown_by_itself_and_not_from_behind():
     back['depth'][:, 1] = batch['depth'][:, 0]
     assert not ablate.is_shown(back, each[:, 1:2], each[:, :1], size, grid).any()
 
+    # behind what the same camera sees, nothing is shown; a little behind may be a cell's slope
+    behind = dict(batch, extrinsics=batch['extrinsics'][:, :1].expand(-1, 4, -1, -1),
+                  depth=batch['depth'][:, :1] * torch.tensor([1.0, 1.02, 1.3, 2])[:, None, None])
+    shown = ablate.is_shown(behind, each[:, :1], each, size, grid)
+    assert shown[:, :2].all() and not shown[:, 2:].any()
+
 
 def test_cells_of_a_patch():
     cells = torch.arange(16).view(1, 1, 4, 4)
@@ -172,7 +211,8 @@ def test_limits(capsys):
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert rows[0][:5] == ['unseen', 'views', 'of', '8', 'held-out'] and len(rows) == 9
     shown, hidden = rows[-2:]
-    assert float(shown[-4]) + float(hidden[-4]) == pytest.approx(100, abs=1)
+    assert int(shown[-7]) + int(hidden[-7]) == pytest.approx(100, abs=1)
+    assert shown[-5:-3] == ['100', '%'] and hidden[-5:-3] == ['0', '%']
     assert float(shown[-1]) > float(hidden[-1])  # furniture is found where the context shows it
 
 
@@ -252,6 +292,7 @@ def test_every_arm_is_trained_with_every_seed(tiny_vlm, tmp_path, capsys, monkey
     (['field', '--lrr', '1'], 'no option --lrr'),
     (['worlds', '--steps', '3'], 'no option --steps'),
     (['limits', '--run', 'nowhere'], 'no checkpoint in nowhere: train first'),
+    (['field', '--seeds', '1', '1'], 'argument --seeds: each of them once'),
     (['fields'], "invalid choice: 'fields'"),
 ])
 def test_bad_input(arguments, message, capsys):

@@ -110,6 +110,7 @@ def test_two_processes_whole_and_sharded(vlm, tmp_path):
     """DDP and FSDP2 on two processes take the same two steps; a sharded run is saved whole."""
     weights = {}
     for name, more in (('ddp', ()), ('fsdp2', ('--shard',))):
+        more = ('--batch', '8', '--accumulate', '2', '--num-rooms', '32', *more)  # in two parts
         in_processes(options(vlm, tmp_path / name, *more))
         weights[name] = weights_of(tmp_path / name / 'run' / 'checkpoint')
     assert torch.allclose(weights['ddp'], weights['fsdp2'], atol=1e-4)
@@ -212,7 +213,7 @@ def test_what_is_trained_is_fp32_and_what_is_frozen_need_not_be(vlm, cached, tmp
     frozen = {p.dtype for p in model.vlm.parameters() if not p.requires_grad}
     assert frozen == {torch.float32 if train == 'adapter+llm' else torch.bfloat16}
     data = RoomQuestions('train', 0, 4)
-    (batch, items), = Encoded(data, chat, dataclasses.replace(config, map_steps=0))[0]
+    (batch, items, _), = Encoded(data, chat, dataclasses.replace(config, map_steps=0))[0]
     batch = to_device(batch, model.vlm, 'cpu')
     labels = batch.pop('labels')
     with torch.autocast('cpu', torch.bfloat16):
@@ -229,7 +230,7 @@ def test_checkpointing_leaves_the_frozen_vision_tower_alone(vlm, cached, tmp_pat
     model.trainable('adapter+llm').train()
     model.vlm.get_decoder().gradient_checkpointing_enable(dict(use_reentrant=False))
     data = RoomQuestions('train', 0, 4)
-    (batch, items), = Encoded(data, chat, dataclasses.replace(config, map_steps=0))[0]
+    (batch, items, _), = Encoded(data, chat, dataclasses.replace(config, map_steps=0))[0]
     batch = to_device(batch, model.vlm, 'cpu')
     labels = batch.pop('labels')
     seen = []
@@ -258,10 +259,10 @@ def test_the_first_steps_hold_maps_alone(vlm):
     data = RoomQuestions('train', 0, 8)
     config = Config(batch=2, map_steps=1)
     dealt = Encoded(data, chat, config)
-    (batch, items), = dealt[0]
+    (batch, items, _), = dealt[0]
     assert len(batch['input_ids']) == len(items) == 4
     assert all(len(item['conversations']) == 2 for item in items)
-    (batch, items), = dealt[1]
+    (batch, items, _), = dealt[1]
     assert len(batch['input_ids']) == len(items) == 2
     assert all(len(item['conversations']) > 2 for item in items)
     assert sorted(dealt.samples(0) + dealt.samples(1) + dealt.samples(2)) == list(range(8))
@@ -277,7 +278,7 @@ def test_a_batch_in_two_parts_teaches_the_same(vlm, tmp_path, cached):
     _, config = finetune.parse_config(options(vlm, tmp_path, *cached, '--batch', '8'))
     _, chat = load_vlm(vlm)
     parts = Encoded(RoomQuestions('train', 0, 8), chat, dataclasses.replace(config, map_steps=0))[0]
-    short, long = [batch['input_ids'].shape for batch, _ in parts]
+    short, long = [batch['input_ids'].shape for batch, *_ in parts]
     assert short[0] == long[0] == 4 and short[1] < long[1]
 
     losses_of, halves = [], chat.__class__.batches

@@ -63,6 +63,8 @@ def parse(script, arguments, monkeypatch):
         if args.command in ('field', 'scaling', 'vlm'):
             of = finetune if args.command == 'vlm' else train
             of.parse_config(['--config', args.config, *options])
+        else:
+            assert options == []
     elif script in ('bench.py', 'data.py'):
         monkeypatch.setattr(bench, 'pick_device', stop)
         monkeypatch.setattr(bench, 'predict', stop)
