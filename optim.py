@@ -62,6 +62,9 @@ class Muon(torch.optim.Optimizer):
             momentum.lerp_(p.grad, 1 - group['momentum'])
             directions.append(p.grad.lerp(momentum, group['momentum']))  # Nesterov
         directions = torch.stack(directions).to(self.dtype)  # (n, r, c)
+        if hasattr(directions, 'redistribute'):  # sharded: gathered once, not in every product
+            from torch.distributed.tensor import Replicate
+            directions = directions.redistribute(placements=[Replicate()])
         scale = group['lr'] * 0.2 * max(params[0].shape) ** 0.5
         for p, update in zip(params, orthogonalise(directions)):
             p.mul_(1 - group['lr'] * group['weight_decay'])
