@@ -30,11 +30,12 @@ from common import (InputError, Parser, autocast_on, check_same, find_checkpoint
 from data import RoomPool, make_sources
 from draw import ACCENT, blank, draw_panel
 from eval import SHIPPED, folder_beside, load_answerer, rendering
-from measure import (answer_rooms, evaluate_field, field_batches, knows_rooms, look, rooms_table)
+from measure import answer_rooms, evaluate_field, field_batches, knows_rooms, look, rooms_table
 from mini_vggt import pose_errors
-from model import (MLP, RoPE2D, camera_rays, full_precision, init_linear, invert_pose, take_views)
+from model import (MLP, RoPE2D, camera_rays, full_precision, init_linear, invert_pose, take_views,
+                   to_4x4)
 from psfm import FieldDecoder, context_index, load_psfm
-from rooms import STRUCTURE, Style, scene_extrinsics
+from rooms import SCENE_UNIT, STRUCTURE, Style, render, scene_extrinsics
 
 
 class CameraToken(FieldDecoder):
@@ -321,17 +322,28 @@ def per_patch(cells, grid):
     return cells.transpose(3, 4).flatten(4).flatten(2, 3)
 
 
+def room_from(extrinsics, batch, rooms, view_mask):
+    """The pictures of a batch, its targets as the room looks from these cameras (B, V, 3, 4), which
+    are in the first camera's frame and in SCENE_UNITs."""
+    in_metres = torch.cat([extrinsics[..., :3], SCENE_UNIT * extrinsics[..., 3:]], -1)
+    in_room = (to_4x4(in_metres) @ to_4x4(batch['extrinsics'][:, :1]))[..., :3, :]
+    seen = render(rooms, in_room, batch['intrinsics'], batch['images'].shape[-2:])['image']
+    is_target = view_mask[..., None, None, None]
+    return torch.where(is_target, seen.float() / 255, batch['images'])
+
+
 @torch.no_grad()
 def limits(args):
     """Is it the cameras that the backbone predicts? Is it what no context view shows?
 
-    The field was trained with predicted cameras; asked with the true ones, it says how much of an
-    error is the camera's.
+    The field was trained with predicted cameras; it is asked with the true ones too. And the room
+    itself is asked with the predicted ones: what the backbone would see from there.
     """
     psfm, config, _, held_out = open_field(args)
-    found_of = {name: [] for name in ('error', 'from true cameras', 'variance', 'degrees', 'shown',
-                                      'found', 'furniture')}
-    for batch, mask, num_context in field_batches(psfm, held_out, config, args.rooms):
+    found_of = {name: [] for name in ('error', 'from true cameras', 'of the room', 'variance',
+                                      'degrees', 'shown', 'found', 'furniture')}
+    batches = field_batches(psfm, held_out, config, args.rooms)
+    for number, (batch, mask, num_context) in enumerate(batches):
         size, V = batch['images'].shape[-2:], mask.shape[1]
         seen, unseen = context_index(mask, num_context), context_index(~mask, V - num_context)
         context, views = look(psfm, batch, mask, num_context, config)
@@ -340,35 +352,43 @@ def limits(args):
 
         def ask(extrinsics, intrinsics):
             cameras = take_views(extrinsics, unseen), take_views(intrinsics, unseen)
-            predicted = psfm.decode(z, *cameras, size, views.grid)
-            return predicted, ((predicted - target) / psfm.geo_std).square().sum(-1)  # (B, U, N)
+            return psfm.decode(z, *cameras, size, views.grid)
+
+        def error_of(features):
+            return ((features - target) / psfm.geo_std).square().sum(-1)  # (B, U, N)
 
         truth = scene_extrinsics(batch['extrinsics'])
-        predicted, error = ask(views.extrinsics, views.intrinsics)
+        predicted = ask(views.extrinsics, views.intrinsics)
+        rendered = room_from(views.extrinsics, batch, held_out.render_block(number)[0], mask)
+        _, of_room, _ = psfm.observe(rendered, mask, num_context)
         classes = take_views(batch['classes'], unseen)
         is_furniture = classes >= len(STRUCTURE)
         is_right = psfm.backbone.read_out(predicted, views.grid)[1].argmax(-1) == classes
         order = torch.cat([seen, unseen], 1)
         of_views = [take_views(x, order) for x in (views.extrinsics, truth)]
         for name, x in {
-                'error': error, 'from true cameras': ask(truth, batch['intrinsics'])[1],
+                'error': error_of(predicted),
+                'from true cameras': error_of(ask(truth, batch['intrinsics'])),
+                'of the room': error_of(take_views(of_room.features, unseen).float()),
                 'variance': ((target - psfm.geo_mean) / psfm.geo_std).square().sum(-1),
                 'degrees': camera_errors(*of_views, num_context),
                 'shown': is_shown(batch, seen, unseen, size, views.grid),
                 'found': per_patch(is_furniture & is_right, views.grid).sum(-1),
                 'furniture': per_patch(is_furniture, views.grid).sum(-1)}.items():
             found_of[name].append(x)
-    error, of_true, variance, degrees, shown, found, furniture = map(torch.cat, found_of.values())
+    error, of_true, of_room, variance, degrees, shown, found, furniture = map(
+        torch.cat, found_of.values())
 
     title = f'unseen views of {len(error)} held-out rooms'
-    print(f'{title:55s}   share  shown       R2  true cameras  objects')
+    print(f'{title:55s}   share  shown       R2  true cameras  the room  objects')
 
     def row(name, where):
         values = [100 * where.float().mean(), 100 * shown[where].float().mean(),
                   1 - error[where].sum() / variance[where].sum(),
                   1 - of_true[where].sum() / variance[where].sum(),
+                  1 - of_room[where].sum() / variance[where].sum(),
                   found[where].sum() / furniture[where].sum()]
-        print('{:55s}{:6.0f} %{:5.0f} %{:9.3f}{:14.3f}{:9.3f}'.format(name, *values))
+        print('{:55s}{:6.0f} %{:5.0f} %{:9.3f}{:14.3f}{:10.3f}{:9.3f}'.format(name, *values))
 
     bounds = degrees.flatten().quantile(torch.linspace(0, 1, 7, device=degrees.device))
     for low, high in itertools.pairwise(bounds.tolist()):

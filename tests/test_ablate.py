@@ -206,13 +206,25 @@ def test_errors_of_the_cameras_to_be_looked_from():
     assert (errors[:, 1] > 89).all()
 
 
+def test_a_room_from_its_own_cameras_is_what_the_pictures_show():
+    pool = RoomPool('val', 0, 4)
+    batch, rooms = pool.batch(0, 4, 6), pool.render_block(0)[0]
+    mask = torch.tensor([False, True, False, True, True, False]).expand(4, -1)
+    own = ablate.room_from(scene_extrinsics(batch['extrinsics']), batch, rooms, mask)
+    assert (own - batch['images']).abs().mean() < 1e-3
+    other = ablate.room_from(scene_extrinsics(batch['extrinsics']).roll(1, 1), batch, rooms, mask)
+    assert torch.equal(other[:, 0], batch['images'][:, 0])
+    assert (other[:, 1] - batch['images'][:, 1]).abs().mean() > 0.02
+    assert (other[:, 1] - batch['images'][:, 0]).abs().mean() < 1e-3
+
+
 def test_limits(capsys):
     main(['limits', '--rooms', '8', '--device', 'cpu'])
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert rows[0][:5] == ['unseen', 'views', 'of', '8', 'held-out'] and len(rows) == 9
     shown, hidden = rows[-2:]
-    assert int(shown[-7]) + int(hidden[-7]) == pytest.approx(100, abs=1)
-    assert shown[-5:-3] == ['100', '%'] and hidden[-5:-3] == ['0', '%']
+    assert int(shown[-8]) + int(hidden[-8]) == pytest.approx(100, abs=1)
+    assert shown[-6:-4] == ['100', '%'] and hidden[-6:-4] == ['0', '%']
     assert float(shown[-1]) > float(hidden[-1])  # furniture is found where the context shows it
 
 
