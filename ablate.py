@@ -155,9 +155,10 @@ def ask(run, config):
     needs_heads(psfm, config)
     sources = make_sources(config, psfm.backbone.config.patch_size, device)
     asked = {}
-    for psfm.context in ('asymmetric', 'separate'):
-        asked[psfm.context] = evaluate_field(psfm, *sources, config.steps * config.accumulate,
-                                             config, autocast_on(device, torch.float32))
+    for context in ('asymmetric', 'separate'):
+        psfm.context = context
+        asked[context] = evaluate_field(psfm, *sources, config.steps * config.accumulate, config,
+                                        autocast_on(device, torch.float32))
     return asked
 
 
