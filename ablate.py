@@ -1,5 +1,6 @@
 """
-What matters, what does it take, what does it withstand? Experiments of many runs.
+What matters, what does it take, what does it withstand? Experiments, on top of the three scripts
+that make and ask one run each: train.py, finetune.py and eval.py. Rooms only.
 
     python ablate.py field      # the decisions of the method, one at a time
     python ablate.py scaling    # R2 and objects found against steps and width
@@ -13,6 +14,7 @@ script does not know are those of train.py (field, scaling) or finetune.py (vlm)
 """
 import contextlib
 import dataclasses
+import functools
 import itertools
 import math
 import os
@@ -30,11 +32,12 @@ from common import (InputError, Parser, autocast_on, check_same, find_checkpoint
 from data import RoomPool, make_sources
 from draw import ACCENT, blank, draw_panel
 from eval import SHIPPED, folder_beside, load_answerer, rendering
-from measure import answer_rooms, evaluate_field, field_batches, knows_rooms, look, rooms_table
+from measure import (Score, answer_rooms, evaluate_field, field_batches, knows_rooms, look,
+                     rooms_table)
 from mini_vggt import pose_errors
-from model import (MLP, RoPE2D, camera_rays, full_precision, init_linear, invert_pose, take_views,
-                   to_4x4)
-from psfm import FieldDecoder, context_index, load_psfm
+from model import (MLP, RoPE2D, camera_rays, full_precision, init_linear, points_in_world,
+                   take_views, to_4x4)
+from psfm import FieldDecoder, build_psfm, context_index, load_psfm
 from rooms import SCENE_UNIT, STRUCTURE, Style, render, scene_extrinsics
 
 
@@ -106,6 +109,18 @@ def check_finished(folder, config):
             raise InputError(f'{folder} is older than {path}: take another --out, or delete it')
 
 
+def kept_or_made(config, make):
+    """-> path of the metrics of the run in `config.out`: of a finished one, or of make()."""
+    if config.data != 'rooms':
+        raise InputError('ablate compares on rooms: leave --data out')
+    path = os.path.join(config.out, 'metrics.json')
+    if os.path.isfile(path):
+        check_finished(config.out, dataclasses.replace(config, resume=False))
+    else:
+        make()
+    return path
+
+
 def options_of(args, out, seed, *changes):
     """The options of a run, the row's own last: they hold whatever else was asked for."""
     options = ['--config', args.config, *args.options, *changes, '--seed', str(seed), '--out', out]
@@ -131,20 +146,19 @@ def trained(args, name, seed, changes, decoder=FieldDecoder):
     out = os.path.join(args.out, f'{name.replace(" ", "-")}-{seed}')
     options = options_of(args, out, seed, *changes)
     _, config = train.parse_config(options)
-    if config.data != 'rooms':
-        raise InputError('ablate compares on rooms: leave --data out')
-    path = os.path.join(out, 'metrics.json')
+
+    def make():
+        needs_heads(build_psfm(config), config)  # now, not after the training
+        train.train(f'{name}, seed {seed}', config)
+
     with decoder_replaced(decoder):
-        if os.path.isfile(path):
-            check_finished(out, dataclasses.replace(config, resume=False))
-        else:
-            train.train(f'{name}, seed {seed}', config)
+        path = kept_or_made(config, make)
         metrics = read_json(path)
         if 'asked' not in metrics:
             metrics['asked'] = ask(out, config)
-            write_json(path, metrics)
             settings = read_json(os.path.join(out, 'config.json'))
             write_json(os.path.join(out, 'config.json'), {**settings, 'decoder': decoder.__name__})
+            write_json(path, metrics)  # last: an older one is of a run before this configuration
     return metrics
 
 
@@ -152,7 +166,6 @@ def ask(run, config):
     """-> {context: metrics} of a finished run"""
     device = pick_device(config.device)
     psfm, _ = load_psfm(run, device)
-    needs_heads(psfm, config)
     sources = make_sources(config, psfm.backbone.config.patch_size, device)
     asked = {}
     for context in ('asymmetric', 'separate'):
@@ -297,9 +310,7 @@ def is_shown(batch, context, index, size, grid):
     """
     depth = batch['depth'].flatten(2)  # (B, V, cells)
     cells = batch['depth'].shape[-2:]
-    rays = camera_rays(batch['intrinsics'], size, cells)  # (B, V, cells, 3)
-    pose = invert_pose(batch['extrinsics'])[:, :, None]  # camera -> world
-    points = (pose[..., :3] @ (rays * depth[..., None])[..., None] + pose[..., 3:])[..., 0]
+    points = points_in_world(batch['depth'], batch['extrinsics'], batch['intrinsics'], size)
     points = take_views(points, index).flatten(1, 2)  # (B, U cells, 3)
     shown = torch.zeros(points.shape[:2], dtype=torch.bool, device=depth.device)
     for view in context.T[:, :, None]:  # (B, 1)
@@ -341,22 +352,18 @@ def limits(args):
     itself is asked with the predicted ones: what the backbone would see from there.
     """
     psfm, config, _, held_out = open_field(args)
-    found_of = {name: [] for name in ('error', 'from true cameras', 'of the room', 'variance',
-                                      'degrees', 'shown', 'found', 'furniture')}
+    kinds = 'R2', 'true cameras', 'the room'  # columns: R2 of these features
+    found_of = {name: [] for name in (*kinds, 'target', 'degrees', 'shown', 'found', 'furniture')}
     batches = field_batches(psfm, held_out, config, args.rooms)
     for number, (batch, mask, num_context) in enumerate(batches):
         size, V = batch['images'].shape[-2:], mask.shape[1]
         seen, unseen = context_index(mask, num_context), context_index(~mask, V - num_context)
         context, views = look(psfm, batch, mask, num_context, config)
         z = psfm.encode(context, views.grid)
-        target = take_views(views.features, unseen).float()
 
         def ask(extrinsics, intrinsics):
             cameras = take_views(extrinsics, unseen), take_views(intrinsics, unseen)
             return psfm.decode(z, *cameras, size, views.grid)
-
-        def error_of(features):
-            return ((features - target) / psfm.geo_std).square().sum(-1)  # (B, U, N)
 
         truth = scene_extrinsics(batch['extrinsics'])
         predicted = ask(views.extrinsics, views.intrinsics)
@@ -368,27 +375,28 @@ def limits(args):
         order = torch.cat([seen, unseen], 1)
         of_views = [take_views(x, order) for x in (views.extrinsics, truth)]
         for name, x in {
-                'error': error_of(predicted),
-                'from true cameras': error_of(ask(truth, batch['intrinsics'])),
-                'of the room': error_of(take_views(of_room.features, unseen).float()),
-                'variance': ((target - psfm.geo_mean) / psfm.geo_std).square().sum(-1),
+                'R2': predicted, 'true cameras': ask(truth, batch['intrinsics']),
+                'the room': take_views(of_room.features, unseen),
+                'target': take_views(views.features, unseen),
                 'degrees': camera_errors(*of_views, num_context),
                 'shown': is_shown(batch, seen, unseen, size, views.grid),
                 'found': per_patch(is_furniture & is_right, views.grid).sum(-1),
                 'furniture': per_patch(is_furniture, views.grid).sum(-1)}.items():
             found_of[name].append(x)
-    error, of_true, of_room, variance, degrees, shown, found, furniture = map(
-        torch.cat, found_of.values())
+    found_of = {name: torch.cat(x) for name, x in found_of.items()}
+    degrees, shown = found_of['degrees'], found_of['shown']  # (B, U), (B, U, N)
 
-    title = f'unseen views of {len(error)} held-out rooms'
+    title = f'unseen views of {len(shown)} held-out rooms'
     print(f'{title:55s}   share  shown       R2  true cameras  the room  objects')
 
     def row(name, where):
-        values = [100 * where.float().mean(), 100 * shown[where].float().mean(),
-                  1 - error[where].sum() / variance[where].sum(),
-                  1 - of_true[where].sum() / variance[where].sum(),
-                  1 - of_room[where].sum() / variance[where].sum(),
-                  found[where].sum() / furniture[where].sum()]
+        of = {name: x[where] for name, x in found_of.items() if name != 'degrees'}
+        values = [100 * where.float().mean(), 100 * of['shown'].float().mean()]
+        for kind in kinds:
+            score = Score(psfm)
+            score.add(of[kind], of['target'])
+            values.append(score.result()['r2'])
+        values.append(of['found'].sum() / of['furniture'].sum())
         print('{:55s}{:6.0f} %{:5.0f} %{:9.3f}{:14.3f}{:10.3f}{:9.3f}'.format(name, *values))
 
     bounds = degrees.flatten().quantile(torch.linspace(0, 1, 7, device=degrees.device))
@@ -411,7 +419,7 @@ def ask_shuffled(folder, config, data):
     device = pick_device(config.device)
     autocast = autocast_on(device, pick_dtype(config.dtype, device)[0])
     answerer, _ = load_answerer(folder, device)
-    train_data, held_out = data
+    train_data, held_out = data()
     metrics['shuffled'] = answer_rooms(*answerer, held_out, train_data, autocast, shuffled=True)
     write_json(path, metrics)
 
@@ -420,21 +428,18 @@ def vlm(args):
     """Fine-tunes every arm with every seed, from the same start, on the same data in the same
     order; 768 rooms are held out."""
     args.options = ['--val-scenes', '768', *args.options]
-    data = None
     arms = {}
+
+    @functools.cache
+    def data():  # of all arms; rendered only if something is to be trained or asked
+        return finetune.make_data(config, rendering)
+
     for seed in args.seeds:
         for arm in args.arms:
             out = os.path.join(args.out, f'{arm}-{seed}')
             _, config = finetune.parse_config(options_of(args, out, seed, '--latents', arm))
-            if config.data != 'rooms':
-                raise InputError('ablate compares on rooms: leave --data out')
-            if os.path.isfile(os.path.join(out, 'metrics.json')):
-                check_finished(out, dataclasses.replace(config, resume=False))
-            else:
-                data = data or finetune.make_data(config, rendering)
-                finetune.train(f'{arm}, seed {seed}', config, *data)
+            kept_or_made(config, lambda: finetune.train(f'{arm}, seed {seed}', config, *data()))
             if arm == 'psfm':
-                data = data or finetune.make_data(config, rendering)
                 ask_shuffled(out, config, data)
     for arm in args.arms:
         for seed in args.seeds:

@@ -173,17 +173,16 @@ def bench_finetune(clock, autocast):
         anew.to(device)
         parts = []
         for batch, items, _ in finetune.Encoded(data, chat, config)[0]:
-            parts.append((to_device(batch, spatial_vlm.vlm, device),
-                          [item['images'] for item in items]))
-            kept(parts[-1][1])
+            batch = to_device(batch, spatial_vlm.vlm, device)
+            labels, pictures = batch.pop('labels'), [item['images'] for item in items]
+            parts.append((batch, labels, pictures))
+            kept(pictures)
 
         def step(latents):
-            for batch, pictures in parts:
+            for batch, labels, pictures in parts:
                 z = latents(pictures)
-                labels = batch['labels']
-                inputs = {name: x for name, x in batch.items() if name != 'labels'}
                 with autocast:
-                    outputs = spatial_vlm(latents=z, use_cache=False, **inputs)
+                    outputs = spatial_vlm(latents=z, use_cache=False, **batch)
                     loss = answer_loss(outputs.logits, labels)
                 loss.backward()
 

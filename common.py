@@ -45,6 +45,11 @@ def run_script(main):
         sys.exit(130)
 
 
+def command_of(script, argv=None):
+    """How a script was started, for what it makes: with `argv`, or as this process was."""
+    return ' '.join(['python', script, *(sys.argv[1:] if argv is None else argv)])
+
+
 def step_generator(*numbers):
     """A CPU generator that is a pure function of a few whole numbers (seed, step, rank, ...)."""
     seed = np.random.SeedSequence(numbers).generate_state(1)[0]

@@ -168,9 +168,8 @@ def draw_field(psfm, source, config, autocast, path, num_scenes=2, tile=88):
                 draw_depth_bar(canvas, pen, font, x, y, height, *scale)
         for v in range(V):
             x = margin + v * (tile + gap) + (12 if v >= num_context else 0) + tile // 2
-            is_context = v < num_context
-            label = 'context' if is_context else 'unseen'
-            pen.text((x, y0 + 14), label, 'black' if is_context else ACCENT, font, anchor='mm')
+            label, colour = ('context', 'black') if v < num_context else ('unseen', ACCENT)
+            pen.text((x, y0 + 14), label, colour, font, anchor='mm')
             pen.text((x, y0 + 32), f'R2 {r2[b, v]:.2f}', 'black', font, anchor='mm')
         x = margin + num_context * (tile + gap) + 3
         pen.line((x, y0 + 4, x, y0 + block - 24), ACCENT, 2)
@@ -205,7 +204,8 @@ def draw_panel(pen, font, box, curves, title, low=None):
         pen.text((x, bottom + 12), f'{last * i / 4:.0f}', 'black', font, anchor='mm')
     names = [name for name in curves if name[0] != '_']  # the others stay out of the legend
     for name, (xs, ys, colour) in curves.items():
-        pen.line(line := [place(x, y) for x, y in zip(xs, ys)], colour, 2, joint='curve')
+        line = [place(x, y) for x, y in zip(xs, ys)]
+        pen.line(line, colour, 2, joint='curve')
         for x, y in line if len(line) < 40 else []:
             pen.ellipse((x - 3, y - 3, x + 3, y + 3), colour)
         if name in names:

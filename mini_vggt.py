@@ -14,7 +14,6 @@ import dataclasses
 import itertools
 import json
 import os
-import sys
 import time
 from dataclasses import dataclass
 
@@ -24,10 +23,11 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from common import (autocast_on, check_finite, load_strictly, open_run, opt, parse_options,
-                    pick_device, pick_dtype, read_state, read_weights, run_script, write_checkpoint)
+from common import (autocast_on, check_finite, command_of, load_strictly, open_run, opt,
+                    parse_options, pick_device, pick_dtype, read_state, read_weights, run_script,
+                    write_checkpoint)
 from data import RoomPool
-from model import (MLP, camera_rays, full_precision, invert_pose, pose_encoding_to_cameras,
+from model import (MLP, full_precision, invert_pose, points_in_world, pose_encoding_to_cameras,
                    relative_pose)
 from optim import learning_rate, load_optimizers, make_optimizers, set_rates, take_step
 from rooms import CLASSES, SCENE_UNIT, STRUCTURE, scene_extrinsics
@@ -145,10 +145,8 @@ class MiniVGGTTrainer(nn.Module):
         extrinsics = scene_extrinsics(room_extrinsics)  # (B, V, 3, 4)
         depth = depth / SCENE_UNIT  # (B, V, 2h, 2w)
         cells = depth.shape[-2:]
-        rays = camera_rays(intrinsics, size, cells).unflatten(2, cells)  # (B, V, 2h, 2w, 3)
-        inverse = invert_pose(extrinsics)[:, :, None, None]  # camera -> world
-        points = inverse[..., :3] @ (depth[..., None] * rays)[..., None] + inverse[..., 3:]
-        points = points[..., 0]  # (B, V, 2h, 2w, 3)
+        points = points_in_world(depth, extrinsics, intrinsics, size)
+        points = points.unflatten(2, cells)  # (B, V, 2h, 2w, 3)
         k = self.vggt.config.cells
         patch_points = points.unflatten(3, (-1, k)).unflatten(2, (-1, k))  # (B, V, h, k, w, k, 3)
         patch_points = patch_points.mean((3, 5)).flatten(2, 3)  # (B, V, N, 3)
@@ -391,7 +389,7 @@ def train(config, command):
 
 def main(argv=None):
     _, config = parse_options(argv, __doc__, Config, {'mini': {}}, default='mini')
-    train(config, ' '.join(['python mini_vggt.py', *(sys.argv[1:] if argv is None else argv)]))
+    train(config, command_of('mini_vggt.py', argv))
 
 
 if __name__ == '__main__':

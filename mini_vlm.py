@@ -16,7 +16,6 @@ import json
 import math
 import os
 import re
-import sys
 from dataclasses import dataclass
 
 import torch
@@ -28,9 +27,9 @@ from tqdm import tqdm
 
 from adapter import SpatialVLM, answer_loss
 from chat import ASSISTANT, Chat, attend_in_fp32, load_vlm, to_device
-from common import (InputError, autocast_on, find_file, load_strictly, opt, parse_options,
-                    pick_device, pick_dtype, read_state, read_weights, run_script, step_generator,
-                    write_checkpoint)
+from common import (InputError, autocast_on, command_of, find_file, load_strictly, opt,
+                    parse_options, pick_device, pick_dtype, read_state, read_weights, run_script,
+                    step_generator, write_checkpoint)
 from measure import held_out_loss
 from mini_vggt import LoopConfig, fit
 from optim import learning_rate, load_optimizers, make_optimizers, set_rates, take_step
@@ -183,7 +182,8 @@ class RoomPictures(torch.utils.data.Dataset):
         rooms = block.rooms
         only = dataclasses.replace(rooms, present=rooms.present & (cells >= SEEN))
         records = ask(only, room, cells, '', g, self.used, per_kind=4, fewest=2)
-        records = [record for record in records if 'room_size' not in record['question_type']]
+        records = [record for record in records
+                   if record['question_type'] != 'room_size_estimation']
         records = ask_2d(rooms, room, block.surface[room, view], g) + records
         records = shuffled(records, g)[:self.QUESTIONS]
         turns = []
@@ -311,7 +311,9 @@ class Sight(nn.Module):
     def place_loss(said, true):
         """Smooth L1 between places (..., 3), where the true one is not NaN."""
         known = ~true.isnan()
-        return F.smooth_l1_loss(said[known].float(), true[known]) if known.any() else 0 * said.sum()
+        if not known.any():
+            return 0 * said.sum()
+        return F.smooth_l1_loss(said[known].float(), true[known])
 
 
 def load_sight(folder, width):
@@ -490,7 +492,7 @@ def train(config, command):
 
 def main(argv=None):
     _, config = parse_options(argv, __doc__, Config, PRESETS, default='mini')
-    train(config, ' '.join(['python mini_vlm.py', *(sys.argv[1:] if argv is None else argv)]))
+    train(config, command_of('mini_vlm.py', argv))
 
 
 if __name__ == '__main__':

@@ -94,6 +94,14 @@ def path_through(extrinsics, num_frames):
     return invert_pose(torch.cat([U @ Vh, poses[..., 3:]], -1))
 
 
+def points_in_world(depth, extrinsics, intrinsics, size):
+    """What every cell of depth maps (..., h, w) shows, for cameras (..., 3, 4) and (..., 3, 3) of
+    images of `size` = (H, W). -> (..., h w, 3)"""
+    rays = camera_rays(intrinsics, size, depth.shape[-2:])
+    points = rays * depth.flatten(-2)[..., None]
+    return (points - extrinsics[..., None, :, 3]) @ extrinsics[..., :3]
+
+
 def camera_rays(intrinsics, size, grid):
     """Rays through the centers of a `grid` = (h, w) of cells over an image of `size` = (H, W).
 

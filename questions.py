@@ -22,7 +22,7 @@ from PIL import Image
 from benchmarks import prompt
 from common import step_generator
 from data import RoomPool
-from model import camera_rays
+from model import points_in_world
 from rooms import CATEGORIES, CLASSES, SEEN, K, surface_classes
 
 # -----------------------------------------------------------------------------
@@ -365,8 +365,7 @@ def what_patches_show(rooms, surface, depth, extrinsics, intrinsics, size, patch
         x = F.avg_pool2d(x, (h // patches, w // patches)).flatten(2)  # (R V, c, n)
         return x.transpose(1, 2).unflatten(0, (R, V))
 
-    points = camera_rays(intrinsics, size, (h, w)) * depth.flatten(-2)[..., None]
-    points = (points - extrinsics[..., None, :, 3]) @ extrinsics[..., :3]  # (R, V, h w, 3) in world
+    points = points_in_world(depth, extrinsics, intrinsics, size)  # (R, V, h w, 3)
     shares = mean(F.one_hot(surface, 6 + K).float())[..., 6:]  # (R, V, n, K)
     share, piece = shares.max(-1)
     middle = rooms.center[torch.arange(R)[:, None, None], piece]  # (R, V, n, 3)

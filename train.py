@@ -26,10 +26,10 @@ from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from common import (InputError, autocast_on, check_finite, join_processes, load_strictly, open_run,
-                    opt, parse_options, peak_memory, pick_dtype, quiet, read_state, read_weights,
-                    run_script, step_generator, with_licence, write_card, write_checkpoint,
-                    write_json)
+from common import (InputError, autocast_on, check_finite, command_of, join_processes,
+                    load_strictly, open_run, opt, parse_options, peak_memory, pick_dtype, quiet,
+                    read_state, read_weights, run_script, step_generator, with_licence, write_card,
+                    write_checkpoint, write_json)
 from data import RoomPool, make_source
 from draw import draw_curve, draw_field
 from measure import evaluate_field, field_line, field_table, knows_rooms
@@ -248,7 +248,7 @@ def save_checkpoint(psfm, optimizers, step, config, dtype, metrics, kept):
     settings = dict(dataclasses.asdict(config), kept=kept)
     metadata = {'config': json.dumps(settings), 'step': str(step),
                 'backbone': psfm.backbone.fingerprint,
-                'command': ' '.join(['python', os.path.basename(sys.argv[0]), *sys.argv[1:]])}
+                'command': command_of(os.path.basename(sys.argv[0]))}
 
     def save_model(folder):
         state = {name: x.detach().cpu().contiguous() for name, x in psfm.state_dict().items()

@@ -11,9 +11,10 @@ import finetune
 import psfm as method
 import train
 from ablate import STYLES, CameraToken, comparison, decoder_replaced, main
-from common import InputError, find_file
+from common import InputError, find_file, read_weights
 from data import RoomPool
 from eval import SHIPPED
+from eval import main as eval_main
 from measure import field_batches
 from psfm import FieldDecoder, load_psfm
 from rooms import scene_extrinsics
@@ -97,6 +98,12 @@ def test_field_trains_every_row_and_asks_all_the_same(tmp_path, monkeypatch, cap
     for words in ('R2, two passes', 'camera token minus as it is', 'two passes minus as it is'):
         assert words in shown
 
+    # eval.py sees them as finished runs, and tells the decoders apart
+    eval_main(['runs', *(str(out / f'{name.replace(" ", "-")}-0') for name in chosen)])
+    shown = capsys.readouterr().out
+    assert 'decoder=CameraToken' in shown and 'mask_ratio=0.75' in shown
+    assert len(shown.splitlines()) == 5
+
     # what was trained is kept, as long as it is younger than what it was trained with
     trained = os.path.getmtime(find_file('weights/mini_vggt.safetensors')) + 0.001
     os.utime(out / 'as-it-is-0' / 'metrics.json', (trained, trained))
@@ -107,6 +114,20 @@ def test_field_trains_every_row_and_asks_all_the_same(tmp_path, monkeypatch, cap
     os.utime(out / 'as-it-is-0' / 'metrics.json', (trained - 1, trained - 1))
     with pytest.raises(InputError, match='is older than .*mini_vggt.safetensors'):
         main(arguments)
+
+
+def test_a_backbone_without_heads_is_refused_before_the_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(ablate, 'knows_rooms', lambda psfm, config: False)
+    monkeypatch.setattr(train, 'train', lambda name, config: pytest.fail('it was trained'))
+    with pytest.raises(InputError, match='has no heads that read depth'):
+        main(['field', '--seeds', '0', '--out', str(tmp_path), *TINY_PSFM])
+
+
+def test_weights_say_by_which_command_they_were_made(tmp_path, monkeypatch):
+    monkeypatch.setattr('sys.argv', ['/somewhere/train.py', '--config', 'small'])
+    train.main([*TINY_PSFM, '--out', str(tmp_path)])
+    _, metadata = read_weights(str(tmp_path / 'checkpoint' / 'model.safetensors'))
+    assert metadata['command'] == 'python train.py --config small'
 
 
 def test_a_run_that_was_cut_off_goes_on(tmp_path, monkeypatch):
