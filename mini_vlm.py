@@ -45,8 +45,8 @@ class Config(LoopConfig):
                      group='mini VLM')
 
 
-PRESETS = {'mini': dict(steps=4500, lr=2e-3, muon_lr=4e-3, decay_from=0.5, clip=1.0, val_scenes=48,
-                        eval_every=1500, log_every=100, out='out/mini-vlm')}
+PRESETS = {'mini': dict(steps=4000, lr=2e-3, muon_lr=4e-3, decay_from=0.5, clip=1.0, val_scenes=48,
+                        eval_every=1000, log_every=100, out='out/mini-vlm')}
 
 
 # -----------------------------------------------------------------------------
