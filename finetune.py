@@ -105,7 +105,7 @@ class Config:
 PRESETS = {
     # any laptop: the mini VLM, rooms
     'small': dict(ground_steps=150, steps=300, map_steps=40, lr=7e-4, adapter_lr=2e-3,
-                  muon_lr=1.5e-3, min_lr=0.03, val_scenes=192, eval_every=300),
+                  muon_lr=1.5e-3, min_lr=0.03, val_scenes=192, eval_every=100),
     # a laptop: an open VLM of 256 M parameters, an encoder of photographs, your own records
     'photos': dict(vlm='HuggingFaceTB/SmolVLM2-256M-Video-Instruct', encoder='out/photos', data='',
                    batch=1, accumulate=8, max_pixels=512 * 512, val_scenes=32, eval_every=100,
@@ -281,15 +281,16 @@ def absolute(path):
     return os.path.abspath(path) if os.path.exists(path) and not is_shipped else path
 
 
-def evaluate(asked, data, config, autocast, is_main, sharded):
-    """asked: (SpatialVLM, Chat, SceneLatents, held-out data). -> metrics, a line about them"""
+def evaluate(asked, data, config, autocast, is_main, sharded, is_final):
+    """asked: (SpatialVLM, Chat, SceneLatents, held-out data). -> metrics, a line about them. Of
+    rooms, only maps are asked for before the end."""
     if config.data != 'rooms' or sharded:  # a sharded model does not generate
         metrics = held_out_loss(*asked, autocast, config.max_length)
         return metrics, (f'held-out loss {metrics["loss"]:.4f}, answers right '
                          f'{metrics["accuracy"]:.3f}, too long {metrics["left_out"]}')
     if not is_main:
         return {}, ''
-    metrics = answer_rooms(*asked, data, autocast)
+    metrics = answer_rooms(*asked, data, autocast, maps_only=not is_final)
     return metrics, rooms_line(metrics)
 
 
@@ -464,7 +465,7 @@ def train(name, config, data=None, held_out=None):
         # evaluate and save
         if is_evaluated:
             metrics, line = evaluate((model, chat, latents, held_out), data, config, autocast,
-                                     is_main, sharded)
+                                     is_main, sharded, done == config.steps)
             say(f'step {done:05d}/{config.steps:05d} | {line}')
             brief = {key: value for key, value in metrics.items() if key not in ('scores', 'maps')}
             brief.update(seconds=time.time() - began, data=stamp)

@@ -427,9 +427,9 @@ def overall_scores(runs, rival=None, draws=1000):
 
 
 def rooms_line(metrics):
-    prior = metrics['prior']
-    return (f'held-out rooms: {metrics["overall"]:.1f} (without looking: {prior["overall"]:.1f}), '
-            f'maps: {metrics["map"]:.1f} ({prior["map"]:.1f})')
+    parts = [f'{name} {metrics[key]:.1f} (without looking: {metrics["prior"][key]:.1f})'
+             for key, name in (('overall', "VSI-Bench's tasks"), ('map', 'maps')) if key in metrics]
+    return 'held-out rooms: ' + ', '.join(parts)
 
 
 def rooms_table(arms):

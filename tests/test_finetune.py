@@ -40,7 +40,8 @@ def cached(tmp_path_factory):
 # on rooms
 
 def test_rooms_end_to_end(vlm, cached, tmp_path, capsys):
-    finetune.main(options(vlm, tmp_path, *cached, '--val-scenes', '4'))
+    more = ['--val-scenes', '4', '--eval-every', '1']
+    finetune.main(options(vlm, tmp_path, *cached, *more))
     run = tmp_path / 'run'
     metrics = json.loads((run / 'metrics.json').read_text())
     assert 0 <= metrics['overall'] <= 100
@@ -52,6 +53,9 @@ def test_rooms_end_to_end(vlm, cached, tmp_path, capsys):
         assert picture.size == (1024, 318)  # four rooms in a row
     said = capsys.readouterr().out
     assert 'psfm, 1 seed' in said
+    before_the_end, at_the_end = [line for line in said.split('\n') if 'held-out rooms' in line]
+    assert 'maps' in before_the_end and "VSI-Bench's" not in before_the_end
+    assert 'maps' in at_the_end and "VSI-Bench's" in at_the_end
     assert 'step 00001/00001 | answers' in said  # of grounding
 
     # steps are counted as they are done
