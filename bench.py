@@ -5,6 +5,7 @@ Where does the time of a PSFM step go, and what is a whole step worth?
     python bench.py --config base         # one preset part by part (random weights)
     python bench.py --views 4 8 12 --compile
     python bench.py --config base --predict    # nothing is computed: FLOPs and memory of a step
+    python bench.py --config base --growth     # the same, with more views, pixels, latents
     python bench.py --release Spa3R/      # beside the release: your checkout, with einops and VGGT
 
 Every part is timed alone, after a warm-up, as the median of several runs.
@@ -201,6 +202,8 @@ def bench_finetune(clock, autocast):
 # what a step costs, from shapes alone
 
 UTILISATION = 0.25, 0.40      # shares of an H100's peak that such a step may reach
+GROWTH = {'views': (2, 4, 8, 16, 32), 'image_width': (224, 378, 518, 742),
+          'num_latents': (64, 256, 1024)}
 
 
 def count_step(psfm, config, V):
@@ -321,23 +324,32 @@ def print_memory():
     return rows
 
 
-def print_growth(results):
-    """What a view costs, the more of them a scene has."""
-    titles = 'views a scene', 'TFLOP a view', 'in attention', 'GB kept a view'
-    print('\n' + ''.join(f'{title:>15s}' for title in titles))
-    for x in results:
-        per_view = x['kept_gb'] / x['scenes'] / x['views']
-        print(f'{x["views"]:15d}{x["per_view"] / 1e12:15.3f}{100 * x["attention"]:14.0f}%'
-              f'{per_view:15.3f}')
+def growth(config):
+    """Prints what a view costs, as one thing grows beyond the preset's sizes and 8 views a scene.
+    -> {what grows: [numbers of `count`, one for each of its values]}"""
+    titles = 'TFLOP a view', 'in attention', 'GB kept a view'
+    print(f'\n{"":18s}' + ''.join(f'{title:>15s}' for title in titles))
+    results = {}
+    for what, values in GROWTH.items():
+        for value in values:
+            if what == 'views':
+                x = count(config, value)
+            else:
+                x = count(dataclasses.replace(config, **{what: value}), 8)
+            x['kept_a_view'] = x['kept_gb'] / x['scenes'] / x['views']
+            print(f'{what.replace("_", " "):13s}{value:5d}{x["per_view"] / 1e12:15.3f}'
+                  f'{100 * x["attention"]:14.0f}%{x["kept_a_view"]:15.3f}')
+            results.setdefault(what, []).append(x)
+    return results
 
 
 def draw_growth(results, path):
-    """The same as a picture: total and attention, memory, over the views of a scene."""
+    """As a picture: total and attention, memory, over the views of a scene."""
     canvas, pen, font = blank(1000, 360)
     views = [x['views'] for x in results]
     total = [x['per_view'] / 1e12 for x in results]
     attention = [x['attention'] * flops for x, flops in zip(results, total)]
-    kept = [x['kept_gb'] / x['scenes'] / x['views'] for x in results]
+    kept = [x['kept_a_view'] for x in results]
     curves = {'all': (views, total, 'black'), 'attention': (views, attention, ACCENT)}
     draw_panel(pen, font, (60, 40, 470, 290), curves, 'TFLOP a view, over views a scene', low=0)
     curves = {'GB': (views, kept, 'black')}
@@ -385,6 +397,8 @@ def make_parser():
     parser.add_argument('--predict', action='store_true',
                         help='FLOPs and memory from shapes alone, of all presets where none is '
                         'named; nothing is computed')
+    parser.add_argument('--growth', action='store_true',
+                        help='the same for more views, wider pictures, more latents')
     parser.add_argument('--report', action='store_true', help='the report, on any device')
     parser.add_argument('--release', metavar='FOLDER', help='a checkout of hustvl/Spa3R')
     parser.add_argument('--profile', metavar='FILE',
@@ -441,7 +455,7 @@ def main(argv=None):
     if device.type == 'cuda':
         name = torch.cuda.get_device_name(device)
     is_plain = not any(vars(args)[name] for name in (
-        'config', 'views', 'images', 'compile', 'predict', 'release', 'profile'))
+        'config', 'views', 'images', 'compile', 'predict', 'growth', 'release', 'profile'))
     args.views = args.views or [6]
     preset = args.config or ('base' if args.release else 'small')
     config = Config(**PRESETS[preset])
@@ -452,12 +466,12 @@ def main(argv=None):
           + ', compiled' * args.compile)
     if args.predict:
         numbers = dict(steps=[predict(preset, config, V) for V in args.views])
-        print_growth(numbers['steps'])
-        if len(args.views) > 2:
-            os.makedirs('out/bench', exist_ok=True)
-            draw_growth(numbers['steps'], 'out/bench/growth.png')
         if not args.config:
             numbers['memory_gb'] = print_memory()
+    elif args.growth:
+        numbers = growth(config)
+        os.makedirs('out/bench', exist_ok=True)
+        draw_growth(numbers['views'], 'out/bench/growth.png')
     elif args.release:
         numbers = beside_the_release(args, config, clock, dtype)
     elif args.report or (is_plain and device.type == 'cuda'):

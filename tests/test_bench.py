@@ -1,5 +1,6 @@
 """bench.py: what it prints, and that what it predicts from shapes is what it counts."""
 import dataclasses
+import itertools
 import json
 import os
 import sys
@@ -139,16 +140,31 @@ def test_a_folder_that_is_not_the_release(tmp_path):
 def test_predict_ends_with_json(capsys):
     bench.main(['--images', '8', '--views', '4', '8', '--predict'])
     said = capsys.readouterr().out
-    assert 'views a scene' in said
     report = json.loads(said.splitlines()[-1])
     few, many = report['steps']
-    assert few['attention'] < many['attention'] < 1
     assert [(run['scenes'], run['views']) for run in (few, many)] == [(2, 4), (1, 8)]
     memory = {title: sum(parts) for title, parts in report['memory_gb'].items()}
     for preset in PRESETS:
         assert any(f'--config {preset},' in title for title in memory)
     sizes = [memory[title] for title in memory if '3B' in title]
     assert 7 < sizes[0] < sizes[1] < sizes[2] < 80     # adapter, lora, all
+
+
+def test_what_grows_costs_more(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench, 'GROWTH', {'views': (2, 4, 8), 'image_width': (32, 64),
+                                          'num_latents': (8, 32)})
+    bench.main(['--growth', '--device', 'cpu'])
+    said = capsys.readouterr().out
+    assert 'num latents     32' in said
+    report = json.loads(said.splitlines()[-1])
+    for what in ('image_width', 'num_latents'):      # views share the cost of their scene
+        for few, many in itertools.pairwise(report[what]):
+            assert few['per_view'] < many['per_view']
+            assert few['kept_a_view'] < many['kept_a_view']
+    shares = [x['attention'] for x in report['views']]
+    assert shares == sorted(shares) and shares[-1] < 1
+    assert (tmp_path / 'out' / 'bench' / 'growth.png').is_file()
 
 
 @pytest.mark.parametrize('name', PRESETS)

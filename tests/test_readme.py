@@ -68,6 +68,7 @@ def parse(script, arguments, monkeypatch):
     elif script in ('bench.py', 'data.py'):
         monkeypatch.setattr(bench, 'pick_device', stop)
         monkeypatch.setattr(bench, 'predict', stop)
+        monkeypatch.setattr(bench, 'growth', stop)
         monkeypatch.setattr(data, 'check', stop)
         with pytest.raises(Understood):
             dict(bench=bench, data=data)[script[:-3]].main(arguments)
