@@ -68,11 +68,6 @@ def list_photos(folder):
     return photos or pictures
 
 
-def list_folders(folder):
-    """Names of the folders directly in `folder`, in natural order."""
-    return [entry.name for entry in list_visible(folder) if entry.is_dir()]
-
-
 # -----------------------------------------------------------------------------
 # pictures
 
