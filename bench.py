@@ -40,6 +40,7 @@ from draw import ACCENT, blank, draw_panel
 from model import compile_blocks, has_compiler
 from psfm import load_psfm, random_view_mask
 from questions import RoomQuestions
+from records import Encoded
 from speed import (CPU_ATTENTION, GIGA, PEAKS, QWEN_3B, SMOLVLM_256M, TINY_QWEN, Clock, batch_shape,
                    build, compare, count_vlm, dense_mask, peak_flops, report, report_parts,
                    storages_kept)
@@ -173,7 +174,7 @@ def bench_finetune(clock, autocast):
         kept.to(device)
         anew.to(device)
         parts = []
-        for batch, items, _ in finetune.Encoded(data, chat, config)[0]:
+        for batch, items, _ in Encoded(data, chat, config)[0]:
             batch = to_device(batch, spatial_vlm.vlm, device)
             labels, pictures = batch.pop('labels'), [item['images'] for item in items]
             parts.append((batch, labels, pictures))

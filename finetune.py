@@ -39,7 +39,7 @@ from mini_vlm import ground
 from optim import (gather, learning_rate, load_optimizers, load_sharded_optimizers, make_optimizers,
                    set_rates, take_step)
 from questions import RoomQuestions, in_map_frame, view_rooms
-from records import Conversations, Part
+from records import Conversations, Encoded, Part
 from release import open_psfm
 from rooms import CATEGORIES, SEEN, check_classes
 
@@ -190,55 +190,6 @@ class TrueList:
         return [self.tokens[key] for key in keys]
 
 
-@functools.lru_cache(maxsize=4)
-def epoch_order(n, epoch, seed):
-    return torch.randperm(n, generator=step_generator(seed, epoch, 9)).tolist()
-
-
-class Encoded(torch.utils.data.Dataset):
-    """Batch `number` for the VLM; depends on nothing that came before it.
-    The first `map_steps` steps only ask for maps, of twice as many rooms per batch: the model
-    learns where things are before it answers questions about it."""
-
-    def __init__(self, data, chat, config, rank=0, world_size=1, say=print):
-        self.data, self.chat, self.config, self.say = data, chat, config, say
-        self.rank, self.world_size = rank, world_size
-        self.too_long = set()
-        self.num_maps = config.map_steps * config.accumulate  # batches
-
-    def samples(self, number):
-        """Indices of batch `number`: one random order an epoch, dealt out to the processes."""
-        B, n, seed = self.config.batch, len(self.data), self.config.seed
-        turn = number * self.world_size + self.rank  # batches dealt out before this one
-        if number < self.num_maps:
-            B, first = 2 * B, 2 * B * turn
-        else:
-            first = B * (turn + self.num_maps * self.world_size)  # each map batch took 2 B
-        return [epoch_order(n, i // n, seed)[i % n] for i in range(first, first + B)]
-
-    def sample(self, index, item_of):
-        """Sample `index`, or the next that is not too long -> what the VLM reads, the item"""
-        limit, n = self.config.max_length or math.inf, len(self.data)
-        for i in range(index, index + n):
-            item = item_of(i % n)
-            encoded = self.chat.encode(item)
-            length = len(encoded['input_ids'])
-            if length <= limit:
-                return encoded, item
-            if i % n not in self.too_long:
-                self.too_long.add(i % n)
-                self.say(f'{item.get("where", f"room {i % n}")}: {length} tokens, --max-length '
-                         f'{limit}; the next one stands in for it ({len(self.too_long)} so far in '
-                         'this process)')
-        raise InputError(f'--max-length {limit}: all records are longer, the last one {length}')
-
-    def __getitem__(self, number):
-        """-> [(tensors, items, share)] of Chat.batches: from eight samples on in two parts."""
-        item_of = self.data.map_of if number < self.num_maps else self.data.__getitem__
-        samples = [self.sample(i, item_of) for i in self.samples(number)]
-        return self.chat.batches(samples, 2 if len(samples) >= 8 else 1)
-
-
 # -----------------------------------------------------------------------------
 # model
 
@@ -341,6 +292,96 @@ def cost_of(model, z, num_tokens, repeats=20):
 # -----------------------------------------------------------------------------
 # the loop
 
+def check_data(config, state, data):
+    """Raises InputError if a run would go on with other records than it began with."""
+    stamp = getattr(data, 'stamp', None)
+    if state['metrics'].get('data', stamp) != stamp:
+        raise InputError(f'--resume: {config.data} holds other records than when the run began: '
+                         'what was held out would be trained on; use another --out')
+    return stamp
+
+
+def check_lengths(config, chat, held_out):
+    """Raises InputError if --max-length leaves nothing to evaluate on."""
+    if not config.max_length or config.data == 'rooms':
+        return
+    if all(len(chat.encode(item)['input_ids']) > config.max_length for item in held_out):
+        raise InputError(f'--max-length {config.max_length}: all held-out records are longer')
+
+
+def open_model(config, state, device, dtype, say):
+    """-> (SpatialVLM, Chat, SceneLatents or None) on `device`, as at step 0 or as in the checkpoint
+    that `state` names."""
+    # frozen parts in the run's dtype where that is much faster: not on a CPU, where it is a third
+    of_frozen = dtype if device.type == 'cuda' else torch.float32
+    model, chat, latents = build_model(config, of_frozen)
+    if config.resume:  # replaces the model just built; `latents` stays
+        model, chat, _ = load_spatial_vlm(state['folder'], frozen_dtype(config, of_frozen))
+    if config.data == 'rooms' and hasattr(model.vlm.config, 'classes'):
+        check_classes(model.vlm.config.classes, config.vlm, 'python mini_vlm.py')
+    model.trainable(config.train).to(device)
+    attend_in_fp32(model.vlm, device)
+    if config.checkpointing:
+        # of the language model: nothing is kept of the frozen vision tower anyway
+        model.vlm.get_decoder().gradient_checkpointing_enable(dict(use_reentrant=False))
+    if latents:
+        latents.to(device)
+        latents.say = say
+    return model, chat, latents
+
+
+def banner(name, config, model, device, dtype, reason):
+    """What is trained, on what, where."""
+    trained, frozen = [sum(p.numel() for p in model.parameters() if p.requires_grad == is_trained)
+                       for is_trained in (True, False)]
+    return (f'{name}: {config.steps} steps of {config.batch * config.accumulate} samples per rank '
+            f'of {config.data}, {config.vlm} with latents {config.latents}, seed {config.seed}\n'
+            f'{trained / 1e6:.2f} M parameters to train ({config.train}), {frozen / 1e6:.2f} M '
+            f'frozen\n{device}, {dtype} ({reason}) | writing to {config.out}/')
+
+
+def log_line(record, config, latents):
+    cached = ''
+    if latents:
+        cached = f' | latents: {latents.found} found, {latents.computed} computed'
+    return (f'step {record["step"]:05d}/{config.steps:05d} | loss {record["loss"]:.4f} | lr '
+            f'{record["lr"]:.1e} | gnorm {record["grad_norm"]:.2f} | {record["step_ms"]:.0f} ms | '
+            f'mem {record["memory_gb"]:.1f} GB{cached}')
+
+
+def write_results(name, config, metrics, say):
+    """metrics.json; of rooms also map.png and a table."""
+    write_json(os.path.join(config.out, 'metrics.json'), metrics)
+    say(f'\n{name} took {metrics["seconds"] / 60:.1f} minutes and '
+        f'{metrics["peak_memory_gb"]:.1f} GB')
+    if 'scores' in metrics:
+        draw_maps(metrics['maps'], os.path.join(config.out, 'map.png'))
+        say(f'{rooms_table({config.latents: [metrics]})}\nwrote {config.out}/map.png (look at it), '
+            'metrics.json, log.jsonl, checkpoint/')
+
+
+def add_gradients(model, vlm, parts, latents, accumulate, is_last, autocast):
+    """Forward and backward pass of one batch, part by part (Chat.batches). -> its loss
+
+    `model`: the SpatialVLM around `vlm`, or DDP around it, which exchanges gradients in the last
+    part of the last batch of a step.
+    """
+    loss = 0.0
+    for i, (batch, items, share) in enumerate(parts):
+        batch = to_device(batch, vlm, vlm.device)
+        labels = batch.pop('labels')
+        z = latents([item['images'] for item in items]) if latents else None
+        is_ddp = isinstance(model, nn.parallel.DistributedDataParallel)
+        waits = is_ddp and not (is_last and i == len(parts) - 1)
+        with model.no_sync() if waits else contextlib.nullcontext():
+            with autocast:
+                outputs = model(latents=z, use_cache=False, **batch)
+                of_part = share * answer_loss(outputs.logits, labels)
+            (of_part / accumulate).backward()
+        loss = loss + of_part.detach()
+    return loss
+
+
 def train(name, config, data=None, held_out=None):
     """One run. -> metrics. `data` and `held_out` may be shared between runs."""
     began = time.time()
@@ -360,37 +401,13 @@ def train(name, config, data=None, held_out=None):
     if data is None:
         data, held_out = make_data(config, functools.partial(
             tqdm, desc='rendering rooms', leave=False, disable=None), say)
-    stamp = getattr(data, 'stamp', None)
-    if state['metrics'].get('data', stamp) != stamp:
-        raise InputError(f'--resume: {config.data} holds other records than when the run began: '
-                         'what was held out would be trained on; use another --out')
-    # frozen parts in the run's dtype where that is much faster: not on a CPU, where it is a third
-    of_frozen = dtype if device.type == 'cuda' else torch.float32
-    model, chat, latents = build_model(config, of_frozen)
-    if config.resume:  # replaces the model just built; `latents` stays
-        model, chat, _ = load_spatial_vlm(state['folder'], frozen_dtype(config, of_frozen))
-    if config.data == 'rooms' and hasattr(model.vlm.config, 'classes'):
-        check_classes(model.vlm.config.classes, config.vlm, 'python mini_vlm.py')
-    model.trainable(config.train).to(device)
-    attend_in_fp32(model.vlm, device)
-    if latents:
-        latents.to(device)
-        latents.say = say
-    if config.max_length and config.data != 'rooms':
-        if all(len(chat.encode(item)['input_ids']) > config.max_length for item in held_out):
-            raise InputError(f'--max-length {config.max_length}: all held-out records are longer')
+    stamp = check_data(config, state, data)
+    model, chat, latents = open_model(config, state, device, dtype, say)
+    check_lengths(config, chat, held_out)
     log = open_run(config, first, is_main)
-    if config.checkpointing:
-        # of the language model: nothing is kept of the frozen vision tower anyway
-        model.vlm.get_decoder().gradient_checkpointing_enable(dict(use_reentrant=False))
     epoch = math.ceil(len(data) / (config.batch * config.accumulate * world_size))
     config = dataclasses.replace(config, steps=config.steps or config.map_steps + epoch)
-    trained, frozen = [sum(p.numel() for p in model.parameters() if p.requires_grad == is_trained)
-                       for is_trained in (True, False)]
-    say(f'{name}: {config.steps} steps of {config.batch * config.accumulate} samples per rank of '
-        f'{config.data}, {config.vlm} with latents {config.latents}, seed {config.seed}\n'
-        f'{trained / 1e6:.2f} M parameters to train ({config.train}), {frozen / 1e6:.2f} M frozen\n'
-        f'{device}, {dtype} ({reason}) | writing to {config.out}/')
+    say(banner(name, config, model, device, dtype, reason))
 
     # the adapter alone first: where in the room is what each image token shows? (on every rank)
     if config.ground_steps and latents and not config.resume:
@@ -398,6 +415,7 @@ def train(name, config, data=None, held_out=None):
         parts_of = Encoded(data, chat, doubled).__getitem__
         ground(model, chat, latents, parts_of, config, autocast, say)
 
+    # optimizers, processes
     if sharded:
         model = shard_model(model)
     optimizers = make_optimizers(
@@ -421,23 +439,14 @@ def train(name, config, data=None, held_out=None):
     for step in tqdm(range(first, config.steps), name, initial=first, total=config.steps,
                      leave=False, disable=None if is_main else True):
         # this step's learning rate
-        start, share = time.time(), learning_rate(step, config)
-        set_rates(optimizers, share)
+        start, rate = time.time(), learning_rate(step, config)
+        set_rates(optimizers, rate)
 
         # forward, backward
         for micro in range(config.accumulate):
-            parts, loss = next(loader), 0.0
-            for i, (batch, items, share) in enumerate(parts):
-                batch = to_device(batch, model.vlm, device)
-                labels = batch.pop('labels')
-                z = latents([item['images'] for item in items]) if latents else None
-                is_last = micro == config.accumulate - 1 and i == len(parts) - 1
-                with contextlib.nullcontext() if is_last or not is_ddp else wrapped.no_sync():
-                    with autocast:
-                        outputs = wrapped(latents=z, use_cache=False, **batch)
-                        of_part = share * answer_loss(outputs.logits, labels)
-                    (of_part / config.accumulate).backward()
-                loss = loss + of_part.detach()
+            is_last = micro == config.accumulate - 1
+            loss = add_gradients(wrapped, model.vlm, next(loader), latents, config.accumulate,
+                                 is_last, autocast)
 
         # update
         norm = take_step(optimizers, parameters, config.clip)
@@ -450,16 +459,11 @@ def train(name, config, data=None, held_out=None):
 
         # log
         if is_logged:
-            record = dict(step=done, **values, lr=share * config.lr, grad_norm=norm.item(),
+            record = dict(step=done, **values, lr=rate * config.lr, grad_norm=norm.item(),
                           step_ms=1e3 * busy / (done - logged),
                           memory_gb=peak_memory(device) / 2 ** 30, seconds=time.time() - began)
             log.write(json.dumps(record) + '\n')
-            cached = ''
-            if latents:
-                cached = f' | latents: {latents.found} found, {latents.computed} computed'
-            say(f'step {done:05d}/{config.steps:05d} | loss {values["loss"]:.4f} | lr '
-                f'{record["lr"]:.1e} | gnorm {norm.item():.2f} | {record["step_ms"]:.0f} ms | '
-                f'mem {record["memory_gb"]:.1f} GB{cached}')
+            say(log_line(record, config, latents))
             busy, logged = 0.0, done
 
         # evaluate and save
@@ -480,13 +484,7 @@ def train(name, config, data=None, held_out=None):
         z = latents([held_out.pictures(0)])[0].to(device)
         metrics['cost'] = cost_of(model, z, num_tokens=96)  # six pictures of sixteen
     if is_main:
-        write_json(os.path.join(config.out, 'metrics.json'), metrics)
-        say(f'\n{name} took {metrics["seconds"] / 60:.1f} minutes and '
-            f'{metrics["peak_memory_gb"]:.1f} GB')
-    if is_main and 'scores' in metrics:
-        draw_maps(metrics['maps'], os.path.join(config.out, 'map.png'))
-        say(f'{rooms_table({config.latents: [metrics]})}\nwrote {config.out}/map.png (look at it), '
-            'metrics.json, log.jsonl, checkpoint/')
+        write_results(name, config, metrics, say)
     return metrics
 
 

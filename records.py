@@ -1,11 +1,12 @@
 """
 Records of instruction data from files: conversations about pictures, as LLaVA, VSI-590K and the
-VG-LLM mix have them.
+VG-LLM mix have them. And the batches that a VLM learns from.
 
 A faulty record is named by its file and its number, before the training.
 """
 import functools
 import json
+import math
 import os
 import re
 import zlib
@@ -205,3 +206,55 @@ class Part(torch.utils.data.Dataset):
                     self.say(f'{error}; the next record stands in for it ({len(self.bad)} so far '
                              'in this process)')
         raise InputError('none of the records can be read; the last fault is named above')
+
+
+# -----------------------------------------------------------------------------
+# batches
+
+@functools.lru_cache(maxsize=4)
+def epoch_order(n, epoch, seed):
+    return torch.randperm(n, generator=step_generator(seed, epoch, 9)).tolist()
+
+
+class Encoded(torch.utils.data.Dataset):
+    """Batch `number` for the VLM; depends on nothing that came before it.
+    The first `map_steps` steps only ask for maps, of twice as many rooms per batch: the model
+    learns where things are before it answers questions about it."""
+
+    def __init__(self, data, chat, config, rank=0, world_size=1, say=print):
+        self.data, self.chat, self.config, self.say = data, chat, config, say
+        self.rank, self.world_size = rank, world_size
+        self.too_long = set()
+        self.num_maps = config.map_steps * config.accumulate  # batches
+
+    def samples(self, number):
+        """Indices of batch `number`: one random order an epoch, dealt out to the processes."""
+        B, n, seed = self.config.batch, len(self.data), self.config.seed
+        turn = number * self.world_size + self.rank  # batches dealt out before this one
+        if number < self.num_maps:
+            B, first = 2 * B, 2 * B * turn
+        else:
+            first = B * (turn + self.num_maps * self.world_size)  # each map batch took 2 B
+        return [epoch_order(n, i // n, seed)[i % n] for i in range(first, first + B)]
+
+    def sample(self, index, item_of):
+        """Sample `index`, or the next that is not too long -> what the VLM reads, the item"""
+        limit, n = self.config.max_length or math.inf, len(self.data)
+        for i in range(index, index + n):
+            item = item_of(i % n)
+            encoded = self.chat.encode(item)
+            length = len(encoded['input_ids'])
+            if length <= limit:
+                return encoded, item
+            if i % n not in self.too_long:
+                self.too_long.add(i % n)
+                self.say(f'{item.get("where", f"room {i % n}")}: {length} tokens, --max-length '
+                         f'{limit}; the next one stands in for it ({len(self.too_long)} so far in '
+                         'this process)')
+        raise InputError(f'--max-length {limit}: all records are longer, the last one {length}')
+
+    def __getitem__(self, number):
+        """-> [(tensors, items, share)] of Chat.batches: from eight samples on in two parts."""
+        item_of = self.data.map_of if number < self.num_maps else self.data.__getitem__
+        samples = [self.sample(i, item_of) for i in self.samples(number)]
+        return self.chat.batches(samples, 2 if len(samples) >= 8 else 1)

@@ -18,8 +18,9 @@ from adapter import SpatialVLM, answer_loss, load_spatial_vlm, save_spatial_vlm
 from chat import Chat, load_vlm, to_device
 from common import InputError
 from eval import load_answerer
-from finetune import Config, Encoded, TrueList
-from records import Conversations
+from finetune import Config, TrueList
+from optim import learning_rate
+from records import Conversations, Encoded
 from questions import RoomQuestions, view_rooms
 from rooms import CATEGORIES, CLASSES
 from tiny import GOOD, losses, options, save_tiny_vlm, turns, write
@@ -58,8 +59,12 @@ def test_rooms_end_to_end(vlm, cached, tmp_path, capsys):
     assert 'maps' in at_the_end and "VSI-Bench's" in at_the_end
     assert 'step 00001/00001 | answers' in said  # of grounding
 
-    # steps are counted as they are done
+    # steps are counted as they are done, with the learning rate that they had
     assert [step for step, _ in losses(run)] == [1, 2]
+    lines = [json.loads(line) for line in (run / 'log.jsonl').read_text().splitlines()]
+    _, config = finetune.parse_config(options(vlm, tmp_path, *cached, *more))
+    assert [line['lr'] for line in lines if 'lr' in line] == [
+        config.lr * learning_rate(step, config) for step in (0, 1)]
     assert json.loads((run / 'checkpoint' / 'state.json').read_text())['step'] == 2
     assert json.loads((run / 'config.json').read_text())['num_rooms'] == 8
 

@@ -13,10 +13,11 @@ import mini_vlm
 from chat import load_vlm, to_device
 from common import InputError
 from eval import load_answerer
-from finetune import Encoded, build_model
+from finetune import build_model
 from mini_vlm import (RoomPictures, Sight, build_tokenizer, build_vlm, ground, load_sight,
                       save_mini_vlm, token_categories, truth_of)
 from questions import RoomQuestions
+from records import Encoded
 from rooms import CATEGORIES, CLASSES
 from tiny import WIDTH, losses, options, save_tiny_vlm
 
