@@ -13,7 +13,6 @@ runs are kept, and two commands may share the work (`--seeds 0`, `--seeds 1 2`).
 script does not know are those of train.py (field, scaling) or finetune.py (vlm), for all runs.
 """
 import contextlib
-import dataclasses
 import functools
 import itertools
 import math
@@ -29,9 +28,9 @@ import train
 from adapter import LATENTS
 from common import (InputError, Parser, autocast_on, check_same, find_checkpoint, find_file, number,
                     pick_device, pick_dtype, read_json, run_script, write_json)
-from data import RoomPool, make_sources
+from data import RoomPool, make_sources, rendering
 from draw import ACCENT, blank, draw_panel
-from eval import SHIPPED, folder_beside, load_answerer, rendering
+from eval import SHIPPED, folder_beside, load_answerer
 from measure import (Score, answer_rooms, evaluate_field, field_batches, knows_rooms, look,
                      rooms_table)
 from mini_vggt import pose_errors
@@ -101,7 +100,7 @@ T95 = math.nan, math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36  # Student's
 def check_finished(folder, config):
     """Raises InputError if the run in `folder` is of another configuration or of older weights."""
     there = read_json(os.path.join(folder, 'config.json'))
-    check_same(folder, there, config, free={'out', 'device', 'workers', 'log_every', 'cache'})
+    check_same(folder, there, config, {'resume', 'out', 'device', 'workers', 'log_every', 'cache'})
     finished = os.path.getmtime(os.path.join(folder, 'metrics.json'))
     for name in ('vlm', 'encoder', 'backbone', 'init'):
         path = getattr(config, name, '') and find_file(getattr(config, name))
@@ -115,7 +114,7 @@ def kept_or_made(config, make):
         raise InputError('ablate compares on rooms: leave --data out')
     path = os.path.join(config.out, 'metrics.json')
     if os.path.isfile(path):
-        check_finished(config.out, dataclasses.replace(config, resume=False))
+        check_finished(config.out, config)
     else:
         make()
     return path
@@ -140,8 +139,8 @@ def decoder_replaced(decoder):
 def trained(args, name, seed, changes, decoder=FieldDecoder):
     """-> metrics of a run of train.py on rooms; a finished one is kept.
 
-    All are asked the same, whatever their own objective: features of one pass ('asymmetric'), and
-    of two ('separate'), in the units of their own statistics (which differ by 0.001 of R2).
+    All are evaluated on features of one pass ('asymmetric') and of two ('separate'), whatever they
+    were trained on. R2 is in the units of each run's own statistics (a difference of 0.001).
     """
     out = os.path.join(args.out, f'{name.replace(" ", "-")}-{seed}')
     options = options_of(args, out, seed, *changes)
@@ -207,6 +206,8 @@ def comparison(rows):
         cells = [f'{mean:.3f} ±{width:.3f}' if n > 1 else f'{mean:.3f}'
                  for mean, width in zip(x.mean(0), half)]
         lines.append(name.ljust(longest) + ''.join(cell.rjust(16) for cell in cells))
+    if any(len(x) > 1 for x in values.values()):
+        lines.append("±: 95 % interval over seeds (Student's t)")
     return '\n'.join(lines)
 
 
@@ -291,8 +292,8 @@ def worlds(args):
 
 
 def camera_errors(extrinsics, truth, num_context):
-    """Of each view after the first `num_context`: the mean over those of the worse of two errors,
-    rotation and direction (not length) of translation. (B, V, 3, 4) twice -> degrees
+    """For each view after the first `num_context`: its error towards each of these, the larger of
+    rotation and direction (not length) of translation, averaged. (B, V, 3, 4) twice -> degrees
     (B, V - num_context)"""
     V = extrinsics.shape[1]
     worse = torch.maximum(*pose_errors(extrinsics, truth))  # (B, pairs)
@@ -367,7 +368,8 @@ def limits(args):
 
         truth = scene_extrinsics(batch['extrinsics'])
         predicted = ask(views.extrinsics, views.intrinsics)
-        rendered = room_from(views.extrinsics, batch, held_out.render_block(number)[0], mask)
+        rooms, _ = held_out.render_block(number)  # of this batch
+        rendered = room_from(views.extrinsics, batch, rooms, mask)
         _, of_room, _ = psfm.observe(rendered, mask, num_context)
         classes = take_views(batch['classes'], unseen)
         is_furniture = classes >= len(STRUCTURE)
@@ -425,13 +427,11 @@ def ask_shuffled(folder, config, data):
 
 
 def vlm(args):
-    """Fine-tunes every arm with every seed, from the same start, on the same data in the same
-    order; 768 rooms are held out."""
-    args.options = ['--val-scenes', '768', *args.options]
-    arms = {}
+    """Fine-tunes every arm with every seed: the same start, the same data in the same order."""
+    args.options = ['--val-scenes', '768', '--eval-every', '1000000', *args.options]
 
     @functools.cache
-    def data():  # of all arms; rendered only if something is to be trained or asked
+    def data():  # the same for all arms; rendered only if something is to be trained or asked
         return finetune.make_data(config, rendering)
 
     for seed in args.seeds:
@@ -441,6 +441,7 @@ def vlm(args):
             kept_or_made(config, lambda: finetune.train(f'{arm}, seed {seed}', config, *data()))
             if arm == 'psfm':
                 ask_shuffled(out, config, data)
+    arms = {}
     for arm in args.arms:
         for seed in args.seeds:
             metrics = read_json(os.path.join(args.out, f'{arm}-{seed}', 'metrics.json'))
@@ -489,8 +490,9 @@ def main(argv=None):
     if options and args.command in ('worlds', 'limits'):
         parser.error(f'unrecognized arguments: {" ".join(options)}')
     args.options = options
-    if len(set(getattr(args, 'seeds', ()))) < len(getattr(args, 'seeds', ())):
-        parser.error('argument --seeds: each of them once')
+    for given in (getattr(args, name, ()) for name in ('seeds', 'arms')):
+        if len(set(given)) < len(given):
+            parser.error(f'{" ".join(map(str, given))}: each of them once')
     args.function(args)
 
 

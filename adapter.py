@@ -114,7 +114,7 @@ class SpatialVLM(nn.Module):
             rows = tokens.flatten(0, -2) if is_tensor else torch.cat(list(tokens))
             if self.latents is not None:
                 rows = self.fuse(rows)
-            rows = rows.to(self.vlm.get_input_embeddings().weight.dtype)  # under autocast too
+            rows = rows.to(self.vlm.get_input_embeddings().weight.dtype)  # autocast gave bf16
             lengths = [len(part) for part in tokens]
             outputs.pooler_output = rows.view(tokens.shape) if is_tensor else rows.split(lengths)
             self.image_tokens = rows
@@ -214,10 +214,12 @@ class Reading:
         del batch['labels']
         batch = to_device(batch, model.vlm, self.device)
         known = inspect.signature(model.vlm.forward).parameters
-        self.name = 'cache' if 'cache' in known else 'past_key_values'  # before transformers 5.24
+        # the second: before transformers 5.24
+        self.argument = 'cache' if 'cache' in known else 'past_key_values'
         self.cache = DynamicCache(config=model.vlm.config.get_text_config())
         with autocast:
-            model(latents=z, use_cache=True, logits_to_keep=1, **{self.name: self.cache}, **batch)
+            cache = {self.argument: self.cache}
+            model(latents=z, use_cache=True, logits_to_keep=1, **cache, **batch)
         B, self.length = batch['input_ids'].shape
         self.next_position = torch.full((B,), self.length, device=self.device)
         if 'position_ids' in batch:  # Qwen2-VL counts a picture's sides, not its tokens
@@ -250,7 +252,7 @@ class Reading:
             with self.autocast:
                 outputs = self.model.vlm(
                     input_ids=ids, attention_mask=mask, position_ids=place, use_cache=True,
-                    logits_to_keep=1, **{self.name: cache})
+                    logits_to_keep=1, **{self.argument: cache})
             new = outputs.logits[:, -1].argmax(-1).masked_fill(is_done, tokenizer.pad_token_id)
             answers.append(new)
             is_done |= torch.isin(new, ends)
@@ -332,7 +334,8 @@ def load_spatial_vlm(folder, dtype=torch.float32, max_pixels=None):
     if settings.get('lora_rank'):
         add_lora(vlm, settings['lora_rank'])
         path = os.path.join(folder, 'lora.safetensors')
-        load_strictly(vlm, {**vlm.state_dict(), **read_weights(path)[0]}, path)
+        own = {name: x for name, x in vlm.state_dict().items() if '.lora_' not in name}
+        load_strictly(vlm, {**own, **read_weights(path)[0]}, path)
     adapter = None
     if settings['latents'] != 'none':
         # differs from the release: built after the VLM, whose loading would re-initialise it
@@ -388,7 +391,7 @@ class SceneLatents:
           random    z of an encoder of the same sizes that was never trained
           backbone  no encoder: the backbone's features, standardised, mean over 2 x 2 patches
           pooled    the same, mean over as few tokens as z has, or a few more
-          imagined  as many of the field that is decoded from z at six cameras where nobody stood
+          imagined  as many, of the field decoded from z at six cameras where nobody stood
 
     A file's name is a hash of the weights that z depends on, the kind, and the pixels: no stale
     file is ever used. `folder` None: nothing is kept. `dtype`: bfloat16 computes under autocast.
@@ -439,7 +442,7 @@ class SceneLatents:
         return x.unflatten(0, features.shape[:2]).flatten(1, 2).half().cpu()
 
     def few_cells(self, num_views):
-        """(rows, columns) of a view such that all views have together as many as z, or few more."""
+        """(rows, columns) of a view, such that all views have as many as z, or a few more."""
         wanted = math.ceil(len(self.psfm.encoder.queries) / num_views)
         rows = max(1, math.isqrt(wanted))
         return rows, math.ceil(wanted / rows)

@@ -8,7 +8,8 @@ Where does the time of a PSFM step go, and what is a whole step worth?
     python bench.py --config base --growth     # the same, with more views, pixels, latents
     python bench.py --release Spa3R/      # beside the release: your checkout, with einops and VGGT
 
-Every part is timed alone, after a warm-up, as the median of several runs.
+Every part of its forward and backward pass is timed alone, after a warm-up, as
+the median of several runs.
 FLOPs are counted, not guessed (a multiply-add is two). MFU is TFLOP/s over the
 device's dense bf16 peak. Below the table of parts are ratios measured side by
 side in this very run: the split attention of the asymmetric pass against a
@@ -32,7 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import finetune
 import train
 from adapter import SceneLatents, answer_loss
-from chat import to_device
+from chat import attend_in_fp32, to_device
 from common import (InputError, Parser, autocast_on, number, peak_memory, pick_device, pick_dtype,
                     read_json, run_script)
 from data import CELL, RoomPool
@@ -103,7 +104,7 @@ def compare_masks(backbone, images, clock, autocast):
             torch.cuda.reset_peak_memory_stats(device)
         with around():
             ms[name], _ = clock.measure(attend)
-            outputs[name] = attend()
+            outputs[name] = attend().cpu()  # not in the other one's peak
         memory[name] = peak_memory(device)
     difference = (outputs['split'] - outputs['dense']).abs().max() / outputs['dense'].abs().max()
     tokens = outputs['split'].shape[1] * outputs['split'].shape[2]
@@ -161,7 +162,8 @@ def bench_step(psfm, config, V, clock, autocast):
 
 
 def bench_finetune(clock, autocast):
-    """A step of finetune.py --config small: latents from disk, and computed anew, in turns."""
+    """Forward and backward pass of a step of finetune.py --config small: latents from disk, and
+    computed anew, in turns."""
     _, config = finetune.parse_config(['--config', 'small', '--map-steps', '0'])
     data = RoomQuestions('train', 0, config.batch)
     device = clock.device
@@ -171,6 +173,7 @@ def bench_finetune(clock, autocast):
         psfm, encoder_config = load_psfm(config.encoder)
         anew = SceneLatents(config.latents, psfm, encoder_config)
         spatial_vlm.trainable(config.train).to(device)
+        attend_in_fp32(spatial_vlm.vlm, device)
         kept.to(device)
         anew.to(device)
         parts = []

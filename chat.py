@@ -81,7 +81,7 @@ def make_processor(config, tokenizer, image_processor):
 
 
 def fewer_pixels(config, image_processor, max_pixels):
-    """Options of an image processor that keep a picture within max_pixels, or None: its own.
+    """Options of an image processor that keep a picture within `max_pixels`; None: its own limit.
 
     Where a picture is cut into tiles, it may have as many tiles as that, but always one; the whole
     picture, which is shown beside several tiles, is not counted.
@@ -128,7 +128,7 @@ class Chat:
         family = FAMILIES[config.model_type]
         self.system = family.system
         self.length = family.length
-        self.counts_sides = config.model_type.startswith('qwen')  # a picture's, for positions
+        self.has_token_types = config.model_type.startswith('qwen')  # for the positions
         special = [token.content for token in tokenizer.added_tokens_decoder.values()
                    if token.special]
         self.special = re.compile('|'.join(map(re.escape, special)) or '(?!)')
@@ -271,7 +271,7 @@ class Chat:
         labels = torch.tensor([pad(item['labels'], -100) for item in items])
         mask = torch.tensor([pad([1] * len(item['input_ids']), 0) for item in items])
         batch = dict(input_ids=ids, labels=labels, attention_mask=mask)
-        if self.counts_sides:
+        if self.has_token_types:
             batch['mm_token_type_ids'] = (ids == self.image_token_id).int()
         for name in ('pixel_values', 'image_grid_thw'):
             parts = [item[name] for item in items if name in item]

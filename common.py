@@ -117,7 +117,8 @@ def check_value(option, value, low=None, high=None, choices=None):
     if low is not None and not value >= low:  # also true of NaN
         raise InputError(f'{option} must be at least {low}, not {value}')
     if low is not None and value > (sys.float_info.max if high is None else high):
-        raise InputError(f'{option} must be at most {high or "a finite number"}, not {value}')
+        most = 'finite' if high is None else f'at most {high}'
+        raise InputError(f'{option} must be {most}, not {value}')
 
 
 def number(kind, low=None, high=None):
@@ -197,7 +198,7 @@ def pick_device(name):
 def pick_dtype(name, device):
     """Autocast dtype, and the reason for it: bfloat16 where it is fast, measured on a CPU."""
     if name != 'auto':
-        return getattr(torch, name), 'as asked'
+        return getattr(torch, name), 'as asked, or as the run began'
     if device.type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.bfloat16, 'the GPU has it'
     if device.type != 'cpu':
@@ -370,7 +371,7 @@ FREE = {'resume', 'out', 'device', 'eval_every', 'log_every', 'compile', 'steps'
 
 
 def check_same(folder, theirs, config, free):
-    """Raises InputError if what is in `folder` was made with other options, but for `free` ones."""
+    """Raises InputError if what is in `folder` had other options; `free` ones may differ."""
     default = {field.name: field.default for field in dataclasses.fields(config)}
     theirs = {**default, **theirs}    # options that are younger than the run
     differs = [f'{key} {theirs[key]} there, {ours} here'
@@ -402,14 +403,15 @@ def read_state(config):
                          f'these are {PROCESSES}: start as many')
     if state['step'] >= (config.steps or state['config']['steps']):
         raise InputError(f'--resume: {config.out} has had all {state["step"]} steps; add more')
-    return dict(state, folder=folder)
+    asked = dict(dtype=config.dtype) if config.dtype != 'auto' else {}
+    return {**state, **asked, 'folder': folder}
 
 
 # -----------------------------------------------------------------------------
 # logs
 
 def quiet(text):
-    """Says nothing: `say` of all processes but the first, whose is tqdm.write."""
+    """Says nothing: `say` of every process but the first."""
 
 
 def open_run(config, first, is_main):
@@ -445,6 +447,6 @@ def check_finite(losses, norm, parameters, step, config):
     weights = weights.full_tensor() if hasattr(weights, 'full_tensor') else weights  # of all shards
     if not math.isfinite(values['loss'] + norm.item() + weights.item()):
         raise InputError(f'step {step}: loss {values["loss"]}, gradient norm {norm.item()}, sum of '
-                         f'the weights {weights.item()}: try a lower --lr, or --dtype float32 '
-                         f'({config.out}/checkpoint is as it was)')
+                         f'the weights {weights.item()}: begin anew with a lower --lr, or go on '
+                         f'from {config.out}/checkpoint with --resume --dtype float32')
     return values

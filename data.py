@@ -3,7 +3,7 @@ Sources of multi-view samples: the procedural rooms, photographs, ScanNet, ScanN
 
     python data.py check FOLDER        # what is in a data set, and what is missing or broken
 
-A source answers one question: what is batch number `step`? The answer depends on nothing but the
+A source answers one question: what is batch `number`? The answer depends on nothing but the
 source's settings and that number, so that a resumed run sees what the uninterrupted one would
 have seen, and every process of a DDP run draws its own share.
 
@@ -11,12 +11,14 @@ A batch is a dict of tensors: images (B, V, 3, H, W) in [0, 1]. Rooms also know 
 (B, V, 3, 4), intrinsics (B, V, 3, 3) and, for cells of 4 x 4 pixels, depth (B, V, h, w) in metres
 and classes (B, V, h, w), indices into rooms.CLASSES.
 """
+import itertools
 import json
 import os
 from collections import Counter
 
 import torch
 from safetensors.torch import save_file
+from tqdm import tqdm
 
 from common import InputError, Parser, read_weights, run_script, step_generator
 from media import (even_frames, find_scenes_or_say_why, natural_order, open_file, open_picture,
@@ -32,10 +34,21 @@ CELL = 4                            # pixels a side: depth and classes have this
 # -----------------------------------------------------------------------------
 # rooms
 
+def rendering(blocks):
+    """A progress bar, for `progress` of what renders rooms."""
+    return tqdm(blocks, 'rendering rooms', leave=False, disable=None)
+
+
+def stream_of(source, number):
+    """The random numbers of batch `number` of this process. (Third words below 16 are the streams
+    of train.py.)"""
+    return step_generator(source.seed, number, 16 * source.rank, source.split != 'train')
+
+
 class RoomPool:
     """Rooms rendered into memory: a window that slides over an endless row of them.
 
-    At step s the pool holds rooms s * new_rooms .. + num_rooms of its split, eight views each.
+    For batch b the pool holds rooms b * new_rooms .. + num_rooms of its split, eight views each.
     Rendering stays a small part of a step, and no room is seen often enough to be memorised.
     """
     held_out = 'rooms that training never shows'
@@ -74,9 +87,9 @@ class RoomPool:
         return rooms, dict(images=views['image'], depth=cells['depth'], surface=cells['surface'],
                            extrinsics=extrinsics, intrinsics=intrinsics)
 
-    def advance(self, step, progress=iter):
-        """Moves the window to where `step` wants it. Block b lives in slot b % num_blocks."""
-        first = int(step * self.new_rooms) // self.BLOCK
+    def advance(self, number, progress=iter):
+        """Moves the window to where `number` wants it. Block b lives in slot b % num_blocks."""
+        first = int(number * self.new_rooms) // self.BLOCK
         wanted = range(first, first + self.num_blocks)
         due = [b for b in wanted if self.blocks.get(b % self.num_blocks) != b]
         for index in progress(due):
@@ -90,22 +103,22 @@ class RoomPool:
                 self.pool[name][slot * self.BLOCK:][:self.BLOCK] = x
             self.blocks[slot] = index
 
-    def batch(self, step, num_scenes, num_views, neighbours=0.0, keep_closest=1.0):
-        """Batch `step`: `num_scenes` scenes x `num_views` views, in random order.
+    def batch(self, number, num_scenes, num_views, neighbours=0.0, keep_closest=1.0):
+        """Batch `number`: `num_scenes` scenes x `num_views` views, in random order.
 
         `neighbours`: share of the samples whose views follow each other on the walk (the others:
         any views). `keep_closest`: num_scenes / keep_closest samples are drawn, and those are
         kept whose first two views differ least.
         """
-        self.advance(step)
-        g = step_generator(self.seed, step, self.rank, self.split != 'train')
+        self.advance(number)
+        g = stream_of(self, number)
         n, V = round(num_scenes / keep_closest), num_views
 
         # which rooms: any, but of held-out ones each in turn
         num_rooms = self.num_blocks * self.BLOCK
         room = torch.randint(num_rooms, (n,), generator=g)
         if self.split != 'train':
-            room = (step * n + torch.arange(n)) % num_rooms
+            room = (number * n + torch.arange(n)) % num_rooms
         # which views: V of all in random order, or V neighbours in random order
         anywhere = torch.rand(n, self.VIEWS, generator=g).argsort(1)[:, :V]
         start = torch.randint(self.VIEWS - V + 1, (n, 1), generator=g)
@@ -132,9 +145,9 @@ class PhotoFolder:
 
     Where the data set has lists of its splits, they decide, and a scene on no list is not used.
     Else a tenth of the scenes is held out; of a single scene, its last quarter, if that is enough;
-    or what `kept` names, which a run held out before the folder grew. Pictures that cannot be read
-    and scenes with fewer than `min_views` pictures are left out, by name. (Beyond CHECKED pictures
-    only names are looked at beforehand.)
+    or what `kept` names, which a run held out before the folder grew (none: split now; []: nothing
+    was held out). Pictures that cannot be read and scenes with fewer than `min_views` pictures are
+    left out, by name. (Beyond CHECKED pictures only names are looked at beforehand.)
     """
     CHECKED = 5000
 
@@ -220,12 +233,12 @@ class PhotoFolder:
         is_val = self.split == 'val'
         return [[path for path in pictures if (os.path.basename(path) in self.kept) == is_val]]
 
-    def advance(self, step, progress=iter):
+    def advance(self, number, progress=iter):
         """Nothing to prepare: pictures are read when they are asked for."""
 
-    def batch(self, step, num_scenes, num_views):
-        """Batch `step`: samples x views in the order of their names, of one height."""
-        g = step_generator(self.seed, step, self.rank, self.split != 'train')
+    def batch(self, number, num_scenes, num_views):
+        """Batch `number`: samples x views in the order of their names, of one height."""
+        g = stream_of(self, number)
         num_views = min(num_views, self.most_views)
         samples = [self.sample(num_views, g) for _ in range(num_scenes)]
         pictures = [picture for sample in samples for picture in sample]
@@ -243,7 +256,7 @@ class PhotoFolder:
         most = max(1, min(self.gap[1], (len(scene) - 1) // max(1, num_views - 1)))
         gaps = [random(min(self.gap[0], most), most) for _ in range(num_views - 1)]
         frame = random(0, len(scene) - 1 - sum(gaps))
-        frames = [frame + sum(gaps[:i]) for i in range(num_views)]
+        frames = itertools.accumulate(gaps, initial=frame)
         pictures = [open_picture(scene[i], self.width) for i in frames]
         return [fit_picture(picture, self.width, self.multiple) for picture in pictures]
 
@@ -266,15 +279,16 @@ def make_source(config, split, multiple, device='cpu', rank=0, world_size=1, say
 
 
 def make_sources(config, multiple, device, all_held_out=False):
-    """What a run is measured on -> its training and its held-out source; with `all_held_out`, of
-    photographs, all scenes for both: none of them was trained on."""
+    """What a run is measured on -> its training and its held-out source. With `all_held_out`, all
+    scenes of a folder that was not trained on are both."""
     kept = getattr(config, 'kept', None)    # weights may be older than this setting
     splits = 'train', 'val'
     if all_held_out:
-        names = list(find_scenes_or_say_why(config.data).scenes)
+        found = find_scenes_or_say_why(config.data)
+        names = list(found.scenes)
         kept, splits = names if len(names) > 1 else [], ('val', 'val')
     sources = [make_source(config, split, multiple, device, kept=kept) for split in splits]
-    if all_held_out:
+    if all_held_out and not found.splits:
         sources[1].held_out = f'all of {config.data}, none of it trained on'
     return sources
 

@@ -89,10 +89,10 @@ def draw_depth_bar(canvas, pen, font, x, y, height, far, unit):
 
 @torch.no_grad()
 def field_rows(psfm, source, config, autocast, num_scenes):
-    """-> rows [(title, tiles (B, V, h, w, 3))], R2 (B, V), number of context views, depth's scale.
+    """-> rows [(title, tiles (B, V, h, w, 3))], R2 (B, V), number of context views, (farthest
+    depth, its unit) or None.
 
-    Context views come first. One basis of colours serves all samples, so that
-    two samples of one scene look like one scene.
+    Context views come first. One basis of colours serves all samples: of one scene, all look alike.
     """
     was_training = psfm.training
     psfm.eval()

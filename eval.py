@@ -32,7 +32,7 @@ from benchmarks import (BENCHMARKS, ask_benchmark, generate, leave_out_lost, rea
 from chat import as_text, load_vlm
 from common import (InputError, Parser, autocast_on, fetch, find_checkpoint, find_file, is_hub_id,
                     number, pick_device, read_json, run_script, step_generator, write_json)
-from data import RoomPool, encode_scenes, make_sources
+from data import RoomPool, encode_scenes, make_sources, rendering
 from draw import draw_field, draw_film, draw_walk
 from measure import answer_rooms, evaluate_field, field_table, rooms_table
 from media import open_picture, read_video
@@ -54,10 +54,6 @@ def folder_beside(run):
         run = os.path.join('out', os.path.splitext(os.path.basename(run))[0])
     os.makedirs(run, exist_ok=True)
     return run
-
-
-def rendering(blocks):
-    return tqdm(blocks, 'rendering rooms', leave=False, disable=None)
 
 
 # -----------------------------------------------------------------------------
@@ -174,6 +170,8 @@ def runs(args):
             spread = f' ±{half_range:.3f}' if len(values) > 1 else ''
             row += f'{sum(values) / len(values):.3f}{spread}'.rjust(15)
         print(row)
+    if max(map(len, groups.values())) > 1:
+        print('±: half the range over seeds')
     if left_out:
         print(f'left out, not a finished PSFM run: {" ".join(left_out)}')
 

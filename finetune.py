@@ -13,7 +13,6 @@ metrics.json, checkpoint/ (`--resume` continues from it).
 """
 import contextlib
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -33,11 +32,12 @@ from chat import NAMES, attend_in_fp32, load_vlm, to_device
 from common import (InputError, autocast_on, check_finite, join_processes, open_run, opt,
                     parse_options, peak_memory, pick_dtype, quiet, read_state, run_script,
                     step_generator, with_licence, write_card, write_checkpoint, write_json)
+from data import rendering
 from draw import draw_maps
 from measure import answer_rooms, held_out_loss, rooms_line, rooms_table
 from mini_vlm import ground
 from optim import (gather, learning_rate, load_optimizers, load_sharded_optimizers, make_optimizers,
-                   set_rates, take_step)
+                   set_rates, shard_model, take_step)
 from questions import RoomQuestions, in_map_frame, view_rooms
 from records import Conversations, Encoded, Part
 from release import open_psfm
@@ -198,31 +198,28 @@ def frozen_dtype(config, dtype):
     return torch.float32 if config.train == 'adapter+llm' or config.shard else dtype
 
 
+def open_latents(config, dtype):
+    """-> SceneLatents, the true lists, or None"""
+    if config.latents == 'none':
+        return None
+    if config.latents == 'oracle':
+        return TrueList(config.num_rooms, config.val_scenes)
+    psfm, encoder_config = open_psfm(config.encoder)
+    return SceneLatents(config.latents, psfm, encoder_config, config.cache or None, dtype=dtype)
+
+
 def build_model(config, dtype=torch.float32):
     """-> (SpatialVLM, Chat, SceneLatents or None), all as at step 0. `dtype`: of the latents, and
     of what is frozen."""
     vlm, chat = load_vlm(config.vlm, frozen_dtype(config, dtype), config.max_pixels)
-    latents = adapter = None
-    if config.latents == 'oracle':
-        latents = TrueList(config.num_rooms, config.val_scenes)
-    elif config.latents != 'none':
-        psfm, encoder_config = open_psfm(config.encoder)
-        latents = SceneLatents(config.latents, psfm, encoder_config, config.cache or None,
-                               dtype=dtype)
+    latents = open_latents(config, dtype)
+    adapter = None
     if latents:
         torch.manual_seed(config.seed)  # the same initial adapter for every kind of latents
         adapter = build_adapter(vlm, latents.width)
     if config.train == 'lora':
         add_lora(vlm, config.lora_rank)
     return SpatialVLM(vlm, adapter), chat, latents
-
-
-def shard_model(model):
-    """FSDP2: each block of the language model is gathered when it runs, the rest with the root."""
-    from torch.distributed.fsdp import fully_shard
-    for layer in model.vlm.get_decoder().layers:
-        fully_shard(layer)
-    return fully_shard(model)
 
 
 def absolute(path):
@@ -312,11 +309,13 @@ def check_lengths(config, chat, held_out):
 def open_model(config, state, device, dtype, say):
     """-> (SpatialVLM, Chat, SceneLatents or None) on `device`, as at step 0 or as in the checkpoint
     that `state` names."""
-    # frozen parts in the run's dtype where that is much faster: not on a CPU, where it is a third
+    # frozen parts: in the run's dtype on a GPU; on a CPU in fp32, because they gain little
     of_frozen = dtype if device.type == 'cuda' else torch.float32
-    model, chat, latents = build_model(config, of_frozen)
-    if config.resume:  # replaces the model just built; `latents` stays
+    if config.resume:
         model, chat, _ = load_spatial_vlm(state['folder'], frozen_dtype(config, of_frozen))
+        latents = open_latents(config, of_frozen)
+    else:
+        model, chat, latents = build_model(config, of_frozen)
     if config.data == 'rooms' and hasattr(model.vlm.config, 'classes'):
         check_classes(model.vlm.config.classes, config.vlm, 'python mini_vlm.py')
     model.trainable(config.train).to(device)
@@ -367,11 +366,11 @@ def add_gradients(model, vlm, parts, latents, accumulate, is_last, autocast):
     part of the last batch of a step.
     """
     loss = 0.0
+    is_ddp = isinstance(model, nn.parallel.DistributedDataParallel)
     for i, (batch, items, share) in enumerate(parts):
         batch = to_device(batch, vlm, vlm.device)
         labels = batch.pop('labels')
         z = latents([item['images'] for item in items]) if latents else None
-        is_ddp = isinstance(model, nn.parallel.DistributedDataParallel)
         waits = is_ddp and not (is_last and i == len(parts) - 1)
         with model.no_sync() if waits else contextlib.nullcontext():
             with autocast:
@@ -399,8 +398,7 @@ def train(name, config, data=None, held_out=None):
 
     # data and model
     if data is None:
-        data, held_out = make_data(config, functools.partial(
-            tqdm, desc='rendering rooms', leave=False, disable=None), say)
+        data, held_out = make_data(config, rendering, say)
     stamp = check_data(config, state, data)
     model, chat, latents = open_model(config, state, device, dtype, say)
     check_lengths(config, chat, held_out)
@@ -419,7 +417,7 @@ def train(name, config, data=None, held_out=None):
     if sharded:
         model = shard_model(model)
     optimizers = make_optimizers(
-        model, config, device, dtype, fused=not config.shard,
+        model, config, device, dtype, fused=not sharded,
         rate_of=lambda name: config.adapter_lr if name.startswith('adapter.') else config.lr)
     if config.resume and sharded:
         set_rates(optimizers, 1)      # states come without what set_rates keeps in groups
@@ -432,34 +430,36 @@ def train(name, config, data=None, held_out=None):
         num_workers=config.workers))
     is_ddp = world_size > 1 and not sharded
     wrapped = nn.parallel.DistributedDataParallel(model) if is_ddp else model
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    trained = [p for p in model.parameters() if p.requires_grad]
     model.train()
 
-    metrics, busy, logged = state['metrics'], 0.0, first
+    busy, logged = 0.0, first
     for step in tqdm(range(first, config.steps), name, initial=first, total=config.steps,
                      leave=False, disable=None if is_main else True):
-        # this step's learning rate
-        start, rate = time.time(), learning_rate(step, config)
-        set_rates(optimizers, rate)
+        # this step's learning rate, as a share of the peak
+        start, share = time.time(), learning_rate(step, config)
+        set_rates(optimizers, share)
 
         # forward, backward
+        loss = 0.0
         for micro in range(config.accumulate):
             is_last = micro == config.accumulate - 1
-            loss = add_gradients(wrapped, model.vlm, next(loader), latents, config.accumulate,
-                                 is_last, autocast)
+            of_batch = add_gradients(wrapped, model.vlm, next(loader), latents, config.accumulate,
+                                     is_last, autocast)
+            loss = loss + of_batch / config.accumulate
 
         # update
-        norm = take_step(optimizers, parameters, config.clip)
+        norm = take_step(optimizers, trained, config.clip)
         done = step + 1
         is_logged = step == 0 or done % config.log_every == 0
         is_evaluated = done == config.steps or done % config.eval_every == 0
         if is_logged or is_evaluated:
-            values = check_finite(dict(loss=loss), norm, parameters, done, config)
+            values = check_finite(dict(loss=loss), norm, trained, done, config)
         busy += time.time() - start
 
         # log
         if is_logged:
-            record = dict(step=done, **values, lr=rate * config.lr, grad_norm=norm.item(),
+            record = dict(step=done, **values, lr=share * config.lr, grad_norm=norm.item(),
                           step_ms=1e3 * busy / (done - logged),
                           memory_gb=peak_memory(device) / 2 ** 30, seconds=time.time() - began)
             log.write(json.dumps(record) + '\n')

@@ -3,7 +3,7 @@ A lesson in Predictive Spatial Field Modeling, step by step: three minutes on tw
 
 Run it as a script (`python lesson.py`), or open it in an editor that shows `# %%` cells as a
 notebook and step through it. Pictures go to out/lesson/. It needs nothing but the method (model.py,
-vggt.py, psfm.py), its optimizers (common.py) and the procedural rooms (rooms.py). The exercises are
+vggt.py, psfm.py), its optimizers (optim.py) and the procedural rooms (rooms.py). The exercises are
 at the end.
 """
 # %% Before we start
@@ -56,7 +56,7 @@ save('1-pictures', held_out[0].permute(0, 2, 3, 1))
 
 # %% 2. What the frozen backbone sees
 # A VGGT turns pictures into features, one vector for each patch of 8 x 8 pixels, and says where
-# the cameras stood. It was trained before, by others. We never touch its weights.
+# the cameras stood. It was trained before (mini_vggt.py). We never touch its weights.
 
 backbone = VGGT.from_pretrained('weights/mini_vggt.safetensors').freeze()
 with torch.no_grad():

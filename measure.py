@@ -37,20 +37,25 @@ from rooms import SCENE_UNIT, STRUCTURE, check_classes, scene_extrinsics
 # -----------------------------------------------------------------------------
 # the field
 
-def field_batches(psfm, source, config, num_scenes, first=0):
-    """The evaluation's samples: for every run the same scenes, views and masks (half is context).
+NOTES = dict(mean='training mean', position='training mean at each place',
+             nearest='nearest context view', shuffled="from another sample's latents",
+             camera='from the average latents', psfm='our prediction',
+             context='ours, on views it saw', true="the backbone's own features")
+READ = 'true', 'psfm', 'camera', 'shuffled'  # what the frozen heads read
+NAMES = list(NOTES)[:-1]  # whose features are compared
 
-    Yields (batch, view_mask, num_context) on the model's device, from the source's batch `first`
-    on: of training rooms, only those of the present step are in memory.
-    """
+
+def field_batches(psfm, source, config, num_scenes, first=0):
+    """The evaluation's samples, from the source's batch `first` on: for every run the same scenes,
+    views and masks (half is context). Yields (batch, view_mask, num_context), on its device."""
     device = psfm.geo_mean.device
     num_views = (config.min_views + config.max_views) // 2
     at_once = min(num_scenes, 4)  # whatever the training batch: results must not depend on it
-    for step in range(max(1, num_scenes // at_once)):
-        batch = source.batch(first + step, at_once, num_views)
+    for number in range(max(1, num_scenes // at_once)):
+        batch = source.batch(first + number, at_once, num_views)
         batch = {name: x.to(device) for name, x in batch.items()}
         B, V = batch['images'].shape[:2]
-        mask, num_context = random_view_mask(B, V, 0.5, step_generator(1, step))
+        mask, num_context = random_view_mask(B, V, 0.5, step_generator(1, number))
         yield batch, mask.to(device), num_context
 
 
@@ -64,7 +69,7 @@ def look(psfm, batch, view_mask, num_context, config):
 
 
 def knows_rooms(psfm, config):
-    """Can the backbone's own heads read depth and categories off features, and are they known?"""
+    """Whether the backbone's heads read depth and categories. InputError if these are not ours."""
     has_heads = 'cells' in psfm.backbone.config.heads and config.data == 'rooms'
     if has_heads:
         check_classes(psfm.backbone.config.classes, config.backbone)
@@ -118,10 +123,10 @@ class ReadOut:
                     object_recall=found / max(1, furniture))
 
 
-def training_averages(psfm, source, step, config):
+def training_averages(psfm, source, number, config):
     """-> latents of training scenes (scenes, Q, D), mean features at each place (1, 2C, h, w)."""
     latents, sums, counts = [], {}, collections.Counter()
-    for batch, mask, num_context in field_batches(psfm, source, config, config.val_scenes, step):
+    for batch, mask, num_context in field_batches(psfm, source, config, config.val_scenes, number):
         context, views = look(psfm, batch, mask, num_context, config)
         latents.append(psfm.encode(context, views.grid).float())
         sums[views.grid] = sums.get(views.grid, 0) + views.features.float().sum((0, 1))
@@ -131,7 +136,7 @@ def training_averages(psfm, source, step, config):
 
 
 @torch.no_grad()
-def evaluate_field(psfm, train_source, held_out, step, config, autocast):
+def evaluate_field(psfm, train_source, held_out, number, config, autocast):
     """-> dict name -> {cos, centred_cos, r2}, for 'psfm', the baselines, and 'context' (ours, on
     views that it did see); on rooms also 'read_out' -> {true, psfm, camera, shuffled} ->
     {depth_abs_rel, class_accuracy, object_recall}.
@@ -139,13 +144,12 @@ def evaluate_field(psfm, train_source, held_out, step, config, autocast):
     was_training = psfm.training
     psfm.eval()
     with autocast:
-        latents, position = training_averages(psfm, train_source, step, config)
+        latents, position = training_averages(psfm, train_source, number, config)
 
-    names = ['psfm', 'mean', 'position', 'nearest', 'shuffled', 'camera', 'context']
-    scores = {name: Score(psfm) for name in names}
+    scores = {name: Score(psfm) for name in NAMES}
     read_outs = {}
     if knows_rooms(psfm, config):
-        read_outs = {name: ReadOut() for name in ('true', 'psfm', 'camera', 'shuffled')}
+        read_outs = {name: ReadOut() for name in READ}
     batches = field_batches(psfm, held_out, config, config.val_scenes)
     for i, (batch, mask, num_context) in enumerate(batches):
         size, V = batch['images'].shape[-2:], batch['images'].shape[1]
@@ -203,12 +207,6 @@ def field_line(metrics):
     return line
 
 
-NOTES = dict(mean='training mean', position='training mean at each place',
-             nearest='nearest context view', shuffled="from another sample's latents",
-             camera='from the average latents', psfm='our prediction',
-             context='ours, on views it saw', true="the backbone's own features")
-
-
 def field_table(metrics, held_out):
     """The whole comparison, for a person. `held_out` says of what."""
     rows = [f'unseen views, held out: {held_out}', f'{"":44s}{"cos":>9s}{"centred":>9s}{"R2":>9s}']
@@ -216,12 +214,12 @@ def field_table(metrics, held_out):
     def row(name, values):
         rows.append(f'  {name:9s} {NOTES[name]:32s}' + ''.join(f'{x:9.3f}' for x in values))
 
-    for name in ('mean', 'position', 'nearest', 'shuffled', 'camera', 'psfm', 'context'):
+    for name in NAMES:
         row(name, metrics[name].values())
     if 'read_out' in metrics:
         title = 'read off these features by the frozen heads'
         rows.append(f'{title:44s}{"abs-rel":>9s}{"classes":>9s}{"objects":>9s}')
-        for name in ('true', 'psfm', 'camera', 'shuffled'):
+        for name in READ:
             row(name, metrics['read_out'][name].values())
     if metrics['nearest']['r2'] > metrics['psfm']['r2']:
         rows.append('The nearest context view beats the prediction: these views hardly differ from '
@@ -312,7 +310,7 @@ def map_score(truth, answer):
 
 
 def map_prior(maps):
-    """-> function true map -> a map with the same pieces, where such pieces most often stand."""
+    """-> function true map -> a map of its pieces, each where such pieces most often stand"""
     places = collections.defaultdict(collections.Counter)
     for text in maps:
         for name, x, y in read_map(text):
@@ -379,10 +377,11 @@ def answer_rooms(model, chat, latents, held_out, train_data, autocast, shuffled=
     metrics.update(map=100 * float(np.mean(map_scores)), maps=maps, scores=by_question)
 
     # the same without looking
-    for name, commonest in (('prior', False), ('commonest', True)):
+    metrics['prior'] = {}
+    for name, commonest in (('prior', False), ('commonest', True)) if records else ():
         guess = language_prior(train_data.records, commonest)
-        guesses = [guess(record) for record in held_out.records]
-        metrics[name] = aggregate('vsibench', score_all(held_out.records, guesses))
+        guesses = [guess(record) for record in records]
+        metrics[name] = aggregate('vsibench', score_all(records, guesses))
     usual = map_prior([text for _, text in train_data.maps])
     guessed = [map_score(truth, usual(truth)) for _, truth in held_out.maps]
     metrics['prior']['map'] = 100 * float(np.mean(guessed))
@@ -400,28 +399,29 @@ def overall_scores(runs, rival=None, draws=1000):
     scores = np.array([[value for *_, value in run['scores']] for run in runs])
     if rival:
         scores = scores - np.array([[value for *_, value in run['scores']] for run in rival])
-    names, kind = np.unique(types, return_inverse=True)  # kind: (questions,)
-    room = np.unique(rooms, return_inverse=True)[1]  # (questions,)
-    num_rooms = room.max() + 1
+    names, type_index = np.unique(types, return_inverse=True)  # (questions,)
+    room_index = np.unique(rooms, return_inverse=True)[1]  # (questions,)
+    num_rooms = room_index.max() + 1
 
     def average(values, weight):  # (questions,) both -> as aggregate('vsibench'), and 'map'
-        sums = np.bincount(kind, weight * values, len(names))
-        counts = np.bincount(kind, weight, len(names))
+        sums = np.bincount(type_index, weight * values, len(names))
+        counts = np.bincount(type_index, weight, len(names))
         means = {name: s / c for name, s, c in zip(names.tolist(), sums, counts) if c}
         of_maps = means.pop('map', None)
         tasks = [(dict(question_type=name), mean) for name, mean in means.items()]
         result = aggregate('vsibench', tasks) if tasks else {}
         return result if of_maps is None else dict(result, map=100 * of_maps)
 
-    result = average(scores.mean(0), np.ones(len(kind)))
-    random, drawn = np.random.default_rng(0), []
+    # draw seeds with replacement and average them; draw rooms with replacement, as weights
+    result = average(scores.mean(0), np.ones(len(types)))
+    rng, samples = np.random.default_rng(0), []
     for _ in range(draws):
-        values = scores[random.integers(len(scores), size=len(scores))].mean(0)
-        times = np.bincount(random.integers(num_rooms, size=num_rooms), minlength=num_rooms)
-        drawn.append(average(values, times[room].astype(float)))
+        values = scores[rng.integers(len(scores), size=len(scores))].mean(0)
+        copies = np.bincount(rng.integers(num_rooms, size=num_rooms), minlength=num_rooms)
+        samples.append(average(values, copies[room_index].astype(float)))
     for name in ('overall', 'map'):
         if name in result:
-            low, high = np.quantile([one[name] for one in drawn], [0.025, 0.975]).tolist()
+            low, high = np.quantile([sample[name] for sample in samples], [0.025, 0.975]).tolist()
             result[name] = result[name], low, high
     return result
 

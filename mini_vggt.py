@@ -26,7 +26,7 @@ from tqdm import tqdm
 from common import (autocast_on, check_finite, command_of, load_strictly, open_run, opt,
                     parse_options, pick_device, pick_dtype, read_state, read_weights, run_script,
                     write_checkpoint)
-from data import RoomPool
+from data import RoomPool, rendering
 from model import (MLP, full_precision, invert_pose, points_in_world, pose_encoding_to_cameras,
                    relative_pose)
 from optim import learning_rate, load_optimizers, make_optimizers, set_rates, take_step
@@ -182,7 +182,7 @@ def make_batch(pool, step, config):
     """From two views with little motion between them to six of any; fewer views, more scenes."""
     progress = step / config.steps
     if progress < 0.1:
-        lessons = [(14, 2)]
+        lessons = [(14, 2)]  # (scenes, views)
     elif progress < 0.2:
         lessons = [(14, 2), (10, 3), (8, 4)]
     else:
@@ -268,12 +268,12 @@ def backbone_line(metrics):
 
 
 def backbone_table(metrics):
-    rows = [f'{"held-out rooms":10s}{"rotation":>10s}{"(none)":>8s}{"direction":>11s}{"(none)":>8s}'
+    rows = [f'{"held-out rooms":14s}{"rotation":>10s}{"(none)":>8s}{"direction":>11s}{"(none)":>8s}'
             f'{"AUC@5":>8s}{"@15":>7s}{"@30":>7s}{"abs-rel":>9s}{"(const.)":>9s}{"classes":>9s}'
             f'{"furniture":>11s}']
     for name, m in metrics.items():
         t = m['trivial']
-        rows.append(f'{name:14s}{m["rotation"]:6.1f}{t["rotation"]:8.1f}{m["direction"]:11.1f}'
+        rows.append(f'{name:14s}{m["rotation"]:10.1f}{t["rotation"]:8.1f}{m["direction"]:11.1f}'
                     f'{t["direction"]:8.1f}{m["auc5"]:8.3f}{m["auc15"]:7.3f}{m["auc30"]:7.3f}'
                     f'{m["depth_abs_rel"]:9.3f}{t["depth_abs_rel"]:9.3f}{m["class_accuracy"]:9.3f}'
                     f'{m["furniture_recall"]:11.3f}')
@@ -360,7 +360,7 @@ def train(config, command):
     count = sum(p.numel() for p in model.parameters()) / 1e6
     tqdm.write(f'mini VGGT: {config.steps} steps, {count:.2f} M parameters | {device}, {dtype} '
                f'({reason}) | writing to {config.out}/')
-    pool.advance(state['step'], lambda due: tqdm(due, 'rendering rooms', leave=False, disable=None))
+    pool.advance(state['step'], rendering)
 
     def losses_of(step):
         with autocast:

@@ -137,7 +137,8 @@ def ask_slides(shown, g, used):
 class RoomPictures(torch.utils.data.Dataset):
     """Questions that need no scene. Of each room come six items of one picture, with up to
     QUESTIONS questions about what it alone shows (`ask_2d`, and VSI-Bench's as if it were the
-    whole video) and its map, and one item of six pictures from six rooms (`ask_slides`).
+    whole video) and its map, and one item of six pictures from as many rooms as there are, up to
+    six (`ask_slides`).
 
     Items also hold `kinds`, the kind of every answer, and `seen` and `stand` as in RoomQuestions,
     but from each picture's own camera.
@@ -161,7 +162,7 @@ class RoomPictures(torch.utils.data.Dataset):
         self.images = torch.cat(images).flatten(0, 1).numpy()  # (rooms V, H, W, 3)
         self.seen, self.stand = torch.cat(seen).flatten(0, 1), torch.stack(stand)
 
-        # the pictures of an item, and its turns; rows of slides are from six rooms, if there are
+        # the pictures of an item, and its turns; a row of slides mixes the rooms
         self.items = [([picture], turns) for picture, turns in enumerate(asked)]
         slides = torch.arange(len(asked)).view(-1, self.VIEWS)
         for view in range(self.VIEWS):
@@ -311,9 +312,8 @@ class Sight(nn.Module):
     def place_loss(said, true):
         """Smooth L1 between places (..., 3), where the true one is not NaN."""
         known = ~true.isnan()
-        if not known.any():
-            return 0 * said.sum()
-        return F.smooth_l1_loss(said[known].float(), true[known])
+        error = F.smooth_l1_loss(said.float(), true.nan_to_num(), reduction='none')
+        return (error * known).sum() / known.sum().clamp(min=1)
 
 
 def load_sight(folder, width):

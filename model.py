@@ -9,8 +9,8 @@ keeps the queries.
 
 A *position* is any object with two methods: `rotate(q, k, v)`, applied before
 attention, and `restore(out)`, applied after it. RoPE2D (here) says where a
-patch is in its image. PRoPE (psfm.py) says where it is in space. Either may be
-given the last rows of all tokens alone.
+patch is in its image. PRoPE (psfm.py) says where it is in space. q and out may
+be of the last tokens alone.
 
 Shapes, in every file:
     B scenes    V views    Vc context views    H x W pixels    h x w = N patches per view
@@ -31,7 +31,8 @@ IMAGE_STATISTICS = {'mean': [0.485, 0.456, 0.406], 'std': [0.229, 0.224, 0.225]}
 
 
 def full_precision(function):
-    """Decorator: no autocast inside. Geometry in bf16 is wrong in the third digit."""
+    """Decorator: no autocast inside. Geometry in bf16 is wrong in the third digit. (A GPU's
+    convolutions may still take TF32.)"""
     @functools.wraps(function)
     def wrapped(*args, **kwargs):
         with torch.autocast('cuda', enabled=False), torch.autocast('mps', enabled=False), \
@@ -42,8 +43,7 @@ def full_precision(function):
 
 # -----------------------------------------------------------------------------
 # cameras: extrinsics (..., 3, 4) map world to camera, OpenCV axes (x right, y
-# down, z forward); intrinsics (..., 3, 3) are in pixels, pixel i spans [i, i +
-# 1)
+# down, z forward). Intrinsics (..., 3, 3) are in pixels. Pixel i spans i .. i + 1.
 
 def to_4x4(matrix):
     """(..., 3, 4) -> (..., 4, 4): appends the row 0 0 0 1."""
@@ -66,6 +66,7 @@ def relative_pose(extrinsics, reference):
     return (to_4x4(extrinsics) @ to_4x4(invert_pose(reference)))[..., :3, :]
 
 
+@full_precision
 def look_along(places, forward, down):
     """Cameras at `places` that look along `forward`, both (..., 3), with `down` (..., 3) as near to
     their own as can be. -> extrinsics (..., 3, 4)"""
@@ -94,6 +95,7 @@ def path_through(extrinsics, num_frames):
     return invert_pose(torch.cat([U @ Vh, poses[..., 3:]], -1))
 
 
+@full_precision
 def points_in_world(depth, extrinsics, intrinsics, size):
     """What every cell of depth maps (..., h, w) shows, for cameras (..., 3, 4) and (..., 3, 3) of
     images of `size` = (H, W). -> (..., h w, 3)"""
@@ -164,7 +166,7 @@ def take_views(x, index):
 def turn_pairs(x, cos, sin):
     """In either half of x (..., d), channel i turns with channel i + d/4.
 
-    `sin` (.., d) has the sign of the direction: -, + (anticlockwise) or +, - in either half.
+    The signs in `sin` (..., d) are -, + in either half to turn anticlockwise, +, - clockwise.
     """
     a, b, c, d = x.chunk(4, dim=-1)
     return torch.addcmul(x * cos, torch.cat([b, a, d, c], dim=-1), sin)
@@ -307,7 +309,7 @@ class MLP(nn.Module):
     def forward(self, x):
         h = self.fc1(x)
         if torch.compiler.is_compiling() or not self.fc2.weight.requires_grad:
-            return self.fc2(F.gelu(h))  # the compiler computes twice what is cheap, unasked
+            return self.fc2(F.gelu(h))  # torch.compile recomputes GELU by itself
         return GeluLinear.apply(h, self.fc2.weight.to(h.dtype), self.fc2.bias.to(h.dtype))
 
 
@@ -404,8 +406,8 @@ def compile_blocks(model):
     """torch.compile, block by block: the layers of a stack share the code, at any view count."""
     # several kinds of stacks share this code, with and without gradients
     torch._dynamo.config.recompile_limit = 64
-    # the slice `c:` has no size that the compiler could know; SDPA is fused anyway. (As a decorator
-    # this would import the compiler into every run: a second.)
+    # the compiler cannot know the size of the slice `c:`, and SDPA is fused without it. (Not as a
+    # decorator: that would import the compiler, which takes a second, into every run.)
     global split_attention
     split_attention = torch.compiler.disable(split_attention)
     for module in model.modules():

@@ -36,7 +36,7 @@ def orthogonalise(matrices):
 
 class Muon(torch.optim.Optimizer):
     """Momentum with an orthogonalised direction (arXiv 2502.16982), scaled to AdamW's updates.
-    Unlike torch.optim.Muon's, all matrices of one shape go together, in the run's `dtype`."""
+    Unlike in torch.optim.Muon, all matrices of one shape go together, in the run's `dtype`."""
 
     def __init__(self, params, lr, weight_decay, momentum=0.95, dtype=torch.float32):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
@@ -118,8 +118,8 @@ def take_step(optimizers, parameters, clip):
 
 
 @contextlib.contextmanager
-def said_of(path):
-    """What is wrong with a file of optimizers, in one sentence."""
+def errors_of(path):
+    """Turns errors inside into one sentence about a file of optimizers."""
     try:
         yield
     except (OSError, RuntimeError, LookupError, ValueError, TypeError, EOFError,
@@ -131,7 +131,7 @@ def said_of(path):
 def load_optimizers(optimizers, folder):
     """The optimizers' states from a checkpoint. Raises InputError if they do not fit."""
     path = os.path.join(folder, 'optimizer.pt')
-    with said_of(path):
+    with errors_of(path):
         states = torch.load(path, map_location='cpu', weights_only=True)
         for optimizer, state in zip(optimizers, states, strict=True):
             optimizer.load_state_dict(state)
@@ -143,13 +143,22 @@ def load_optimizers(optimizers, folder):
 # -----------------------------------------------------------------------------
 # of a model that FSDP2 has sharded over processes
 
+def shard_model(model):
+    """FSDP2: each block of the language model is gathered when it runs, the rest with the root."""
+    from torch.distributed.fsdp import fully_shard
+    for layer in model.vlm.get_decoder().layers:
+        fully_shard(layer)
+    return fully_shard(model)
+
+
 def gather(model, optimizers):
     """Of a sharded model, on the first process: its whole state, and its optimizers' states."""
     from torch.distributed.checkpoint.state_dict import (
         StateDictOptions, get_model_state_dict, get_optimizer_state_dict)
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = get_model_state_dict(model, options=options)  # first: it also ends the gathering of
-    states = [get_optimizer_state_dict(model, optimizer, options=options)  # the last forward pass
+    # the model first: this also ends what the last forward pass gathered
+    state = get_model_state_dict(model, options=options)
+    states = [get_optimizer_state_dict(model, optimizer, options=options)
               for optimizer in optimizers]
     return state, states
 
@@ -159,7 +168,7 @@ def load_sharded_optimizers(model, optimizers, folder):
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
     path = os.path.join(folder, 'optimizer.pt')
     options = StateDictOptions(full_state_dict=True)
-    with said_of(path):
+    with errors_of(path):
         states = torch.load(path, mmap=True, weights_only=True)
         for optimizer, state in zip(optimizers, states, strict=True):
             set_optimizer_state_dict(model, optimizer, state, options=options)

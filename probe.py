@@ -6,8 +6,8 @@ A field can be good and its code useless. For every fact there is a ridge
 regression on the flattened tokens, and a small attentive probe (a learned
 query per fact). Both are fitted on rooms that the encoder never met and asked
 about rooms that neither met, and both are also given what z should be better
-than: the backbone's features as one mean, and the latents of an untrained
-encoder.
+than: the backbone's features as one mean and as means over 2 x 2 patches, and
+the latents of an untrained encoder.
 
 n rooms    m held-out rooms    L tokens a room    C channels of a token
 """

@@ -244,6 +244,7 @@ class PSFM(nn.Module):
         C2 = backbone.feature_dim
         self.encoder = Encoder(C2, D, config.encoder_depth, config.num_heads, config.num_latents,
                                config.num_registers)
+        self.encoder.requires_grad_(config.num_latents > 0)  # else it is not used
         self.decoder = FieldDecoder(D, config.decoder_depth, config.num_heads,
                                     config.num_registers)
         dims = {'geo': C2}
@@ -309,7 +310,7 @@ class PSFM(nn.Module):
         for the encoder; Views of all views, the targets; depth per patch (B,
         V, N) if asked for, else None.
         """
-        # attend: all tokens; read: features and cameras; features: of the patches alone
+        # attend gives all tokens, read their features and cameras, features the patches' alone
         backbone = self.backbone
         patches, grid = backbone.embed(images)  # each view on its own
         index = context_index(view_mask, num_context)  # (B, Vc)
@@ -452,9 +453,9 @@ def weights_of_run(run):
         return path
     if path.endswith('.safetensors'):
         raise InputError(f'no weights at {path}')
-    folder = find_checkpoint(path)
-    file = os.path.join(folder or path, 'model.safetensors')
-    if os.path.isfile(os.path.join(folder or path, 'spatial_vlm.json')):
+    folder = find_checkpoint(path) or path
+    file = os.path.join(folder, 'model.safetensors')
+    if os.path.isfile(os.path.join(folder, 'spatial_vlm.json')):
         raise InputError(f'{path} is a run of finetune.py; this takes one of train.py')
     if not os.path.isdir(path) and is_hub_id(path):
         return fetch(path, 'model.safetensors')

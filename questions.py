@@ -224,7 +224,7 @@ def find_routes(scene):
 def find_orders(scene):
     """In which order do categories appear? The names are drawn when it is asked (`ask_order`)."""
     if len(scene.first) >= 3:
-        yield Candidate(None, None, scene.first, None)
+        yield Candidate(None, None, None, None)
 
 
 KINDS = {        # VSI-Bench's question_type: (column of the table of results, candidates)
@@ -311,11 +311,11 @@ def ask(rooms, room, cells, name, g, used, per_kind=1, fewest=3):
         choices = list(find(scene))
         for _ in range(min(per_kind, len(choices))):
             # the class of answers that was used least
-            fewest = min(used[kind, choice.answer_class] for choice in choices)
+            least = min(used[kind, choice.answer_class] for choice in choices)
             asked = sum(n for key, n in used.items() if key[0] == kind)
-            if kind == 'object_counting' and fewest > 2 + asked / 2:
+            if kind == 'object_counting' and least > 2 + asked / 2:
                 break  # most rooms have nothing but pairs: 'two' is at most half of all answers
-            rarest = [choice for choice in choices if used[kind, choice.answer_class] == fewest]
+            rarest = [choice for choice in choices if used[kind, choice.answer_class] == least]
             chosen = draw(rarest, g)
             choices = [choice for choice in choices if choice.question != chosen.question]
             answer_class, question, options, answer = chosen
@@ -323,7 +323,7 @@ def ask(rooms, room, cells, name, g, used, per_kind=1, fewest=3):
 
             # the options in random order
             if kind == 'obj_appearance_order':
-                question, options, answer = ask_order(options, g, used)
+                question, options, answer = ask_order(scene.first, g, used)
             if options is not None:
                 options = shuffled(options, g)
                 question = question.replace('{options}', ', '.join(options))

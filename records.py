@@ -47,8 +47,8 @@ class Conversations(torch.utils.data.Dataset):
 
     files: paths, with an optional share after a colon ('vsi_590k.jsonl:0.25' takes a quarter, the
     same one every time). A record: `conversations`, and `image` or `images` (a path or a list) or
-    `video` (a file or a folder of frames), paths relative to `media`. <video>, and a single
-    <image> before a video, stand for all its frames. `spar_info`: markers to draw on the images.
+    `video` (a file or a folder of frames), paths relative to `media`. In a record with a video, its
+    one <video> or <image> stands for all frames. `spar_info`: markers to draw on the images.
     All records are looked at beforehand, and their pictures' headers in the first CHECKED. A faulty
     one raises an error that names file and record, or with `skip_bad` is counted and left out.
     """
@@ -104,8 +104,7 @@ class Conversations(torch.utils.data.Dataset):
         for turn in record['conversations']:
             text = str(turn['value'])
             if video:                 # VSI-590K writes <image> before videos too
-                frames = '<image>' * len(images)
-                text = re.sub(r'<(video|image)>\n?', lambda _: frames, text, count=1)
+                text = re.sub(r'<(video|image)>\n?', '<image>' * len(images), text)
             turns.append({'from': turn['from'], 'value': text.replace('<image>\n', '<image>')})
         return dict(images=images, conversations=turns, where=record['where'])
 
@@ -231,10 +230,10 @@ class Encoded(torch.utils.data.Dataset):
         """Indices of batch `number`: one random order an epoch, dealt out to the processes."""
         B, n, seed = self.config.batch, len(self.data), self.config.seed
         turn = number * self.world_size + self.rank  # batches dealt out before this one
-        if number < self.num_maps:
-            B, first = 2 * B, 2 * B * turn
-        else:
-            first = B * (turn + self.num_maps * self.world_size)  # each map batch took 2 B
+        maps = self.num_maps * self.world_size       # the first ones, each of 2 B samples
+        first = B * (turn + min(turn, maps))
+        if turn < maps:
+            B = 2 * B
         return [epoch_order(n, i // n, seed)[i % n] for i in range(first, first + B)]
 
     def sample(self, index, item_of):

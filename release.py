@@ -36,7 +36,7 @@ PSFM_NAMES = {'projection.': 'encoder.projection.', 'query_embed.weight': 'encod
               'encoder.': 'encoder.transformer.', 'pose_tokenizer.': 'decoder.ray_embed.',
               'decoder.': 'decoder.transformer.', 'depth_prob.': 'depth_probe.',
               'aggregator.': 'backbone.aggregator.', 'camera_head.': 'backbone.camera_head.',
-              'depth_head.': 'backbone.depth_head.', 'point_head.': 'backbone.point_head.'}
+              'depth_head.': 'backbone.depth_head.'}
 ADAPTER_NAMES = {'geometry_projector.0.': 'projector.fc1.',
                  'geometry_projector.2.': 'projector.fc2.',
                  'geom_cross_attention.': 'attention.', 'ln.': 'norm.',
@@ -64,14 +64,13 @@ def load_released(psfm, state, source, assign=False):
 
     Only heads and teachers that this PSFM is built without may be left over.
     """
-    skip = ['dino.', 'teacher.', 'geo_mean', 'geo_std', 'sem_mean', 'sem_std']
+    skip = ['dino.', 'teacher.', 'point_head.', 'geo_mean', 'geo_std', 'sem_mean', 'sem_std']
     if psfm.depth_probe is None:
         skip.append('depth_probe.')
     if psfm.teacher is None:
         skip.append('heads.sem.')
-    for head in ('depth', 'point'):
-        if head not in psfm.backbone.config.heads:
-            skip.append(f'backbone.{head}_head.')
+    if 'depth' not in psfm.backbone.config.heads:
+        skip.append('backbone.depth_head.')
     load_strictly(psfm, rename(state, PSFM_NAMES), source, tuple(skip), assign)
 
 

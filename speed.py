@@ -127,8 +127,8 @@ class Step:
 
     def __init__(self, module, loss_of, autocast):
         self.loss_of, self.autocast = loss_of, autocast
-        trained = [p for p in module.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, fused=True)
 
     def forward(self):
         with self.autocast:
@@ -171,7 +171,7 @@ def storages_kept(weights=()):
 
 def bytes_kept(step):
     """What one forward pass keeps for the backward pass."""
-    with storages_kept() as kept:
+    with storages_kept(step.parameters) as kept:
         step.forward().backward()
     step.optimizer.zero_grad(set_to_none=True)
     return sum(kept.values())
@@ -250,17 +250,19 @@ TINY_QWEN = dict(    # the same code on a laptop
                        out_hidden_size=64, window_size=112, fullatt_block_indexes=[1]))
 
 
-def vlm_cost(sizes, train, config, clock, dtype, is_cached=True, grid=(28, 36), frames=8, text=200):
-    """A step of fine-tuning on one conversation about `frames` pictures of `grid` patches. -> dict
+def vlm_cost(sizes, train, config, clock, dtype, is_cached=True, grid=(28, 36)):
+    """A step of fine-tuning on one conversation about eight pictures of `grid` patches. -> dict
 
     With `is_cached` the latents lie ready; else a PSFM of `config` computes them in every step.
     """
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
     device, (h, w) = clock.device, grid
+    frames, text = 8, 200         # pictures, tokens of text
     vlm_config = Qwen2_5_VLConfig(**sizes)
     torch.manual_seed(0)
     with device:
         vlm = Qwen2_5_VLForConditionalGeneration(vlm_config)
+        vlm.to(torch.float32 if train == 'adapter+llm' else dtype)  # as finetune.py holds it
         spatial_vlm = SpatialVLM(vlm, build_adapter(vlm, config.width))
         if train == 'lora':
             add_lora(vlm, 16)

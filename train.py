@@ -28,9 +28,9 @@ from tqdm import tqdm
 
 from common import (InputError, autocast_on, check_finite, command_of, join_processes,
                     load_strictly, open_run, opt, parse_options, peak_memory, pick_dtype, quiet,
-                    read_state, read_weights, run_script, step_generator, with_licence, write_card,
+                    read_state, run_script, step_generator, with_licence, write_card,
                     write_checkpoint, write_json)
-from data import RoomPool, make_source
+from data import RoomPool, make_source, rendering
 from draw import draw_curve, draw_field
 from measure import evaluate_field, field_line, field_table, knows_rooms
 from model import compile_blocks, has_compiler
@@ -61,9 +61,9 @@ class Config(PSFMConfig):
     min_gap: int = opt(1, 'photographs: fewest frames between neighbouring views', low=1)
     max_gap: int = opt(4, 'photographs: most frames between neighbouring views', low=1)
     workers: int = opt(2, 'photographs: processes that read them', low=0)
-    num_rooms: int = opt(400, 'rooms that are kept in memory', low=1)
-    new_rooms: float = opt(1.0, 'rooms that are replaced at each step', low=0)
-    val_scenes: int = opt(96, 'held-out samples to evaluate on', low=1)
+    num_rooms: int = opt(400, 'rooms that are kept in memory, in fours', low=1)
+    new_rooms: float = opt(1.0, 'rooms that are replaced at each batch', low=0)
+    val_scenes: int = opt(96, 'held-out samples to evaluate on, in fours', low=1)
     # optimisation
     init: str = opt('', 'a run of the same sizes to start from, or its file of weights',
                     group='optimisation')
@@ -151,7 +151,8 @@ def flops_per_view(psfm, images, autocast):
 
 def compile_if_possible(psfm, config, device, say):
     """torch.compile, by default on a CUDA GPU, where there is a C compiler."""
-    if not config.compile and not (config.compile is None and device.type == 'cuda'):
+    wanted = device.type == 'cuda' if config.compile is None else config.compile
+    if not wanted:
         return
     if has_compiler():
         compile_blocks(psfm)
@@ -169,14 +170,11 @@ STATISTICS = 4
 
 
 def build_model(config, dtype, device):
-    """-> PSFM on the device, with the weights of --init"""
+    """-> an untrained PSFM on the device"""
     psfm = build_psfm(config, dtype, load_teacher(config.teacher, dtype))
     psfm.encoder.transformer.checkpointing = config.checkpointing
     psfm.decoder.transformer.checkpointing = config.checkpointing
     knows_rooms(psfm, config)  # other categories are refused now, not after the training
-    if config.init and not config.resume:
-        path = weights_of_run(config.init)
-        load_strictly(psfm, read_weights(path)[0], path, skip=FROZEN)
     return psfm.to(device)
 
 
@@ -260,7 +258,7 @@ def save_checkpoint(psfm, optimizers, step, config, dtype, metrics, kept):
                        'second teacher': with_licence(config.teacher),
                        'trained on': f'{config.data}, {step} steps',
                        'latents': f'{config.num_latents} of {config.width} numbers',
-                       'held out': field_line(metrics) if last_r2(metrics) is not None else ''})
+                       'held out': field_line(metrics)})
 
     write_checkpoint(config.out, step, optimizers, config, dtype, metrics, save_model)
 
@@ -322,24 +320,26 @@ def train(name, config):
     psfm = build_model(config, dtype, device)
     multiple = psfm.backbone.config.patch_size
     kept = None
-    begun = config.init and weights_of_run(config.init)
+    path = None
     if config.resume:
-        begun = os.path.join(state['folder'], 'model.safetensors')
-    if begun:  # what these weights never saw stays held out
-        weights, _, options = read_psfm(begun)
-        if options.data == config.data:
+        path = os.path.join(state['folder'], 'model.safetensors')
+    elif config.init:
+        path = weights_of_run(config.init)
+    if path:
+        weights, _, options = read_psfm(path)
+        load_strictly(psfm, weights, path, skip=FROZEN)
+        # what these weights never saw stays held out
+        if os.path.abspath(options.data) == os.path.abspath(config.data):
             kept = getattr(options, 'kept', None)  # weights may be older than this setting
     source = make_source(config, 'train', multiple, device, rank, world_size, say, kept)
     held_out = make_source(config, 'val', multiple, device, say=quiet, kept=kept)
     log = open_run(config, first, is_main)
     optimizers = make_optimizers(psfm, config, device, dtype)
     if config.resume:
-        load_strictly(psfm, weights, state['folder'], skip=FROZEN)
         load_optimizers(optimizers, state['folder'])
     say(banner(name, config, psfm, source, held_out, device, dtype, reason))
     # the rooms of the first batch are rendered now (of photographs, nothing is prepared)
-    source.advance(first * config.accumulate,
-                   lambda due: tqdm(due, 'rendering rooms', leave=False, disable=None))
+    source.advance(first * config.accumulate, rendering)
     if not config.resume and not config.init:
         measure_statistics(psfm, source, config, autocast)
     loader = make_loader(source, config, device, first * config.accumulate)
@@ -353,7 +353,7 @@ def train(name, config):
     compile_if_possible(psfm, config, device, say)
     ddp = torch.nn.parallel.DistributedDataParallel(psfm) if world_size > 1 else psfm
     trained = [p for p in psfm.parameters() if p.requires_grad]
-    psfm.train()  # not the frozen backbone: see VGGT.freeze
+    psfm.train()  # not the frozen backbone: see Backbone.freeze
 
     metrics = state['metrics']
     busy = 0.0

@@ -44,7 +44,7 @@ class VGGTConfig:
     camera_depth: int = 4
     camera_heads: int = 16
     camera_iterations: int = 4
-    heads: tuple = ('camera', 'depth')    # of camera, depth, point (DPT), cells (the mini's)
+    heads: tuple = ('camera', 'depth')    # of camera, depth (DPT), cells (the mini's)
     dpt_features: int = 256
     dpt_channels: tuple = (256, 512, 1024, 1024)
     dpt_layers: tuple = (4, 11, 17, 23)
@@ -155,7 +155,7 @@ class Aggregator(nn.Module):
         patches = self.patch_embed(normalised, grid)  # (B V, N, C)
         return patches.unflatten(0, images.shape[:2]), grid
 
-    def attend(self, patches, grid, num_context=None, layers=(-1,)):
+    def mix(self, patches, grid, num_context=None, layers=(-1,)):
         """Patch tokens (B, V, N, C) -> {layer: tokens (B, V, P, 2C)} for the given layers.
 
         Only these are kept; -1 is the last. With `num_context`, the first so many views see only
@@ -262,8 +262,6 @@ class VGGT(Backbone):
             self.camera_head = CameraHead(config)
         if 'depth' in config.heads:
             self.depth_head = DPTHead(config, 2)
-        if 'point' in config.heads:
-            self.point_head = DPTHead(config, 4)
         if 'cells' in config.heads:
             self.depth_cells = CellHead(dim, 1, config.cells)
             self.class_cells = CellHead(dim, len(config.classes), config.cells)
@@ -285,7 +283,7 @@ class VGGT(Backbone):
         return self.aggregator.embed(images)
 
     def mix(self, patches, grid, num_context, layers):
-        return self.aggregator.attend(patches, grid, num_context, layers)
+        return self.aggregator.mix(patches, grid, num_context, layers)
 
     def cameras(self, tokens, size):
         return pose_encoding_to_cameras(self.camera_head(tokens)[-1], size)
@@ -311,10 +309,9 @@ class VGGT(Backbone):
         return model
 
     def load(self, state, source, assign=False):
-        """Strict, but for heads that this model is built without. The track head is never built."""
-        skip = ['track_head.']
-        skip += [f'{head}_head.' for head in ('camera', 'depth', 'point')
-                 if head not in self.config.heads]
+        """Strict, but for heads that this model is built without: tracks and points always."""
+        skip = ['track_head.', 'point_head.']
+        skip += [f'{head}_head.' for head in ('camera', 'depth') if head not in self.config.heads]
         if 'cells' not in self.config.heads:
             skip += ['depth_cells.', 'class_cells.']
         load_strictly(self, state, source, tuple(skip), assign)

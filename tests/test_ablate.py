@@ -61,7 +61,7 @@ def run(value):
 def test_intervals_are_of_student_and_differences_are_paired():
     text = comparison({'a': [run(x) for x in (0.1, 0.2, 0.3)],
                        'b': [run(x) for x in (0.2, 0.3, 0.4)]})
-    rows = [line.split() for line in text.splitlines()[1:]]
+    rows = [line.split() for line in text.splitlines()[1:-1]]
     assert [row[0] for row in rows] == ['a', 'b', 'b']
     # standard deviation 0.1 of three: 4.30 x 0.1 / sqrt(3)
     assert rows[0][1:3] == ['0.200', '±0.248'] and rows[1][1:3] == ['0.300', '±0.248']
@@ -146,6 +146,10 @@ def test_a_run_that_was_cut_off_goes_on(tmp_path, monkeypatch):
             main(arguments)
     main(arguments)
     assert [step for step, _ in losses(tmp_path / 'as-it-is-0')] == [1, 2, 3]
+
+    # and is kept, like one that was not
+    monkeypatch.setattr(train, 'train', lambda name, config: pytest.fail('it was trained again'))
+    main(arguments)
 
 
 def test_half_of_the_views_are_shown_to_every_run():
@@ -325,7 +329,7 @@ def test_every_arm_is_trained_with_every_seed(tiny_vlm, tmp_path, capsys, monkey
     (['field', '--lrr', '1'], 'no option --lrr'),
     (['worlds', '--steps', '3'], 'no option --steps'),
     (['limits', '--run', 'nowhere'], 'no checkpoint in nowhere: train first'),
-    (['field', '--seeds', '1', '1'], 'argument --seeds: each of them once'),
+    (['field', '--seeds', '1', '1'], '1 1: each of them once'),
     (['fields'], "invalid choice: 'fields'"),
 ])
 def test_bad_input(arguments, message, capsys):

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 import eval as evaluation
@@ -184,6 +185,14 @@ def test_lora(vlm, cached, tmp_path):
     model, _, settings = load_spatial_vlm(str(tmp_path / 'run' / 'checkpoint'))
     assert settings['lora_rank'] == 16
     assert any('lora_B' in name and p.abs().max() > 0 for name, p in model.named_parameters())
+
+    # a file that lacks an update is refused
+    path = str(tmp_path / 'run' / 'checkpoint' / 'lora.safetensors')
+    whole = load_file(path)
+    save_file(dict(list(whole.items())[1:]), path)
+    with pytest.raises(InputError, match='does not fit this .*: missing .*lora_'):
+        load_spatial_vlm(str(tmp_path / 'run' / 'checkpoint'))
+    save_file(whole, path)
 
     # merged into a plain folder it says the same
     for name, p in model.named_parameters():

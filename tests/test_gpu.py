@@ -16,7 +16,7 @@ from chat import load_vlm, to_device
 from common import autocast_on
 from data import RoomPool
 from model import compile_blocks
-from optim import make_optimizers, take_step
+from optim import make_optimizers, shard_model, take_step
 from psfm import PSFM, PSFMConfig, load_psfm
 from questions import RoomQuestions
 from test_parity import CHECKS, FILES, read
@@ -161,5 +161,5 @@ def test_fsdp(one_process, tmp_path):
         return loss.item(), getattr(norm, 'full_tensor', lambda: norm)().item()
 
     whole = step()
-    finetune.shard_model(model)
+    shard_model(model)
     assert step() == pytest.approx(whole, rel=1e-4)

@@ -202,12 +202,11 @@ def test_parity(path):
 
 
 def load_vggt(state):
-    VGGT(VGGTConfig(heads=('camera', 'depth', 'point'))).load(state, 'it', assign=True)
-    VGGT().load(state, 'it', assign=True)  # without the point head
+    VGGT().load(state, 'it', assign=True)
 
 
 def load_psfm(state):
-    vggt = VGGTConfig(global_qk_norm='rms', heads=('camera', 'depth', 'point'))
+    vggt = VGGTConfig(global_qk_norm='rms')
     psfm = PSFM(VGGT(vggt), Config(**PRESETS['base']), Teacher(1024))
     state = {name.removeprefix('model.'): x for name, x in state.items()}  # as read_released
     load_released(psfm, state, 'it', assign=True)

@@ -21,7 +21,7 @@ SIZE, GRID = (16, 24), (2, 3)
 def make_psfm(teacher=None, **settings):
     torch.manual_seed(0)
     sizes = dict(width=32, encoder_depth=2, decoder_depth=2, num_heads=2, num_latents=6)
-    return PSFM(make(TINY), PSFMConfig(**sizes, **settings), teacher)
+    return PSFM(make(TINY), PSFMConfig(**{**sizes, **settings}), teacher)
 
 
 def encode(psfm, images, mask):
@@ -217,3 +217,12 @@ def test_latents_of_images_of_another_shape_or_range_are_refused(images, wrong):
     with pytest.raises(InputError, match='images .B, V, 3, H, W. from 0 to 1') as error:
         psfm.latents(images)
     assert wrong in str(error.value)
+
+
+@pytest.mark.parametrize('num_latents', [0, 6])
+def test_what_is_trained_is_what_gets_a_gradient(num_latents):
+    psfm = make_psfm(num_latents=num_latents)
+    psfm(torch.rand(1, 4, 3, *SIZE), torch.Generator().manual_seed(0))['loss'].backward()
+    trained = {name for name, p in psfm.named_parameters() if p.requires_grad}
+    assert trained == {name for name, p in psfm.named_parameters() if p.grad is not None}
+    assert any(name.startswith('encoder.') for name in trained) == bool(num_latents)

@@ -107,6 +107,15 @@ def test_resume_in_bf16_with_a_pool_that_moves_on(tmp_path):
     assert losses(parts) == losses(whole) and evaluations(parts) == [4, 8]
 
 
+def test_a_run_goes_on_in_its_dtype_or_in_the_one_that_is_asked_for(tmp_path, capsys):
+    options = [x for x in TINY if x not in ('--dtype', 'float32')] + ['--out', str(tmp_path)]
+    main([*options, '--steps', '1', '--dtype', 'bfloat16'])
+    main([*options, '--steps', '2', '--resume'])
+    assert capsys.readouterr().out.count('cpu, torch.bfloat16 (as asked') == 2
+    main([*options, '--steps', '3', '--resume', '--dtype', 'float32'])
+    assert 'cpu, torch.float32 (as asked' in capsys.readouterr().out
+
+
 def test_a_run_leaves_what_it_promises(tmp_path, capsys):
     main([*TINY, '--out', str(tmp_path), '--steps', '2'])
     assert {path.name for path in tmp_path.iterdir()} \
@@ -391,7 +400,8 @@ def test_what_is_held_out_stays_so_when_the_folder_grows(scenes, tmp_path, monke
     assert held_out <= names('val')
     assert not held_out & names('train')
     assert len(names('train')) >= 16
-    other = [str(tmp_path / 'other') if x == str(tmp_path / 'out') else x for x in options]
+    new = {str(tmp_path / 'out'): str(tmp_path / 'other'), str(photos): f'{photos}/'}
+    other = [new.get(x, x) for x in options]                            # the same folder
     main([*other, '--steps', '1', '--init', str(tmp_path / 'out')])     # begins with its weights
     assert held_out <= names('val')
     assert not held_out & names('train')
@@ -543,7 +553,7 @@ def test_broken_numbers_never_replace_a_checkpoint():
     config = SimpleNamespace(out='x')
     assert train.check_finite({'loss': fine}, fine, [fine], 3, config) == {'loss': 1.0}
     for loss, norm, weight in ((broken, fine, fine), (fine, broken, fine), (fine, fine, broken)):
-        with pytest.raises(InputError, match='step 3: loss .*x/checkpoint is as it was'):
+        with pytest.raises(InputError, match='step 3: loss .*begin anew .* x/checkpoint'):
             train.check_finite({'loss': loss}, norm, [fine, weight], 3, config)
 
 
