@@ -191,8 +191,9 @@ def export(page, path, room=5, context=(0, 2, 4, 6), places=5, turns=12):
 
 def make_world(args, device):
     psfm, config = load_psfm(args.run, device)
-    if config.num_latents == 0:
-        raise InputError(f'{args.run} has no latents (--num-latents 0): there is nothing to see')
+    if config.num_latents == 0 or config.decoder_depth == 0:
+        raise InputError(f'{args.run} has no latents, or no block that attends to them: there is '
+                         'nothing to see')
     if args.images or args.video:
         if args.vlm or (args.images and args.video):
             raise InputError('--images, --video and --vlm (which knows rooms): one of them')
