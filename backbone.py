@@ -133,12 +133,9 @@ class Backbone(nn.Module):
     """Sees unposed views; never trained with PSFM. A subclass has
 
         config          patch_size, width C, heads (names of those that are built), dpt_layers
-        transformer     the module whose matrices `freeze` casts
+        transformer     embeds and mixes (see below), and has camera_token, a parameter that no two
+                        backbones share; `freeze` casts its matrices
         num_special     tokens of a view in front of its patches; the first is its camera's
-        camera_token    a parameter that no two backbones share
-        embed(images)   -> patch tokens (B, V, N, C) of each view on its own, grid (h, w)
-        mix(patches, grid, num_context, layers)  -> {layer: tokens (B, V, P, 2C)}; the first
-                        num_context views attend to each other only, the others to all
         cameras(tokens, size)  camera tokens (B, V, 2C) -> extrinsics, intrinsics
         depth_head      if 'depth' is among its heads: a DPTHead
         from_state(state, metadata, path)  -> itself, from the names and tensors of a file
@@ -156,6 +153,15 @@ class Backbone(nn.Module):
     @property
     def feature_dim(self):
         return 2 * self.config.width
+
+    def embed(self, images):
+        """-> patch tokens (B, V, N, C) of each view on its own, grid (h, w)"""
+        return self.transformer.embed(images)
+
+    def mix(self, patches, grid, num_context, layers):
+        """-> {layer: tokens (B, V, P, 2C)}. The first `num_context` views attend to each other
+        only, the others to all."""
+        return self.transformer.mix(patches, grid, num_context, layers)
 
     def forward(self, images, view_mask=None, num_context=None):
         """Images (B, V, 3, H, W) in [0, 1] -> Views. Masks as in `attend`."""
@@ -240,7 +246,7 @@ class Backbone(nn.Module):
         for name, x in sorted(self.state_dict().items()):
             numbers = x.detach().to('cpu', torch.bfloat16).contiguous().view(torch.int16).numpy()
             whole = zlib.crc32(numbers.data, zlib.crc32(name.encode(), whole))
-        token = zlib.crc32(self.camera_token.detach().cpu().float().numpy().tobytes())
+        token = zlib.crc32(self.transformer.camera_token.detach().cpu().float().numpy().tobytes())
         return f'{whole:08x}{token:08x}'
 
 

@@ -108,6 +108,7 @@ def mean_of_groups(means, groups):
 
 
 class VSIBench:
+    """As all four: read(root) -> docs; place(doc, i, root) adds `key` and `media` to one; and so on."""
     title = 'VSI-Bench'
     fields = 'dataset', 'scene_name', 'question_type', 'question', 'ground_truth'
     numerical = ('object_counting', 'object_abs_distance', 'object_size_estimation',
@@ -180,7 +181,7 @@ class CVBench:
                 f'information.\n\n{doc["prompt"]}')
 
     def score(self, doc, output, corrected=False):
-        """The first letter, after brackets and blanks: so that 'The answer is C' says T."""
+        """The first letter, after brackets and blanks: 'The answer is C' counts as T."""
         found = re.match(r'[\(\s]*([A-Z])[\)\.\s]*', output.strip(), re.IGNORECASE)
         return float(found is not None and found[1].upper() == doc['answer'].strip('()').upper())
 
@@ -324,7 +325,7 @@ def read_benchmark(name, root):
         lacking = [field for field in BENCHMARKS[name].fields if doc.get(field) is None]
         if lacking:
             raise InputError(f'{root}: question {i} of {name} has no {" nor ".join(lacking)}')
-        try:  # what is done with it later
+        try:  # all that will be done with it
             BENCHMARKS[name].place(doc, i, root)
             if not doc['media'] or not all(isinstance(x, (str, bytes)) for x in doc['media']):
                 raise TypeError('it has no pictures, or what is neither bytes nor a path')
@@ -398,8 +399,10 @@ def leave_out_lost(docs, root):
         is_video = isinstance(doc['media'], str)
         faults = [media_fault(path, is_video, with_header=False) for path in media_paths(doc)]
         faults = list(filter(None, faults))
-        there += [] if faults else [doc]
-        lost += faults[:1]
+        if faults:
+            lost.append(faults[0])
+        else:
+            there.append(doc)
     if lost:
         zipped = glob.glob(os.path.join(glob.escape(root), '*.zip'))
         hint = f" (in {root} lie .zip files: unpack them there, unzip '*.zip')" if zipped else ''

@@ -5,7 +5,7 @@ One plain ViT. Its first blocks see each view alone, and are the patch embed her
 on, even blocks see one view and odd blocks all views, with a camera token in the place of the
 class token.
 
-    DA3.from_pretrained('depth-anything/DA3-SMALL')     # 34 M parameters, patch 14
+    DA3.from_pretrained('depth-anything/DA3-SMALL')     # 34 M parameters in the file, patch 14
 
 Module names are those of the released weights without their first 'model.'. Shapes as in model.py;
 P = 1 camera token + N.
@@ -153,18 +153,8 @@ class DA3(Backbone):
         return self.backbone['pretrained']
 
     @property
-    def camera_token(self):
-        return self.transformer.camera_token
-
-    @property
     def depth_head(self):
         return self.head
-
-    def embed(self, images):
-        return self.transformer.embed(images)
-
-    def mix(self, patches, grid, num_context, layers):
-        return self.transformer.mix(patches, grid, num_context, layers)
 
     def features(self, tokens):
         """Tokens (B, V, P, 2C) -> patch features (B, V, N, 2C): the second half is normalised."""

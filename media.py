@@ -28,7 +28,7 @@ FRAMES = 'out/frames'               # what is taken out of videos; nothing is wr
 Image.MAX_IMAGE_PIXELS = None       # Pillow's own limit is one for all
 MOST_PIXELS = 180_000_000
 MOST_PIXELS_OF_JPEG = 500_000_000
-THINNEST = 200                      # more times as long as wide: no photograph, and no VLM takes it
+THINNEST = 200                      # times as long as wide: no photograph, and no VLM takes it
 
 
 # -----------------------------------------------------------------------------
@@ -62,7 +62,7 @@ def is_photo(name):
 
 
 def list_photos(folder):
-    """The pictures directly in a folder, but not the depth maps and the like among them."""
+    """The pictures directly in a folder; depth maps and the like only if there is nothing else."""
     pictures = list_files(folder, PICTURES) if os.path.isdir(folder) else []
     photos = [path for path in pictures if is_photo(os.path.basename(path))]
     return photos or pictures
@@ -107,7 +107,7 @@ def open_picture(path, width=None):
     """A picture file (or a file object) -> PIL image, upright, RGB.
 
     Any mode will do: grey, palette, alpha (on white), CMYK, 16 bits. `width`: what it will be
-    resized to, so that a large JPEG need not be decoded in full; without it, beyond 8192 pixels.
+    resized to: a large JPEG is not decoded in full, nor is any of more than 8192 pixels a side.
     Raises InputError with the path if it cannot be read to its end.
     """
     try:
@@ -149,11 +149,11 @@ def reading_fault(path):
 
 
 def media_fault(path, is_video=False, with_header=True):
-    """What can be said against a file at a glance, without decoding it, or None."""
+    """What is wrong with a file, as far as one sees without decoding it, or None."""
     if not os.path.exists(path):
         return f'missing {path}'
     if os.path.isdir(path):
-        return None if is_video and list_photos(path) else f'{path} is a folder'
+        return None if is_video and list_photos(path) else f'{path} is a folder without frames'
     if os.path.getsize(path) == 0:
         return f'{path} is empty'
     if is_video or not with_header:
@@ -240,6 +240,8 @@ def decode_video(path, num_frames, every):
             if not container.streams.video:
                 raise InputError(f'{path} has no pictures, only sound')
             times, has_times = shown_times(container)
+        if not times:
+            raise InputError(f'{path} has no pictures that could be decoded')
         wanted = [times[i] for i in choose_frames(times, num_frames, every)]
         with av.open(path) as container:
             stream = container.streams.video[0]
@@ -280,18 +282,20 @@ def shown_times(container):
     return sorted(time for time in times if time >= times[0]), True
 
 
-def extract_frames(path, per_second=2, height=518):
-    """Frames of a video, as JPEGs in a folder of ours, once for each state of the file."""
+def extract_frames(path):
+    """Frames of a video, two a second, as JPEGs in a folder of ours, once for each state of the
+    file. Their shorter side has 518 pixels at most."""
     stat = os.stat(path)
-    state = f'{os.path.abspath(path)} {stat.st_size} {stat.st_mtime_ns}'
+    state = f'{os.path.abspath(path)} {stat.st_size} {stat.st_mtime_ns} 518'
     folder = os.path.join(FRAMES, hashlib.sha256(os.fsencode(state)).hexdigest()[:16])
     if os.path.isdir(folder):
         return folder
     unfinished = f'{folder}.{os.getpid()}'
     os.makedirs(unfinished, exist_ok=True)
     try:
-        for i, frame in enumerate(read_video(path, 10 ** 6, every=1 / per_second)):
-            frame = frame.resize((max(1, frame.width * height // frame.height), height))
+        for i, frame in enumerate(read_video(path, 10 ** 6, every=0.5)):
+            scale = min(1, 518 / min(frame.size))
+            frame = frame.resize((round(scale * frame.width), round(scale * frame.height)))
             frame.save(os.path.join(unfinished, f'{i:06d}.jpg'), quality=92)
         if not os.path.isdir(folder):  # or another process was faster
             os.replace(unfinished, folder)
@@ -301,7 +305,7 @@ def extract_frames(path, per_second=2, height=518):
 
 
 # -----------------------------------------------------------------------------
-# what a benchmark's pictures must show
+# markers on the pictures of SPAR's training records
 
 MARKER_COLOURS = {'red': (255, 0, 0), 'green': (0, 255, 0), 'blue': (0, 0, 255),
                   'yellow': (255, 255, 0)}
@@ -438,7 +442,8 @@ def find_scenes(root, say=print):
     def cannot_list(error):
         say(f'{error.filename} cannot be listed ({error.strerror}); left out')
 
-    for folder, below, _ in os.walk(root, followlinks=True, onerror=cannot_list):
+    walk = os.walk(root, followlinks=True, onerror=cannot_list)
+    for folder, below, _ in walk if os.path.isdir(root) else ():
         if os.path.realpath(folder) in seen:  # links lead back
             below.clear()
             continue

@@ -198,7 +198,10 @@ def make_world(args, device):
         if args.vlm or (args.images and args.video):
             raise InputError('--images, --video and --vlm (which knows rooms): one of them')
         if args.images:
-            paths = next(iter(find_scenes_or_say_why(args.images).scenes.values()))
+            scenes = find_scenes_or_say_why(args.images).scenes
+            name, paths = next(iter(scenes.items()))
+            if len(scenes) > 1:
+                print(f'{args.images} holds {len(scenes)} scenes; this page shows {name}')
             paths = [paths[i] for i in even_frames(len(paths), args.views)]
             pictures = [open_picture(path, config.image_width) for path in paths]
         else:

@@ -9,7 +9,7 @@ about rooms that neither met, and both are also given what z should be better
 than: the backbone's features as one mean and as means over 2 x 2 patches, and
 the latents of an untrained encoder.
 
-n rooms    m held-out rooms    L tokens a room    C channels of a token
+n rooms    m held-out rooms    L tokens a room    C channels of a token, or categories
 """
 import math
 

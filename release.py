@@ -22,6 +22,7 @@ from unittest import mock
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 
 from adapter import (ENCODER, Adapter, SpatialVLM, load_spatial_vlm, merge_lora,
                      save_spatial_vlm)
@@ -97,6 +98,20 @@ def read_released(path):
                          f'({str(error).splitlines()[0]})') from error
 
 
+def is_released(path):
+    """Whether a file or a folder is of the release: train.py's weights hold their options."""
+    if not os.path.isdir(path):
+        return path.endswith(('.ckpt', '.pt'))
+    files = glob.glob(os.path.join(path, '*.safetensors'))
+    if not files or find_checkpoint(path):
+        return False
+    try:
+        with safe_open(files[0], 'pt') as file:
+            return 'config' not in (file.metadata() or {})
+    except SafetensorError:           # whoever reads it will say so
+        return True
+
+
 def count_blocks(state, prefix):
     """The number of blocks below `prefix`."""
     return len({name.split('.')[0] for name in without_prefix(state, prefix)})
@@ -127,8 +142,7 @@ def open_psfm(path, device='cpu'):
     features are not standardised there.
     """
     path = os.fspath(path)
-    is_folder = os.path.isdir(path) and not find_checkpoint(path) and read_folder(path)
-    if not is_folder and not path.endswith(('.ckpt', '.pt')):
+    if not is_released(path):
         psfm, config = load_psfm(path, device)
         if config.num_latents == 0:
             raise InputError(f'{path} has no latents (--num-latents 0) that a VLM could be given')
@@ -138,7 +152,7 @@ def open_psfm(path, device='cpu'):
         raise InputError(f'{path} holds no released Spa3R (no query_embed.weight)')
     keep = ('projection.', 'query_embed.', 'encoder.', 'decoder.', 'pose_tokenizer.', 'heads.geo.',
             'aggregator.', 'camera_head.')
-    state = {name: tensor for name, tensor in state.items() if name.startswith(keep)}
+    state = {name: x.float() for name, x in state.items() if name.startswith(keep)}
 
     num_latents, width = state['query_embed.weight'].shape
     vggt = released_vggt_config(state)
@@ -227,7 +241,8 @@ def build_release(folder, vggt, config):
 # Spa3-VLM
 
 def released_adapter(state):
-    """The adapter's weights in a state of the release (any prefix before them), under our names."""
+    """The adapter's weights in a state of the release, under our names. Any prefix may stand before
+    them, but none of another part of the VLM or of Spa3R."""
     renamed = {}
     for name, tensor in state.items():
         for theirs, ours in ADAPTER_NAMES.items():
@@ -253,7 +268,8 @@ def open_spatial_vlm(folder, max_pixels=None):
                          '(spatial_vlm.json) nor the release (weights geom_cross_attention.*)')
     vlm, chat = load_vlm(folder, max_pixels=max_pixels, leave=('geometry_', 'geom_', 'ln.'))
     hidden, latent_width = ours['projector.fc1.weight'].shape
-    adapter = Adapter(latent_width, hidden, hidden // len(ours['attention.q_norm.weight']))
+    head_dim = len(ours['attention.q_norm.weight'])
+    adapter = Adapter(latent_width, hidden, hidden // head_dim)
     load_strictly(adapter, {name: x.float() for name, x in ours.items()}, folder)
     settings = dict(vlm=folder, latents='psfm', encoder=folder, latent_width=latent_width,
                     num_frames=8)
@@ -271,7 +287,7 @@ def export_spatial_vlm(folder, out):
     settings = dict(settings, lora_rank=0)
     os.makedirs(out, exist_ok=True)
     encoder = settings['encoder']
-    if os.path.isdir(encoder) and not find_checkpoint(encoder) or encoder.endswith('.ckpt'):
+    if is_released(encoder):
         settings['encoder'] = os.path.abspath(encoder)
     elif settings['latents'] not in ('none', 'oracle'):
         shutil.copyfile(weights_of_run(encoder), os.path.join(out, ENCODER))

@@ -275,16 +275,6 @@ class VGGT(Backbone):
     def num_special(self):
         return self.aggregator.num_special
 
-    @property
-    def camera_token(self):
-        return self.aggregator.camera_token
-
-    def embed(self, images):
-        return self.aggregator.embed(images)
-
-    def mix(self, patches, grid, num_context, layers):
-        return self.aggregator.mix(patches, grid, num_context, layers)
-
     def cameras(self, tokens, size):
         return pose_encoding_to_cameras(self.camera_head(tokens)[-1], size)
 

@@ -104,7 +104,7 @@ class World:
         return score.result()['r2']
 
     def decode(self, z, extrinsics, intrinsics, size, grid):
-        """z (B, Q, D) of one camera (3, 4) -> features (B, N, 2C), shares of the latents (N, Q)."""
+        """z (B, Q, D) of one camera (3, 4) -> features (B, N, 2C), the first z's shares (N, Q)."""
         cameras = extrinsics.expand(len(z), 1, 3, 4), intrinsics.expand(len(z), 1, 3, 3)
         predicted, shares = attention_to_latents(
             self.psfm, lambda: self.psfm.decode(z, *cameras, size, grid))
@@ -240,12 +240,12 @@ class RoomWorld(World):
         return dict(truth=record['ground_truth'], answer=answer)
 
 
-def level_camera(x, height, y, yaw, pitch):
-    """A camera in the world of photographs (right, down, ahead), without roll: yaw 0 looks to the
+def level_camera(right, down, ahead, yaw, pitch):
+    """A camera at a place in the world of photographs, without roll: yaw 0 looks to the
     right, a quarter turn ahead; pitch is up. -> extrinsics (3, 4)"""
     forward = torch.tensor([math.cos(yaw) * math.cos(pitch), -math.sin(pitch),
                             math.sin(yaw) * math.cos(pitch)])
-    return look_along(torch.tensor([x, height, y]), forward, torch.tensor([0.0, 1.0, 0.0]))
+    return look_along(torch.tensor([right, down, ahead]), forward, torch.tensor([0.0, 1.0, 0.0]))
 
 
 class PhotoWorld(World):
@@ -309,9 +309,9 @@ class PhotoWorld(World):
         if depth is not None:
             far = depth.max()
             tiles['depth'] = as_tile(to_grey(1 - (depth[near] / far).unflatten(-1, views.grid)))
-        if self.psfm.depth_probe is not None:
-            read = self.psfm.read_depth(z, camera[None, None], intrinsics[None, None], size,
-                                        views.grid)[0, 0]
-            tiles['depth predicted'] = as_tile(to_grey(1 - (read / far).unflatten(-1, views.grid)))
+            if self.psfm.depth_probe is not None:
+                read = self.psfm.read_depth(z, camera[None, None], intrinsics[None, None], size,
+                                            views.grid)[0, 0] / far
+                tiles['depth predicted'] = as_tile(to_grey(1 - read.unflatten(-1, views.grid)))
         return dict(picture=to_picture(self.images[0, near]), tiles=tiles, grid=views.grid,
                     attention=as_bytes(shares / shares.amax(-1, keepdim=True)))

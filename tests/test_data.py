@@ -477,10 +477,11 @@ def test_a_broken_video_is_left_out_by_name(tmp_path, capsys):
     assert f'{tmp_path}/b.mp4 cannot be read as a video' in capsys.readouterr().out
 
 
-def test_one_film_is_a_data_set(tmp_path):
+def test_one_film_is_a_data_set(tmp_path, capsys):
     path = str(make_video(tmp_path / 'film.MP4', frames=80))
     found = find_scenes(path)
     assert found.layout == 'videos' and len(found.scenes['film.MP4']) == 16
+    assert capsys.readouterr().out == ''
     train, val = [PhotoFolder(path, split, 0, 28, 14, 4) for split in ('train', 'val')]
     assert (len(train.scenes[0]), len(val.scenes[0])) == (12, 4)
     assert 'layout videos, 1 scenes, 16 pictures' in check(path)

@@ -154,7 +154,6 @@ def documents(dice, folder):
         for corrected in (False, True):
             value = score(name, doc, dice.choice(OUTPUTS), corrected)
             assert 0 <= value <= 1
-    assert name in BENCHMARKS
 
 
 def pictures(dice, folder):

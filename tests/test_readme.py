@@ -16,7 +16,7 @@ import mini_vggt
 import mini_vlm
 import page
 import train
-from common import parse_options
+from common import InputError, parse_options
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(path.name for path in ROOT.glob('*.py'))
@@ -105,7 +105,7 @@ def test_there_are_commands_to_check():
     'python bench.py --view 8', 'python data.py chek photos/', 'python mini_vlm.py --batch 0',
     'python rooms.py 3', 'python nowhere.py'])
 def test_a_wrong_command_would_be_noticed(command, monkeypatch, capsys):
-    with pytest.raises((Exception, SystemExit)):
+    with pytest.raises((InputError, AssertionError, SystemExit)):
         test_a_command_is_understood('README.md', command.split(), monkeypatch)
 
 

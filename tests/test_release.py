@@ -1,4 +1,6 @@
 """The second teacher, and what is published of Spa3R in miniature."""
+import shutil
+
 import numpy as np
 from PIL import Image
 import pytest
@@ -88,6 +90,22 @@ def test_released_encoder(released):
     cameras = torch.eye(4)[:3].expand(1, 2, 3, 4), torch.eye(3).expand(1, 2, 3, 3)
     asked = psfm.latents(images), *cameras, (28, 42), (2, 3)
     assert torch.allclose(again.decode(*asked), psfm.decode(*asked), atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_release_in_half_precision(released, tmp_path):
+    path, psfm = released
+    state = torch.load(path, weights_only=True)['state_dict']
+    torch.save({name: x.half() for name, x in state.items()}, tmp_path / 'half.pt')
+    again, _ = open_psfm(tmp_path / 'half.pt')
+    images = torch.rand(1, 2, 3, 28, 42)
+    assert torch.allclose(again.latents(images), psfm.latents(images), atol=0.05)
+
+
+def test_a_folder_with_weights_of_ours_is_not_taken_for_the_release(tmp_path):
+    shutil.copy('weights/psfm_small.safetensors', tmp_path / 'model.safetensors')
+    psfm, config = open_psfm(tmp_path)
+    assert config.data == 'rooms' and psfm.standardised
 
 
 def test_files_that_are_no_released_encoder(released, tmp_path):
