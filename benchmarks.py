@@ -372,12 +372,12 @@ def aggregate(name, scored):
 # asking
 
 @torch.no_grad()
-def generate(model, chat, z, items, autocast, max_new_tokens=16):
+def generate(model, chat, z, items, max_new_tokens):
     """Greedy answers to items that end with a question. z: their scenes' latents, or None."""
-    device = next(model.parameters()).device
+    device = model.vlm.device
     batch = chat.batch([chat.encode(item) for item in items], left=True)
     batch = {name: x.to(device) for name, x in batch.items() if name != 'labels'}
-    with autocast:
+    with autocast_on(device, model.vlm.dtype):
         ids = model.generate(latents=z, do_sample=False, max_new_tokens=max_new_tokens,
                              eos_token_id=model.ends(chat),
                              pad_token_id=chat.tokenizer.pad_token_id, **batch)
@@ -444,7 +444,6 @@ def ask_benchmark(name, docs, answerer, path, num_frames, batch):
     `answerer`: (SpatialVLM, Chat, SceneLatents or None).
     """
     model, chat, latents = answerer
-    autocast = autocast_on(next(model.parameters()).device, torch.float32)
     answers = read_answers(path) if os.path.isfile(path) else {}
     due = [doc for doc in docs if doc['key'] not in answers]
     print(f'{len(due)} questions to ask, {len(docs) - len(due)} answered before, in {path}')
@@ -466,7 +465,7 @@ def ask_benchmark(name, docs, answerer, path, num_frames, batch):
             if not items:
                 continue
             z = latents([item['images'] for item in items]) if latents else None
-            outputs = generate(model, chat, z, items, autocast, BENCHMARKS[name].new_tokens)
+            outputs = generate(model, chat, z, items, BENCHMARKS[name].new_tokens)
             for key, output in zip(keys, outputs):
                 answers[key] = output
                 file.write(json.dumps(dict(key=key, output=output)) + '\n')

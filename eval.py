@@ -185,23 +185,24 @@ def local(run):
     return fetch(run) if not os.path.isdir(run) and is_hub_id(run) else run
 
 
-def load_answerer(run, device, max_pixels=None, num_rooms=192):
+def load_answerer(run, device, max_pixels=None, num_rooms=192, dtype=None):
     """-> (SpatialVLM, Chat, SceneLatents or None), settings; ready to answer.
 
     `run`: a run of finetune.py or mini_vlm.py, a mini VLM, a Spa3-VLM folder of the release, or a
-    hub id.
+    hub id. `dtype` of the VLM: None is bf16 on a CUDA GPU, fp32 elsewhere.
     """
+    dtype = dtype or (torch.bfloat16 if torch.device(device).type == 'cuda' else torch.float32)
     run = local(run)
     if not os.path.isdir(run):
         raise InputError(f'no folder of a run at {run}: fine-tune first (python finetune.py '
                          '--config small)')
     folder = find_checkpoint(run) or run
     if os.path.isfile(os.path.join(folder, 'sight.safetensors')):  # a mini VLM, not fine-tuned
-        vlm, chat = load_vlm(folder)
+        vlm, chat = load_vlm(folder, dtype)
         model = SpatialVLM(vlm)
         settings = dict(vlm=folder, latents='none', num_frames=8)
     else:
-        model, chat, settings = open_spatial_vlm(folder, max_pixels)
+        model, chat, settings = open_spatial_vlm(folder, dtype, max_pixels)
     if hasattr(model.vlm.config, 'classes'):
         check_classes(model.vlm.config.classes, run, 'python mini_vlm.py')
     latents = None
@@ -223,9 +224,9 @@ def rooms(args):
     trained = loaded[0][1].get('num_rooms', 3000)  # the rooms that a prior may know
     held_out = RoomQuestions('val', 0, args.rooms)
     train_data = RoomQuestions('train', 0, trained, rendering)
-    autocast = autocast_on(device, torch.float32)
     arms = {}
     for answerer, settings in loaded:
+        autocast = autocast_on(device, answerer[0].vlm.dtype)
         metrics = answer_rooms(*answerer, held_out, train_data, autocast, bool(args.latents),
                                args.maps)
         arms.setdefault(f'{settings["latents"]} {args.latents}'.strip(), []).append(metrics)
@@ -261,7 +262,7 @@ def ask(args):
     turn = {'from': 'human', 'value': '<image>' * len(pictures) + as_text(question)}
     item = dict(images=pictures, conversations=[turn])
     z = latents([pictures]) if latents else None
-    print(generate(model, chat, z, [item], autocast_on(device, torch.float32), 64)[0])
+    print(generate(model, chat, z, [item], 64)[0])
 
 
 def export(args):

@@ -377,7 +377,7 @@ def answer_rooms(model, chat, latents, held_out, train_data, autocast, shuffled=
     metrics.update(map=100 * float(np.mean(map_scores)), maps=maps, scores=by_question)
 
     # the same without looking
-    metrics['prior'] = {}
+    metrics.update(prior={}, commonest={})
     for name, commonest in (('prior', False), ('commonest', True)) if records else ():
         guess = language_prior(train_data.records, commonest)
         guesses = [guess(record) for record in records]

@@ -252,7 +252,7 @@ def released_adapter(state):
     return renamed
 
 
-def open_spatial_vlm(folder, max_pixels=None):
+def open_spatial_vlm(folder, dtype=torch.float32, max_pixels=None):
     """-> (SpatialVLM, Chat, settings) from a folder of ours, or a Spa3-VLM folder of the release.
 
     The release's folder is a Qwen2.5-VL, with the adapter and Spa3R under names of their own.
@@ -261,12 +261,12 @@ def open_spatial_vlm(folder, max_pixels=None):
     if not os.path.isfile(os.path.join(folder, 'spatial_vlm.json')):
         state = read_folder(folder)
     if not state:
-        return load_spatial_vlm(folder, max_pixels=max_pixels)
+        return load_spatial_vlm(folder, dtype, max_pixels)
     ours = released_adapter(state)
     if 'attention.q_norm.weight' not in ours:
         raise InputError(f'{folder} is no Spa3-VLM: neither a run of finetune.py '
                          '(spatial_vlm.json) nor the release (weights geom_cross_attention.*)')
-    vlm, chat = load_vlm(folder, max_pixels=max_pixels, leave=('geometry_', 'geom_', 'ln.'))
+    vlm, chat = load_vlm(folder, dtype, max_pixels, leave=('geometry_', 'geom_', 'ln.'))
     hidden, latent_width = ours['projector.fc1.weight'].shape
     head_dim = len(ours['attention.q_norm.weight'])
     adapter = Adapter(latent_width, hidden, hidden // head_dim)

@@ -227,7 +227,7 @@ class RoomWorld(World):
         model, chat, latents = self.answerer
         pictures = self.questions.pictures(room)
         z = latents([pictures]) if latents else None
-        reading = Reading(model, chat, [pictures], z, autocast_on(self.device, torch.float32))
+        reading = Reading(model, chat, [pictures], z, autocast_on(self.device, model.vlm.dtype))
         if question == -1:
             text, truth = self.questions.maps[room]
             answer = reading.answer([(0, text)], 160)[0]

@@ -300,7 +300,7 @@ def test_questions_that_share_their_pictures_get_the_same_answers(mini, with_lat
     expected = []
     for scene, question in questions:
         item = dict(talk(f'<image><image>{question}'), images=scenes[scene])
-        expected += generate(model, chat, z and [z[scene]], [item], contextlib.nullcontext(), 8)
+        expected += generate(model, chat, z and [z[scene]], [item], 8)
     reading = Reading(model, chat, scenes, z, contextlib.nullcontext())
     assert reading.answer(questions, 8) == expected
     assert reading.answer(questions[:2], 8) == expected[:2]

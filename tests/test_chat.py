@@ -327,9 +327,8 @@ def test_one_step_save_load_and_generate(opened, folder, tmp_path):
     model, chat, _ = load_spatial_vlm(str(tmp_path))
     model.eval()
     questions = [dict(item, conversations=item['conversations'][:1]) for item in items]
-    nothing = contextlib.nullcontext()
-    assert generate(model, chat, z, questions, nothing, 8) == ['12', 'table']
-    reading = Reading(model, chat, [[WIDE]], z[:1], nothing)
+    assert generate(model, chat, z, questions, 8) == ['12', 'table']
+    reading = Reading(model, chat, [[WIDE]], z[:1], contextlib.nullcontext())
     texts = [turn['conversations'][0]['value'].removeprefix('<image>') for turn in questions]
     assert reading.answer([(0, text) for text in texts], 8) == ['12', 'table']
 

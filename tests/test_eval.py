@@ -14,6 +14,7 @@ import eval as evaluation
 import finetune
 import train
 from adapter import Adapter
+from benchmarks import generate
 from common import InputError
 from data import RoomPool
 from eval import SHIPPED, load_answerer, main
@@ -230,6 +231,15 @@ def test_an_answerer_is_what_was_trained(tuned, vlm):
     (model, _, latents), settings = load_answerer(tuned, 'cpu')
     assert not model.training
     assert settings['latents'] == latents.kind == 'psfm'
+
+    # as on a GPU: the VLM in bf16, the adapter under autocast
+    (model, chat, latents), _ = load_answerer(tuned, 'cpu', dtype=torch.bfloat16)
+    assert model.vlm.dtype == torch.bfloat16 and model.adapter.gate.weight.dtype == torch.float32
+    pictures = [Image.new('RGB', (64, 64), colour) for colour in ('red', 'blue')]
+    turn = {'from': 'human', 'value': '<image><image>How many table(s) are in this room?'}
+    item = dict(images=pictures, conversations=[turn])
+    assert len(generate(model, chat, latents([pictures]), [item], 4)) == 1
+
     (model, _, latents), settings = load_answerer(vlm, torch.device('cpu'))
     assert model.adapter is latents is None
     assert settings['latents'] == 'none'
@@ -311,7 +321,7 @@ def test_ask_uses_the_words_of_training(vlm, tuned, tmp_path, capsys, monkeypatc
     Image.new('RGB', (64, 64), 'red').save(tmp_path / 'a.png')
     asked = []
 
-    def spy(model, chat, z, items, autocast, max_new_tokens):
+    def spy(model, chat, z, items, max_new_tokens):
         asked.append(items[0]['conversations'][0]['value'])
         return ['2']
     monkeypatch.setattr(evaluation, 'generate', spy)
