@@ -265,7 +265,7 @@ def test_arms_of_a_vlm(tiny_vlm, tmp_path, capsys):
     shown = capsys.readouterr().out
     for words in ('without looking', 'commonest answer', 'best constant answer', 'psfm, 1 seed',
                   'psfm, shuffled, 1 seed', 'none, 1 seed', 'psfm minus none',
-                  'tokens of 128 numbers', 'none: 0.'):
+                  f'tokens of {load_psfm(SHIPPED)[1].width} numbers', 'none: 0.'):
         assert words in shown
 
     # finished runs are kept

@@ -395,7 +395,7 @@ def test_latents_are_kept_and_never_stale(tmp_path):
     psfm, config = load_psfm(SHIPPED)
     first = SceneLatents('psfm', psfm, config, str(tmp_path))
     a = first([PICTURES, [], PICTURES[:2]])
-    assert a[0].shape == (32, 128)
+    assert a[0].shape == psfm.encoder.queries.shape
     assert a[1] is None
     assert (first.computed, first.found) == (2, 0)
 

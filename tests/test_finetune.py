@@ -22,6 +22,7 @@ from eval import load_answerer
 from finetune import Config, TrueList
 from optim import learning_rate
 from records import Conversations, Encoded
+from psfm import load_psfm
 from questions import RoomQuestions, view_rooms
 from rooms import CATEGORIES, CLASSES
 from tiny import GOOD, losses, options, save_tiny_vlm, turns, write
@@ -157,7 +158,9 @@ def test_arms(vlm, tmp_path, latents, train):
     assert (model.adapter is None) == (latents == 'none')
     assert (folder / 'vlm').exists() == (train == 'adapter+llm')
     metrics = json.loads((tmp_path / 'run' / 'metrics.json').read_text())
-    cost = dict(random='32 tokens of 128', backbone='96 tokens of 256', pooled='36 tokens of 256',
+    _, config = load_psfm(finetune.Config.encoder)
+    cost = dict(random=f'{config.num_latents} tokens of {config.width}',
+                backbone='96 tokens of 256', pooled='36 tokens of 256',
                 imagined='36 tokens of 256', oracle=f'tokens of {len(CATEGORIES) + 7}', none='')
     assert cost[latents] in metrics.get('cost', '')
 
