@@ -153,7 +153,7 @@ def test_runs_of_one_configuration_share_a_row(tmp_path, capsys):
     c = finished_run(tmp_path / 'c', 0.5, num_latents=8, seed=0)
     main(['runs', a, b, c])
     rows = capsys.readouterr().out.splitlines()
-    assert len(rows) == 3
+    assert len(rows) == 4 and rows[3] == '±: half the range over seeds'
     assert rows[1].split()[:5] == ['(the', 'first)', '2', '0.650', '±0.050']
     assert rows[2].split()[:3] == ['num_latents=8', '1', '0.500']
 

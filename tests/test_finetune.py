@@ -214,7 +214,7 @@ def test_lora(vlm, cached, tmp_path):
     assert torch.allclose(merged.eval()(**batch).logits, expected, atol=1e-4)
     assert os.path.samefile(os.path.dirname(found['encoder']), plain)  # it has its own
     (_, _, latents), _ = load_answerer(plain, 'cpu')
-    assert latents.width == 128
+    assert latents.width == load_psfm(finetune.Config.encoder)[1].width
     with pytest.raises(InputError, match='is the checkpoint of a run'):
         evaluation.main(['export', '--run', changed, '--out', str(tmp_path / 'run/checkpoint')])
     whole = AutoModelForImageTextToText.from_pretrained(os.path.join(plain, 'vlm'))
