@@ -34,8 +34,8 @@ import finetune
 import train
 from adapter import SceneLatents, answer_loss
 from chat import attend_in_fp32, to_device
-from common import (InputError, Parser, autocast_on, number, peak_memory, pick_device, pick_dtype,
-                    read_json, run_script)
+from common import (InputError, Parser, autocast_on, count_parameters, number, peak_memory,
+                    pick_device, pick_dtype, read_json, run_script)
 from data import CELL, RoomPool
 from draw import ACCENT, blank, draw_panel
 from model import compile_blocks, has_compiler
@@ -263,8 +263,7 @@ def count(config, V):
     """FLOPs and memory of one training step at full size. -> dict of the numbers"""
     with torch.device('meta'):
         psfm = build(config, torch.bfloat16)
-    frozen, trained = [sum(p.numel() for p in psfm.parameters() if p.requires_grad == is_trained)
-                       for is_trained in (False, True)]
+    trained, frozen = count_parameters(psfm)
     state = psfm.backbone.state_dict().values()
     frozen_gb = sum(x.numel() * x.element_size() for x in state) / GIGA
     adam_gb = 16 * trained / GIGA                 # weights, gradients and two moments, fp32

@@ -241,6 +241,12 @@ def keep_freed_memory():
         libc.mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1)
 
 
+def count_parameters(model):
+    """-> how many are trained, how many are frozen"""
+    return [sum(p.numel() for p in model.parameters() if p.requires_grad == is_trained)
+            for is_trained in (True, False)]
+
+
 def join_processes(device):
     """Joins the processes that torchrun started. -> rank, number of processes, own device."""
     rank, world_size = int(os.environ.get('RANK', 0)), int(PROCESSES)

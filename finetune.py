@@ -29,9 +29,10 @@ from tqdm import tqdm
 from adapter import (LATENTS, SceneLatents, SpatialVLM, add_lora, answer_loss, build_adapter,
                      load_spatial_vlm, save_spatial_vlm)
 from chat import NAMES, attend_in_fp32, load_vlm, to_device
-from common import (InputError, autocast_on, check_finite, join_processes, open_run, opt,
-                    parse_options, peak_memory, pick_dtype, quiet, read_state, run_script,
-                    step_generator, with_licence, write_card, write_checkpoint, write_json)
+from common import (InputError, autocast_on, check_finite, count_parameters, join_processes,
+                    open_run, opt, parse_options, peak_memory, pick_dtype, quiet, read_state,
+                    run_script, step_generator, with_licence, write_card, write_checkpoint,
+                    write_json)
 from data import rendering
 from draw import draw_maps
 from measure import answer_rooms, held_out_loss, rooms_line, rooms_table
@@ -331,8 +332,7 @@ def open_model(config, state, device, dtype, say):
 
 def banner(name, config, model, device, dtype, reason):
     """What is trained, on what, where."""
-    trained, frozen = [sum(p.numel() for p in model.parameters() if p.requires_grad == is_trained)
-                       for is_trained in (True, False)]
+    trained, frozen = count_parameters(model)
     return (f'{name}: {config.steps} steps of {config.batch * config.accumulate} samples per rank '
             f'of {config.data}, {config.vlm} with latents {config.latents}, seed {config.seed}\n'
             f'{trained / 1e6:.2f} M parameters to train ({config.train}), {frozen / 1e6:.2f} M '
@@ -360,7 +360,8 @@ def write_results(name, config, metrics, say):
 
 
 def add_gradients(model, vlm, parts, latents, accumulate, is_last, autocast):
-    """Forward and backward pass of one batch, part by part (Chat.batches). -> its loss
+    """Forward and backward pass of one batch, part by part (Chat.batches). -> what it adds to
+    the loss of a step of `accumulate` batches
 
     `model`: the SpatialVLM around `vlm`, or DDP around it, which exchanges gradients in the last
     part of the last batch of a step.
@@ -375,8 +376,8 @@ def add_gradients(model, vlm, parts, latents, accumulate, is_last, autocast):
         with model.no_sync() if waits else contextlib.nullcontext():
             with autocast:
                 outputs = model(latents=z, use_cache=False, **batch)
-                of_part = share * answer_loss(outputs.logits, labels)
-            (of_part / accumulate).backward()
+                of_part = share * answer_loss(outputs.logits, labels) / accumulate
+            of_part.backward()
         loss = loss + of_part.detach()
     return loss
 
@@ -444,9 +445,8 @@ def train(name, config, data=None, held_out=None):
         loss = 0.0
         for micro in range(config.accumulate):
             is_last = micro == config.accumulate - 1
-            of_batch = add_gradients(wrapped, model.vlm, next(loader), latents, config.accumulate,
-                                     is_last, autocast)
-            loss = loss + of_batch / config.accumulate
+            loss = loss + add_gradients(wrapped, model.vlm, next(loader), latents,
+                                        config.accumulate, is_last, autocast)
 
         # update
         norm = take_step(optimizers, trained, config.clip)

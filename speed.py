@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 import model
 from adapter import SpatialVLM, add_lora, answer_loss, build_adapter
 from chat import to_device
-from common import autocast_on, read_json, write_json
+from common import autocast_on, count_parameters, read_json, write_json
 from da3 import DA3, DA3Config
 from mini_vggt import MINI
 from model import compile_blocks
@@ -306,8 +306,7 @@ def count_vlm(kind, sizes, train, num_tokens, num_answers=100):
         if train == 'lora':
             add_lora(vlm, 16)
         spatial_vlm = SpatialVLM(vlm, build_adapter(vlm, 768)).trainable(train)
-    numbers = [sum(p.numel() for p in spatial_vlm.parameters() if p.requires_grad == is_trained)
-               for is_trained in (False, True)]
+    trained, frozen = count_parameters(spatial_vlm)
     language = vlm.get_decoder()
     layers = language.config.num_hidden_layers
     with FakeTensorMode(allow_non_fake_inputs=True), autocast_on(
@@ -320,7 +319,7 @@ def count_vlm(kind, sizes, train, num_tokens, num_answers=100):
         one_layer = sum(kept.values()) / layers
         with storages_kept(vlm.parameters()) as of_loss:
             answer_loss(vlm.lm_head(hidden[:, :num_answers]), torch.zeros(1, num_answers).long())
-    return (numbers[0] * (2 if is_frozen else 4) / GIGA, 16 * numbers[1] / GIGA,
+    return (frozen * (2 if is_frozen else 4) / GIGA, 16 * trained / GIGA,
             (inputs + one_layer + sum(of_loss.values())) / GIGA)
 
 

@@ -26,10 +26,10 @@ from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from common import (InputError, autocast_on, check_finite, command_of, join_processes,
-                    load_strictly, open_run, opt, parse_options, peak_memory, pick_dtype, quiet,
-                    read_state, run_script, step_generator, with_licence, write_card,
-                    write_checkpoint, write_json)
+from common import (InputError, autocast_on, check_finite, command_of, count_parameters,
+                    join_processes, load_strictly, open_run, opt, parse_options, peak_memory,
+                    pick_dtype, quiet, read_state, run_script, step_generator, with_licence,
+                    write_card, write_checkpoint, write_json)
 from data import RoomPool, make_source, rendering
 from draw import draw_curve, draw_field
 from measure import evaluate_field, field_line, field_table, knows_rooms
@@ -265,8 +265,7 @@ def save_checkpoint(psfm, optimizers, step, config, dtype, metrics, kept):
 
 def banner(name, config, psfm, source, held_out, device, dtype, reason):
     """A short summary of the run; config.json has the rest."""
-    trained, frozen = [sum(p.numel() for p in psfm.parameters() if p.requires_grad == is_trained)
-                       for is_trained in (True, False)]
+    trained, frozen = count_parameters(psfm)
     images = config.images_per_batch * config.accumulate
     text = (f'{name}: {config.steps} steps of {images} images per process '
             f'({config.image_width} pixels wide, {config.min_views} to {config.max_views} views '
