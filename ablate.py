@@ -72,6 +72,7 @@ class CameraToken(FieldDecoder):
 FIELD = {  # what is changed: options of train.py, the decoder
     'as it is': ([], FieldDecoder),
     'camera token': ([], CameraToken),
+    'no latents': (['--num-latents', '0'], FieldDecoder),
     '8 latents': (['--num-latents', '8'], FieldDecoder),
     '128 latents': (['--num-latents', '128'], FieldDecoder),
     'mask ratio 0.25': (['--mask-ratio', '0.25'], FieldDecoder),
@@ -272,14 +273,13 @@ def open_field(args):
 
 def worlds(args):
     psfm, config, source, held_out = open_field(args)
-    device = held_out.device
     titles = 'R2', 'camera', 'context', 'objects', '(true)', 'abs-rel', '(true)'
     print(f'{"":26s}' + ''.join(f'{title:>9s}' for title in titles))
     found = {}
     for name, style in STYLES.items():
-        pool = RoomPool('val', 0, args.rooms, 0, held_out.size, device, style=style)
+        pool = RoomPool('val', 0, args.rooms, 0, held_out.size, held_out.device, style=style)
         metrics = evaluate_field(psfm, source, pool, config.steps * config.accumulate, config,
-                                 autocast_on(device, torch.float32))
+                                 autocast_on(held_out.device, torch.float32))
         found[name] = metrics
         ours, true = metrics['read_out']['psfm'], metrics['read_out']['true']
         values = [metrics[kind]['r2'] for kind in ('psfm', 'camera', 'context')]

@@ -144,7 +144,7 @@ psfm.eval()
 # what we predict from this room's z, and what we predict from *another room's* z. After so few
 # steps the two last rows are much alike: z knows the room as a whole, but no furniture. Most of
 # what we predict follows from where the camera points. The shipped weights are the same model,
-# wider, and trained for two hours.
+# wider, and trained for 2.6 hours.
 
 
 def show(model, name):

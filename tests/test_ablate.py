@@ -71,7 +71,7 @@ def test_intervals_are_of_student_and_differences_are_paired():
 
 def test_field_trains_every_row_and_asks_all_the_same(tmp_path, monkeypatch, capsys):
     changes = dict(ablate.FIELD)
-    chosen = 'as it is', 'camera token', 'mask ratio 0.75', 'two passes'
+    chosen = 'as it is', 'camera token', 'no latents', 'mask ratio 0.75', 'two passes'
     monkeypatch.setattr(ablate, 'FIELD', {name: changes[name] for name in chosen})
     asked, ask = [], ablate.evaluate_field
 
@@ -85,14 +85,16 @@ def test_field_trains_every_row_and_asks_all_the_same(tmp_path, monkeypatch, cap
     main(arguments)
     assert asked == [(context, mask, decoder)
                      for mask, decoder in ((0.5, FieldDecoder), (0.5, CameraToken),
-                                           (0.75, FieldDecoder), (0.5, FieldDecoder))
+                                           (0.5, FieldDecoder), (0.75, FieldDecoder),
+                                           (0.5, FieldDecoder))
                      for context in ('asymmetric', 'separate')]
     configs = [json.loads((out / f'{name.replace(" ", "-")}-0' / 'config.json').read_text())
                for name in chosen]
-    assert [config['context'] for config in configs] == [*['asymmetric'] * 3, 'separate']
-    assert [config['mask_ratio'] for config in configs] == [0.5, 0.5, 0.75, 0.5]
+    assert [config['context'] for config in configs] == [*['asymmetric'] * 4, 'separate']
+    assert [config['mask_ratio'] for config in configs] == [0.5, 0.5, 0.5, 0.75, 0.5]
     assert [config['decoder'] for config in configs] == [
-        'FieldDecoder', 'CameraToken', 'FieldDecoder', 'FieldDecoder']
+        'FieldDecoder', 'CameraToken', *['FieldDecoder'] * 3]
+    assert [config['num_latents'] == 0 for config in configs] == [False, False, True, False, False]
     assert all(config['width'] == 32 for config in configs)
     shown = capsys.readouterr().out
     for words in ('R2, two passes', 'camera token minus as it is', 'two passes minus as it is'):
@@ -102,13 +104,13 @@ def test_field_trains_every_row_and_asks_all_the_same(tmp_path, monkeypatch, cap
     eval_main(['runs', *(str(out / f'{name.replace(" ", "-")}-0') for name in chosen)])
     shown = capsys.readouterr().out
     assert 'decoder=CameraToken' in shown and 'mask_ratio=0.75' in shown
-    assert len(shown.splitlines()) == 5
+    assert len(shown.splitlines()) == 6
 
     # what was trained is kept, as long as it is younger than what it was trained with
     trained = os.path.getmtime(find_file('weights/mini_vggt.safetensors')) + 0.001
     os.utime(out / 'as-it-is-0' / 'metrics.json', (trained, trained))
     main(arguments)
-    assert len(asked) == 8 and 'camera token minus as it is' in capsys.readouterr().out
+    assert len(asked) == 10 and 'camera token minus as it is' in capsys.readouterr().out
     with pytest.raises(InputError, match='steps 1 there, 2 here'):
         main([*arguments, '--steps', '2'])
     os.utime(out / 'as-it-is-0' / 'metrics.json', (trained - 1, trained - 1))

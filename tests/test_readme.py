@@ -16,7 +16,7 @@ import mini_vggt
 import mini_vlm
 import page
 import train
-from common import InputError, parse_options
+from common import InputError, parse_options, read_json, read_weights
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(path.name for path in ROOT.glob('*.py'))
@@ -90,6 +90,14 @@ def test_a_command_is_understood(page, command, monkeypatch):
     if 'pytest' in command or 'pip' in command:
         for word in command:
             assert not word.endswith(('.py', '.txt')) or (ROOT / word).is_file()
+
+
+def test_shipped_weights_say_by_which_command_they_were_made():
+    made_by = [read_weights(ROOT / 'weights' / name)[1]['command']
+               for name in ('mini_vggt.safetensors', 'psfm_small.safetensors')]
+    made_by.append(read_json(ROOT / 'weights' / 'mini_vlm' / 'config.json')['made_by'])
+    for command in made_by:
+        assert ('RESULTS.md', command.split()) in COMMANDS
 
 
 def test_there_are_commands_to_check():
