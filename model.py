@@ -221,6 +221,19 @@ class RoPE2D:
 # -----------------------------------------------------------------------------
 # transformer
 
+def attend(q, k, v):
+    """softmax(q k' / sqrt(d)) v: q (B, nh, n, d), k and v (B, nh, m, d) -> (B, nh, n, d).
+
+    On a CPU in bf16 as plain products, as long as the scores are few: the
+    fused kernel, forward and backward, takes twice as long there.
+    """
+    is_plain = q.dtype == torch.bfloat16 and q.device.type == 'cpu'
+    if is_plain and q.shape[2] * k.shape[2] <= 1024 ** 2:
+        scores = (q * q.shape[-1] ** -0.5) @ k.mT
+        return scores.softmax(dim=-1) @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
 def split_attention(q, k, v, num_context):
     """Asymmetric attention: context queries see the context's keys, the others see all keys.
 
@@ -229,8 +242,8 @@ def split_attention(q, k, v, num_context):
     need no (tokens x tokens) mask.
     """
     c = num_context
-    context = F.scaled_dot_product_attention(q[:, :, :c], k[:, :, :c], v[:, :, :c])
-    others = F.scaled_dot_product_attention(q[:, :, c:], k, v)
+    context = attend(q[:, :, :c], k[:, :, :c], v[:, :, :c])
+    others = attend(q[:, :, c:], k, v)
     return torch.cat([context, others], dim=2)
 
 
@@ -260,10 +273,8 @@ class Attention(nn.Module):
         if num_kept is not None:
             q = q[:, :, -num_kept:]
 
-        # Norms and rotations are done in fp32. The kernel gets the dtype that
-        # it is fast in: v's on a GPU, fp32 on a CPU, where the fused backward
-        # of bf16 is up to six times slower.
-        dtype = torch.float32 if x.device.type == 'cpu' else v.dtype
+        # norms and rotations are done in fp32, the rest in the dtype of v
+        dtype = v.dtype
         if self.q_norm is not None:
             q = self.q_norm(q.float())
             k = self.k_norm(k.float())
@@ -275,7 +286,7 @@ class Attention(nn.Module):
             k = k.to(dtype)
             v = v.to(dtype)
             if num_context is None:
-                out = F.scaled_dot_product_attention(q, k, v)
+                out = attend(q, k, v)
             else:
                 out = split_attention(q, k, v, num_context)
         if position is not None:

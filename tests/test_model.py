@@ -9,9 +9,9 @@ from torch.autograd.graph import saved_tensors_hooks
 
 import model
 from speed import dense_mask_attention, storages_kept
-from model import (Attention, Block, Encoder, RoPE2D, Transformer, camera_rays, invert_pose,
-                   path_through, pose_encoding_to_cameras, quaternion_to_matrix, relative_pose,
-                   split_attention, to_4x4)
+from model import (Attention, Block, Encoder, RoPE2D, Transformer, attend, camera_rays,
+                   invert_pose, path_through, pose_encoding_to_cameras, quaternion_to_matrix,
+                   relative_pose, split_attention, to_4x4)
 
 
 def random_extrinsics(*shape):
@@ -100,6 +100,18 @@ def test_rope_knows_special_tokens_in_front_and_in_every_view():
     assert stays.nonzero()[:, 0].tolist() == [0, 1, 2, 3, 4, 11, 12, 13]
     views = rope.cos[2:].view(2, 9, 8)
     assert torch.equal(views[0], views[1])
+
+
+@pytest.mark.parametrize('tokens', [33, 1100])  # the longer one takes the fused kernel
+def test_attention_in_bf16_is_that_in_fp32_but_for_rounding(tokens):
+    q, k, v = [torch.randn(1, 2, tokens, 32).bfloat16().requires_grad_() for _ in range(3)]
+    exact = attend(q.float(), k.float(), v.float())
+    out = attend(q, k, v)
+    assert out.dtype == torch.bfloat16
+    assert (out - exact).norm() < 0.02 * exact.norm()
+    gradients = [torch.autograd.grad(x.float().square().sum(), (q, k, v)) for x in (out, exact)]
+    for ours, expected in zip(*gradients):
+        assert (ours - expected).float().norm() < 0.02 * expected.float().norm()
 
 
 def test_split_attention_equals_dense_mask():
