@@ -5,8 +5,8 @@ trained on procedural rooms, where cameras, depth and categories are known.
     python mini_vggt.py              # --help for the options; --resume goes on
 
 Cameras alone teach too little. Beside them: `match`, which makes patches of
-different views that see the same 3-D point look alike; dense targets; each
-camera's own stand in the room; and a curriculum from two close views to six of
+different views that see the same 3-D point look alike; dense targets; how
+each camera stands in the room; and a curriculum from two close views to six of
 any motion. The category loss stands in for what the real VGGT inherits from
 DINOv2. Shapes as in model.py; a cell is 4 x 4 pixels, 2 x 2 per patch.
 """
@@ -33,7 +33,7 @@ from optim import learning_rate, load_optimizers, make_optimizers, set_rates, ta
 from rooms import CLASSES, SCENE_UNIT, STRUCTURE, scene_extrinsics
 from vggt import VGGT, CellHead, VGGTConfig
 
-# patch 8, 64 x 64 pixels, 3.7 M parameters. No layer scale: it has to learn in minutes.
+# patch 8, 64 x 64 pixels, 3.7 M parameters. No layer scale: it has to learn in two hours.
 MINI = VGGTConfig(patch_size=8, width=128, depth=4, num_heads=4, num_registers=2,
                   patch_embed='conv', position_grid=8, layer_scale=0.0, camera_depth=2,
                   camera_heads=4, camera_iterations=2, heads=('camera', 'cells'),

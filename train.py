@@ -2,7 +2,7 @@
 Trains PSFM (Spa3R, arXiv 2602.21186).
 
     python train.py --config small                        # any laptop: rooms, mini backbone
-    python train.py --config small --data photos/ --out out/photos    # your own pictures
+    python train.py --config small --data photos/ --out out/mini-photos    # no download
     python train.py --config photos --data photos/        # a laptop, Depth Anything 3
     python train.py --config medium --data scenes/        # one GPU, VGGT-1B
     torchrun --nproc_per_node 8 train.py --config base --data scenes/  # the paper
