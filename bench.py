@@ -43,8 +43,8 @@ from psfm import load_psfm, random_view_mask
 from questions import RoomQuestions
 from records import Encoded
 from speed import (CPU_ATTENTION, GIGA, PEAKS, QWEN_3B, SMOLVLM_256M, TINY_QWEN, Clock, batch_shape,
-                   build, compare, count_vlm, dense_mask, peak_flops, report, report_parts,
-                   storages_kept)
+                   build, compare, count_vlm, dense_mask, fused_attention, peak_flops, report,
+                   report_parts, storages_kept)
 from train import PRESETS, Config
 
 # -----------------------------------------------------------------------------
@@ -214,8 +214,6 @@ def count_step(psfm, config, V):
     """Tensors that hold no numbers pass through the real code. What the
     backward pass needs is counted as autograd keeps it, each storage once. ->
     list of (part, FLOPs, bytes kept), FLOPs of attention
-
-    Attention is counted in fp32, which is what a CPU runs; on a GPU it keeps half of that.
     """
     backbone = psfm.backbone
     size = batch_shape(config, V)[-2:]
@@ -231,7 +229,7 @@ def count_step(psfm, config, V):
 
     counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
     with FakeTensorMode(allow_non_fake_inputs=True), counter, autocast_on(
-            torch.device('cpu'), torch.bfloat16), storages_kept() as kept:
+            torch.device('cpu'), torch.bfloat16), storages_kept() as kept, fused_attention():
         psfm.to_empty(device='cpu')
         images = torch.rand(batch_shape(config, V))
         depth = None

@@ -163,7 +163,7 @@ def test_what_grows_costs_more(capsys, monkeypatch, tmp_path):
             assert few['per_view'] < many['per_view']
             assert few['kept_a_view'] < many['kept_a_view']
     shares = [x['attention'] for x in report['views']]
-    assert shares == sorted(shares) and shares[-1] < 1
+    assert shares == sorted(shares) and 0 < shares[0] and shares[-1] < 1
     assert (tmp_path / 'out' / 'bench' / 'growth.png').is_file()
 
 
