@@ -141,7 +141,7 @@ def trained(args, name, seed, changes, decoder=FieldDecoder):
     """-> metrics of a run of train.py on rooms; a finished one is kept.
 
     All are evaluated on features of one pass ('asymmetric') and of two ('separate'), whatever they
-    were trained on. R2 is in the units of each run's own statistics (this changes it by about 0.001).
+    were trained on. R2 is in the units of each run's own statistics (which changes it by 0.001).
     """
     out = os.path.join(args.out, f'{name.replace(" ", "-")}-{seed}')
     options = options_of(args, out, seed, *changes)
