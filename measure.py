@@ -8,7 +8,7 @@ places that training did not see. A number means something only beside its basel
     position  the training mean at each place in the image
     nearest   the features of the context view whose camera is turned most alike
     shuffled  our prediction from another (training) scene's latents
-    camera    our prediction from the average latents: what the camera alone tells
+    camera    our prediction from the average latents
 
 cos is the cosine; centred_cos is the cosine after the training mean is taken off; r2 is the share
 of the (standardised) variance around that mean that is explained.
@@ -389,8 +389,8 @@ def answer_rooms(model, chat, latents, held_out, train_data, autocast, shuffled=
 
 
 def overall_scores(runs, rival=None, draws=1000):
-    """Metrics of `answer_rooms` of several seeds -> {task: mean, 'overall' and 'map': (mean, low,
-    high)}, a 95 % bootstrap interval over rooms and seeds.
+    """Metrics of `answer_rooms` of several seeds -> {task, 'overall' or 'map': (mean, low, high)},
+    with a 95 % bootstrap interval over rooms and seeds.
 
     With `rival`, runs of another arm that answered the same questions: of the difference.
     """
@@ -419,10 +419,9 @@ def overall_scores(runs, rival=None, draws=1000):
         values = scores[rng.integers(len(scores), size=len(scores))].mean(0)
         copies = np.bincount(rng.integers(num_rooms, size=num_rooms), minlength=num_rooms)
         samples.append(average(values, copies[room_index].astype(float)))
-    for name in ('overall', 'map'):
-        if name in result:
-            low, high = np.quantile([sample[name] for sample in samples], [0.025, 0.975]).tolist()
-            result[name] = result[name], low, high
+    for name, mean in result.items():
+        values = [sample[name] for sample in samples if name in sample]
+        result[name] = mean, *np.quantile(values, [0.025, 0.975]).tolist()
     return result
 
 
@@ -434,23 +433,21 @@ def rooms_line(metrics):
 
 def rooms_table(arms):
     """{arm: metrics of `answer_rooms` of several seeds} -> VSI-Bench's columns, with intervals."""
-    columns = {}
-    for kind, (title, _) in KINDS.items():
-        task = 'object_rel_direction' if 'direction' in kind else kind  # its levels are one task
-        columns[task] = title
+    columns = {'object_rel_direction' if 'direction' in kind else kind: title  # levels: one task
+               for kind, (title, _) in KINDS.items()}
     rows = [f'{"":28s}' + ''.join(f'{title:>10s}' for title in columns.values())
             + f'{"overall":>22s}{"map":>22s}']
 
-    def cell(value, width):
-        if value is None:
-            return '-'.rjust(width)
+    def cell(value, width, star):
+        after = ''
         if isinstance(value, tuple):
-            value = '{:.1f} ({:.1f}..{:.1f})'.format(*value)
-        return value.rjust(width) if isinstance(value, str) else f'{value:{width}.1f}'
+            value, low, high = value
+            after = f' ({low:.1f}..{high:.1f})' if width > 10 else star * (low > 0 or high < 0)
+        return ('-' if value is None else f'{value:.1f}{after}').rjust(width)
 
-    def row(name, result):
-        cells = [cell(result.get(task), 10) for task in columns]
-        cells += [cell(result.get(task), 22) for task in ('overall', 'map')]
+    def row(name, result, star=''):
+        cells = [cell(result.get(task), 10, star) for task in columns]
+        cells += [cell(result.get(task), 22, star) for task in ('overall', 'map')]
         rows.append(f'{name:28s}' + ''.join(cells))
 
     first = next(iter(arms.values()))[0]
@@ -460,7 +457,9 @@ def rooms_table(arms):
         row(f'{arm}, {len(runs)} seed{"s" * (len(runs) > 1)}', overall_scores(runs))
     for arm, runs in arms.items():
         if arm != 'psfm' and len(runs) == len(arms.get('psfm', ())):
-            row(f'psfm minus {arm}', overall_scores(arms['psfm'], runs))
+            row(f'psfm minus {arm}', overall_scores(arms['psfm'], runs), star='*')
+    if len(arms) > 1:
+        rows.append('* a difference whose 95 % interval is apart from 0')
     return '\n'.join(rows)
 
 

@@ -171,13 +171,16 @@ def test_the_table_has_a_row_for_each_arm_and_each_difference():
     table = rooms_table({'psfm': [metrics(0.75)] * 2, 'none': [metrics(0.5)] * 2,
                          'psfm, shuffled': [metrics(0.25)]})
     rows = {row[:28].strip(): row[28:].split() for row in table.splitlines()}
-    assert list(rows) == ['', 'commonest answer', 'best constant answer', 'psfm, 2 seeds',
-                          'none, 2 seeds', 'psfm, shuffled, 1 seed', 'psfm minus none']
+    assert list(rows)[:-1] == ['', 'commonest answer', 'best constant answer', 'psfm, 2 seeds',
+                               'none, 2 seeds', 'psfm, shuffled, 1 seed', 'psfm minus none']
     assert rows[''][0] == 'count'
     assert rows['commonest answer'][0] == '7.0'
     assert rows['psfm, 2 seeds'][0] == '75.0'
-    assert rows['psfm minus none'][0] == '25.0'
+    assert rows['psfm minus none'][0] == '25.0*'
     assert rows['psfm minus none'][-2:] == ['25.0', '(25.0..25.0)']
+
+    same = rooms_table({'psfm': [metrics(0.75)], 'none': [metrics(0.75)]})
+    assert '0.0*' not in same and 'apart from 0' in same
 
     maps = rooms_table({'psfm': [metrics(0.75, overall=False)]}).splitlines()[-1].split()
     assert maps[3:] == ['-'] * 9 + ['75.0', '(75.0..75.0)']
