@@ -174,7 +174,7 @@ show(load_psfm('weights/psfm_small.safetensors')[0], '8-unseen-shipped')
 
 # %% Exercises
 # Each is a change of a few lines and a run of `python lesson.py 600`: five minutes on an idle core.
-# Unchanged, it prints R2 0.51 and 0.16. Over four rooms R2 is noisy: trust differences of 0.05 and
+# Unchanged, it prints R2 0.55 and 0.11. Over four rooms R2 is noisy: trust differences of 0.05 and
 # more.
 #
 # 1. Replace PRoPE by a camera token. In psfm.FieldDecoder, give every ray Linear(12 -> D) of its
