@@ -225,7 +225,7 @@ def attend(q, k, v):
     """softmax(q k' / sqrt(d)) v: q (B, nh, n, d), k and v (B, nh, m, d) -> (B, nh, n, d).
 
     On a CPU in bf16 as plain products, as long as the scores are few: the
-    fused kernel, forward and backward, takes twice as long there.
+    fused kernel, forward and backward, takes up to three times as long.
     """
     is_plain = q.dtype == torch.bfloat16 and q.device.type == 'cpu'
     if is_plain and q.shape[2] * k.shape[2] <= 1024 ** 2:
