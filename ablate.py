@@ -12,7 +12,6 @@ What is trained is trained with three seeds. The same command goes on where it w
 runs are kept, and two commands may share the work (`--seeds 0`, `--seeds 1 2`). Options that this
 script does not know are those of train.py (field, scaling) or finetune.py (vlm), for all runs.
 """
-import contextlib
 import functools
 import itertools
 import math
@@ -27,7 +26,7 @@ import psfm as method
 import train
 from adapter import LATENTS
 from common import (InputError, Parser, autocast_on, check_same, find_checkpoint, find_file, number,
-                    pick_device, pick_dtype, read_json, run_script, write_json)
+                    pick_device, pick_dtype, read_json, replaced, run_script, write_json)
 from data import RoomPool, make_sources, rendering
 from draw import ACCENT, blank, draw_panel
 from eval import SHIPPED, folder_beside, load_answerer
@@ -127,16 +126,6 @@ def options_of(args, out, seed, *changes):
     return [*options, '--resume'] if find_checkpoint(out) else options
 
 
-@contextlib.contextmanager
-def decoder_replaced(decoder):
-    """Inside, a new PSFM has this field decoder."""
-    plain, method.FieldDecoder = method.FieldDecoder, decoder
-    try:
-        yield
-    finally:
-        method.FieldDecoder = plain
-
-
 def trained(args, name, seed, changes, decoder=FieldDecoder):
     """-> metrics of a run of train.py on rooms; a finished one is kept.
 
@@ -151,7 +140,7 @@ def trained(args, name, seed, changes, decoder=FieldDecoder):
         needs_heads(build_psfm(config), config)  # now, not after the training
         train.train(f'{name}, seed {seed}', config)
 
-    with decoder_replaced(decoder):
+    with replaced(method, 'FieldDecoder', decoder):
         path = kept_or_made(config, make)
         metrics = read_json(path)
         if 'asked' not in metrics:

@@ -226,7 +226,7 @@ def draw_curve(log, path):
 
     steps = [step for step, _ in measured]
     curves = {'R2, unseen views': ([m['psfm']['r2'] for _, m in measured], ACCENT),
-              'camera alone': ([m['camera']['r2'] for _, m in measured], 'grey')}
+              'average latents': ([m['camera']['r2'] for _, m in measured], 'grey')}
     if measured and 'read_out' in measured[0][1]:
         found = [m['read_out']['psfm']['object_recall'] for _, m in measured]
         curves['objects found'] = found, 'steelblue'

@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 import model
 from adapter import SpatialVLM, add_lora, answer_loss, build_adapter
 from chat import to_device
-from common import autocast_on, count_parameters, read_json, write_json
+from common import autocast_on, count_parameters, read_json, replaced, write_json
 from da3 import DA3, DA3Config
 from mini_vggt import MINI
 from model import compile_blocks
@@ -190,21 +190,10 @@ def time_step(step, clock):
 # -----------------------------------------------------------------------------
 # the report
 
-@contextlib.contextmanager
-def replaced(name, function):
-    """Inside, model.py calls `function` instead of its own of this name."""
-    own = getattr(model, name)
-    setattr(model, name, function)
-    try:
-        yield
-    finally:
-        setattr(model, name, own)
-
-
 # the asymmetric pass with a (tokens x tokens) mask instead of two plain calls
-dense_mask = partial(replaced, 'split_attention', dense_mask_attention)
+dense_mask = partial(replaced, model, 'split_attention', dense_mask_attention)
 # attention as a GPU computes it
-fused_attention = partial(replaced, 'attend', F.scaled_dot_product_attention)
+fused_attention = partial(replaced, model, 'attend', F.scaled_dot_product_attention)
 
 
 def step_cost(config, V, clock, dtype, compiled=False, around=contextlib.nullcontext):

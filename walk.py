@@ -195,7 +195,7 @@ class RoomWorld(World):
         depth = seen['depth'][0, 0, middle, middle] / SCENE_UNIT
 
         # what the backbone sees there, beside the context; what the field predicts, with z and
-        # with the average z, knowing the camera alone
+        # with the average z
         backbone = self.psfm.backbone
         own, grid = backbone.embed(image.float() / 255)
         num_context = len(context) if self.psfm.context == 'asymmetric' else None

@@ -10,8 +10,8 @@ import ablate
 import finetune
 import psfm as method
 import train
-from ablate import STYLES, CameraToken, comparison, decoder_replaced, main
-from common import InputError, find_file, read_weights
+from ablate import STYLES, CameraToken, comparison, main
+from common import InputError, find_file, read_weights, replaced
 from data import RoomPool
 from eval import SHIPPED
 from eval import main as eval_main
@@ -46,7 +46,7 @@ def test_a_camera_token_decodes_each_view_on_its_own():
 
 
 def test_a_decoder_is_replaced_for_a_while():
-    with pytest.raises(ZeroDivisionError), decoder_replaced(CameraToken):
+    with pytest.raises(ZeroDivisionError), replaced(method, 'FieldDecoder', CameraToken):
         assert method.FieldDecoder is CameraToken
         1 / 0
     assert method.FieldDecoder is FieldDecoder

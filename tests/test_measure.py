@@ -171,8 +171,9 @@ def test_the_table_has_a_row_for_each_arm_and_each_difference():
     table = rooms_table({'psfm': [metrics(0.75)] * 2, 'none': [metrics(0.5)] * 2,
                          'psfm, shuffled': [metrics(0.25)]})
     rows = {row[:28].strip(): row[28:].split() for row in table.splitlines()}
-    assert list(rows)[:-1] == ['', 'commonest answer', 'best constant answer', 'psfm, 2 seeds',
-                               'none, 2 seeds', 'psfm, shuffled, 1 seed', 'psfm minus none']
+    assert list(rows) == ['', 'commonest answer', 'best constant answer', 'psfm, 2 seeds',
+                          'none, 2 seeds', 'psfm, shuffled, 1 seed', 'psfm minus none',
+                          '* a difference whose 95 % in']
     assert rows[''][0] == 'count'
     assert rows['commonest answer'][0] == '7.0'
     assert rows['psfm, 2 seeds'][0] == '75.0'
