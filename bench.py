@@ -32,14 +32,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import finetune
 import train
-from adapter import SceneLatents, answer_loss
+from adapter import answer_loss
 from chat import attend_in_fp32, to_device
 from common import (InputError, Parser, autocast_on, count_parameters, number, peak_memory,
                     pick_device, pick_dtype, read_json, run_script)
 from data import CELL, RoomPool
 from draw import ACCENT, blank, draw_panel
 from model import compile_blocks, has_compiler
-from psfm import load_psfm, random_view_mask
+from psfm import random_view_mask
 from questions import RoomQuestions
 from records import Encoded
 from speed import (CPU_ATTENTION, GIGA, PEAKS, QWEN_3B, SMOLVLM_256M, TINY_QWEN, Clock, batch_shape,
@@ -161,7 +161,7 @@ def bench_step(psfm, config, V, clock, autocast):
     return result
 
 
-def bench_finetune(clock, autocast):
+def bench_finetune(clock, dtype):
     """Forward and backward pass of a step of finetune.py --config small: latents from disk, and
     computed anew, in turns."""
     _, config = finetune.parse_config(['--config', 'small', '--map-steps', '0'])
@@ -169,9 +169,8 @@ def bench_finetune(clock, autocast):
     device = clock.device
     with tempfile.TemporaryDirectory() as folder:
         config = dataclasses.replace(config, cache=folder)
-        spatial_vlm, chat, kept = finetune.build_model(config)
-        psfm, encoder_config = load_psfm(config.encoder)
-        anew = SceneLatents(config.latents, psfm, encoder_config)
+        spatial_vlm, chat, kept = finetune.build_model(config, dtype)
+        anew = finetune.open_latents(dataclasses.replace(config, cache=''), dtype)
         spatial_vlm.trainable(config.train).to(device)
         attend_in_fp32(spatial_vlm.vlm, device)
         kept.to(device)
@@ -186,7 +185,7 @@ def bench_finetune(clock, autocast):
         def step(latents):
             for batch, labels, pictures in parts:
                 z = latents(pictures)
-                with autocast:
+                with autocast_on(device, dtype):
                     outputs = spatial_vlm(latents=z, use_cache=False, **batch)
                     loss = answer_loss(outputs.logits, labels)
                 loss.backward()
@@ -434,7 +433,7 @@ def by_parts(args, config, clock, dtype, name):
         images = torch.rand(batch_shape(config, args.views[0]), device=device)
         write_trace(psfm, images, autocast, args.profile)
     if preset == 'small':
-        numbers['finetune'] = bench_finetune(clock, autocast)
+        numbers['finetune'] = bench_finetune(clock, dtype)
     return numbers
 
 

@@ -310,13 +310,11 @@ def check_lengths(config, chat, held_out):
 def open_model(config, state, device, dtype, say):
     """-> (SpatialVLM, Chat, SceneLatents or None) on `device`, as at step 0 or as in the checkpoint
     that `state` names."""
-    # frozen parts: in the run's dtype on a GPU; on a CPU in fp32, because they gain little
-    of_frozen = dtype if device.type == 'cuda' else torch.float32
     if config.resume:
-        model, chat, _ = load_spatial_vlm(state['folder'], frozen_dtype(config, of_frozen))
-        latents = open_latents(config, of_frozen)
+        model, chat, _ = load_spatial_vlm(state['folder'], frozen_dtype(config, dtype))
+        latents = open_latents(config, dtype)
     else:
-        model, chat, latents = build_model(config, of_frozen)
+        model, chat, latents = build_model(config, dtype)
     if config.data == 'rooms' and hasattr(model.vlm.config, 'classes'):
         check_classes(model.vlm.config.classes, config.vlm, 'python mini_vlm.py')
     model.trainable(config.train).to(device)

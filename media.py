@@ -456,18 +456,16 @@ def find_scenes(root, say=print):
             found.scenes[name] = photos
             insides[inside] += 1
             seen.add(os.path.realpath(os.path.join(folder, inside)))
-        if inside in (None, '.'):
-            count_unused(found, folder, photos, False)
-        else:
-            count_unused(found, folder, [], True)
-            count_unused(found, os.path.join(folder, inside), photos, False)
         # `below` is where the walk goes on
         below[:] = sorted((x for x in below if not x.startswith('.')), key=natural_order)
         found.unused.update(f'{x}/' for x in below if not is_photo(x))
         below[:] = filter(is_photo, below)
         if inside in (None, '.'):
+            count_unused(found, folder, photos, False)
             add_videos(found, folder, root, say)
         else:                         # beside it lie the same pictures in other sizes
+            count_unused(found, folder, [], True)
+            count_unused(found, os.path.join(folder, inside), photos, False)
             found.unused.update(f'{x}/' for x in below if x != inside.split('/')[0])
             below.clear()
         if name.count('/') >= DEEPEST and below:
@@ -485,13 +483,16 @@ def find_scenes(root, say=print):
     return found
 
 
+def check_path(root):
+    """Raises InputError if `root` is neither a folder nor a video."""
+    if not os.path.isdir(root) and not (os.path.isfile(root) and root.lower().endswith(VIDEOS)):
+        raise InputError(f'no folder {root}, and no such video ({" ".join(VIDEOS)}): it takes a '
+                         'folder of pictures, of sub-folders with pictures, or of videos')
+
+
 def find_scenes_or_say_why(root, say=print):
     """As find_scenes. Raises InputError if there is nothing to find."""
-    if os.path.isfile(root) and not root.lower().endswith(VIDEOS):
-        raise InputError(f'{root} is no video ({" ".join(VIDEOS)}): take a folder of pictures')
-    if not os.path.exists(root):
-        raise InputError(f'no folder {root}, and no such video: it takes a folder of pictures, of '
-                         'sub-folders with pictures, or of videos')
+    check_path(root)
     found = find_scenes(root, say)
     if not found.scenes:
         raise InputError(f'no pictures in {root} nor below it ({" ".join(PICTURES)}), no videos'

@@ -33,6 +33,7 @@ from common import (InputError, autocast_on, check_finite, command_of, count_par
 from data import RoomPool, make_source, rendering
 from draw import draw_curve, draw_field
 from measure import evaluate_field, field_line, field_table, knows_rooms
+from media import check_path
 from model import compile_blocks, has_compiler
 from optim import learning_rate, load_optimizers, make_optimizers, set_rates, take_step
 from psfm import (FROZEN, PSFMConfig, build_psfm, check_psfm_config, random_view_mask, read_psfm,
@@ -308,6 +309,8 @@ def train(name, config):
     rank, world_size, device = join_processes(config.device)
     is_main = rank == 0
     say = tqdm.write if is_main else quiet
+    if config.data != 'rooms':
+        check_path(config.data)  # now, not after a backbone of gigabytes was fetched
     state = read_state(config)
     first = state['step']
     began -= state['metrics'].get('seconds', 0)  # of the sessions before

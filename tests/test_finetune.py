@@ -233,6 +233,7 @@ def test_what_is_trained_is_fp32_and_what_is_frozen_need_not_be(vlm, cached, tmp
     assert dtypes == {torch.float32}
     frozen = {p.dtype for p in model.vlm.parameters() if not p.requires_grad}
     assert frozen == {torch.float32 if train == 'adapter+llm' else torch.bfloat16}
+    assert latents.dtype == torch.bfloat16
     data = RoomQuestions('train', 0, 4)
     (batch, items, _), = Encoded(data, chat, dataclasses.replace(config, map_steps=0))[0]
     batch = to_device(batch, model.vlm, 'cpu')

@@ -339,7 +339,7 @@ def test_every_number_has_a_range(script, name, capsys):
     (['--device', 'gpu'], '--device gpu cannot be used here; take auto, cpu'),
     (['--min-gap', '5', '--max-gap', '2'], '--min-gap 5 --max-gap 2: the wrong order'),
     (['--device', 'cuda'], '--device cuda cannot be used here; take auto, cpu'),
-    (['--data', 'nowhere'], 'no folder nowhere'),
+    (['--data', 'nowhere', '--backbone', 'weights/none.safetensors'], 'no folder nowhere'),
     (['--data', 'photos', '--cameras', 'given'], 'only rooms come with cameras'),
     (['--config', 'base'], 'base trains on your own pictures: --data FOLDER'),
     (['--backbone', 'weights/none.safetensors'], 'no weights at weights/none.safetensors'),
