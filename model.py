@@ -413,17 +413,19 @@ def has_compiler():
     return any(shutil.which(name) for name in (os.environ.get('CC', 'cc'), 'gcc', 'cl'))
 
 
-def compile_blocks(model):
+def compile_blocks(model, backend='inductor'):
     """torch.compile, block by block: the layers of a stack share the code, at any view count."""
     # several kinds of stacks share this code, with and without gradients
     torch._dynamo.config.recompile_limit = 64
+    # what autocast leaves in fp32 (`full_precision`) is so in the backward pass too, as without it
+    torch._functorch.config.backward_pass_autocast = 'off'
     # the compiler cannot know the size of the slice `c:`, and SDPA is fused without it. (Not as a
     # decorator: that would import the compiler, which takes a second, into every run.)
     global split_attention
     split_attention = torch.compiler.disable(split_attention)
     for module in model.modules():
         if isinstance(module, Block):
-            module.compile(dynamic=True)
+            module.compile(dynamic=True, backend=backend)
 
 
 # -----------------------------------------------------------------------------

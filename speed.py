@@ -211,7 +211,7 @@ def step_cost(config, V, clock, dtype, compiled=False, around=contextlib.nullcon
     psfm.encoder.transformer.checkpointing = config.checkpointing
     psfm.decoder.transformer.checkpointing = config.checkpointing
     if compiled:
-        torch._dynamo.reset()  # so that the first step is a cold one
+        torch._dynamo.reset()  # so that the first step is cold (what lies on disk is kept)
         compile_blocks(psfm)
     with around():
         cost = time_step(step, clock)
@@ -376,8 +376,10 @@ def report(parts, path, clock):
         if name not in results:
             try:
                 results[name] = measure()
-            except torch.OutOfMemoryError:
-                print(f'{name:52s}does not fit')
+            except Exception as error:  # a part less: a rerun tries it again
+                is_full = isinstance(error, torch.OutOfMemoryError)
+                reason = 'does not fit' if is_full else f'failed: {type(error).__name__}: {error}'
+                print(f'{name:52s}{" ".join(reason.split())[:300]}', flush=True)
                 continue
             finally:
                 gc.collect()  # a model that is compiled or wrapped refers to itself

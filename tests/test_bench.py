@@ -79,16 +79,18 @@ def test_the_report_continues_where_it_was_cut_off(tmp_path, capsys):
     def part(name, ms):
         def measure():
             done.append(name)
-            if ms is None:
-                raise KeyboardInterrupt
+            if isinstance(ms, type):
+                raise ms('of the kernel')
             return dict(ms=ms, peak_gb=0.5, cold_s=1)
         return measure
 
     path = str(tmp_path / 'bench' / 'it.json')
     with pytest.raises(KeyboardInterrupt):
-        speed.report(dict(a=part('a', 1.0), b=part('b', None), c=part('c', 3.0)), path, clock)
-    results = speed.report(dict(a=part('a', 9.0), b=part('b', 2.0), c=part('c', 3.0)), path, clock)
-    assert done == ['a', 'b', 'b', 'c']
+        speed.report(dict(a=part('a', 1.0), b=part('b', KeyboardInterrupt), c=part('c', 3.0)), path, clock)
+    results = speed.report(dict(a=part('a', 9.0), b=part('b', 2.0), x=part('x', RuntimeError),
+                                c=part('c', 3.0)), path, clock)
+    assert done == ['a', 'b', 'b', 'x', 'c'] and 'x' not in results
+    assert 'failed: RuntimeError: of the kernel\n' in capsys.readouterr().out
     assert [results[name]['ms'] for name in 'abc'] == [1, 2, 3]
     assert json.loads((tmp_path / 'bench' / 'it.json').read_text()) == results
 

@@ -85,9 +85,12 @@ def test_compiled_equals_eager(field):
     psfm, config, images = field
     twin = PSFM(copy.deepcopy(psfm.backbone), config).to(DEVICE).eval()
     twin.load_state_dict(psfm.state_dict())
+    bf16 = autocast_on(DEVICE, torch.bfloat16)
     eager = loss_and_gradient(twin, images)
+    coarse = loss_and_gradient(twin, images, bf16)
     compile_blocks(twin)
     assert loss_and_gradient(twin, images) == pytest.approx(eager, rel=1e-4)
+    assert loss_and_gradient(twin, images, bf16) == pytest.approx(coarse, rel=0.01)
 
 
 def test_a_step_never_waits_for_the_gpu(field):

@@ -4,8 +4,9 @@ import os
 import pytest
 import torch
 
+import model
 from common import InputError
-from model import to_4x4
+from model import compile_blocks, to_4x4
 from optim import make_optimizers
 from psfm import (PSFM, FieldDecoder, PRoPE, PSFMConfig, context_index, load_psfm,
                   random_view_mask)
@@ -91,6 +92,25 @@ def test_field_answers_each_view_by_itself():
     moved = extrinsics.clone()
     moved[..., 3] += 1
     assert not torch.allclose(decoder(z, moved, intrinsics, SIZE, GRID), out, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_compiled_field_has_the_gradients_of_the_eager_one_under_autocast(monkeypatch):
+    """PRoPE is computed in fp32 there, forth and back (torch.compile would take bf16 for back)."""
+    monkeypatch.setattr(model, 'split_attention', model.split_attention)  # restored afterwards
+    decoder = FieldDecoder(32, 1, 2)
+    cameras = random_extrinsics(2)[:, None], INTRINSICS.expand(2, 1, 3, 3)
+    z = torch.randn(2, 5, 32)
+
+    def gradients():
+        with torch.autocast('cpu', torch.bfloat16):
+            out = decoder(z, *cameras, SIZE, GRID)
+        return torch.autograd.grad(out.float().square().sum(), list(decoder.parameters()))
+
+    eager = gradients()
+    compile_blocks(decoder, 'aot_eager')
+    for one, other in zip(gradients(), eager):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
 # -----------------------------------------------------------------------------
