@@ -86,7 +86,8 @@ def test_the_report_continues_where_it_was_cut_off(tmp_path, capsys):
 
     path = str(tmp_path / 'bench' / 'it.json')
     with pytest.raises(KeyboardInterrupt):
-        speed.report(dict(a=part('a', 1.0), b=part('b', KeyboardInterrupt), c=part('c', 3.0)), path, clock)
+        speed.report(dict(a=part('a', 1.0), b=part('b', KeyboardInterrupt), c=part('c', 3.0)),
+                     path, clock)
     results = speed.report(dict(a=part('a', 9.0), b=part('b', 2.0), x=part('x', RuntimeError),
                                 c=part('c', 3.0)), path, clock)
     assert done == ['a', 'b', 'b', 'x', 'c'] and 'x' not in results
