@@ -210,7 +210,9 @@ def load_answerer(run, device, max_pixels=None, num_rooms=192, dtype=None):
         latents = finetune.TrueList(0, num_rooms)
     elif settings['latents'] != 'none':
         psfm, config = open_psfm(settings['encoder'])
-        latents = SceneLatents(settings['latents'], psfm, config, 'out/latents').to(device)
+        as_trained = getattr(torch, settings.get('dtype', 'float32'))
+        latents = SceneLatents(settings['latents'], psfm, config, 'out/latents', dtype=as_trained)
+        latents.to(device)
     return (model.to(device).eval(), chat, latents), settings
 
 

@@ -262,6 +262,7 @@ def save(model, chat, optimizers, step, config, dtype, metrics, card, is_main, s
     settings = dict(vlm=absolute(config.vlm), encoder=absolute(config.encoder),
                     latents=config.latents, num_frames=config.num_frames, data=config.data,
                     max_pixels=config.max_pixels, num_rooms=config.num_rooms,
+                    dtype=str(dtype).removeprefix('torch.'),
                     lora_rank=config.lora_rank if config.train == 'lora' else 0)
 
     def save_model(folder):

@@ -16,6 +16,7 @@ import gc
 import os
 import statistics
 import time
+import traceback
 from functools import partial
 
 import torch
@@ -380,6 +381,8 @@ def report(parts, path, clock):
                 is_full = isinstance(error, torch.OutOfMemoryError)
                 reason = 'does not fit' if is_full else f'failed: {type(error).__name__}: {error}'
                 print(f'{name:52s}{" ".join(reason.split())[:300]}', flush=True)
+                if not is_full:
+                    traceback.print_exc()
                 continue
             finally:
                 gc.collect()  # a model that is compiled or wrapped refers to itself

@@ -184,7 +184,7 @@ def test_the_oracle_tells_what_is_true(vlm):
 def test_lora(vlm, cached, tmp_path):
     pytest.importorskip('peft')
     finetune.main(options(vlm, tmp_path, *cached, '--steps', '1', '--map-steps', '0',
-                          '--train', 'lora'))
+                          '--train', 'lora', '--dtype', 'bfloat16'))
     model, _, settings = load_spatial_vlm(str(tmp_path / 'run' / 'checkpoint'))
     assert settings['lora_rank'] == 16
     assert any('lora_B' in name and p.abs().max() > 0 for name, p in model.named_parameters())
@@ -214,6 +214,7 @@ def test_lora(vlm, cached, tmp_path):
     assert torch.allclose(merged.eval()(**batch).logits, expected, atol=1e-4)
     assert os.path.samefile(os.path.dirname(found['encoder']), plain)  # it has its own
     (_, _, latents), _ = load_answerer(plain, 'cpu')
+    assert latents.dtype == torch.bfloat16  # as in training, so that what is kept is found
     assert latents.width == load_psfm(finetune.Config.encoder)[1].width
     with pytest.raises(InputError, match='is the checkpoint of a run'):
         evaluation.main(['export', '--run', changed, '--out', str(tmp_path / 'run/checkpoint')])

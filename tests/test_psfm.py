@@ -97,7 +97,9 @@ def test_field_answers_each_view_by_itself():
 @pytest.mark.slow
 def test_compiled_field_has_the_gradients_of_the_eager_one_under_autocast(monkeypatch):
     """PRoPE is computed in fp32 there, forth and back (torch.compile would take bf16 for back)."""
-    monkeypatch.setattr(model, 'split_attention', model.split_attention)  # restored afterwards
+    of_backward = torch._functorch.config
+    for place, name in ((model, 'split_attention'), (of_backward, 'backward_pass_autocast')):
+        monkeypatch.setattr(place, name, getattr(place, name))  # restored afterwards
     decoder = FieldDecoder(32, 1, 2)
     cameras = random_extrinsics(2)[:, None], INTRINSICS.expand(2, 1, 3, 3)
     z = torch.randn(2, 5, 32)
