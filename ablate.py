@@ -16,6 +16,7 @@ import functools
 import itertools
 import math
 import os
+from unittest import mock
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ import psfm as method
 import train
 from adapter import LATENTS
 from common import (InputError, Parser, autocast_on, check_same, find_checkpoint, find_file, number,
-                    pick_device, pick_dtype, read_json, replaced, run_script, write_json)
+                    pick_device, pick_dtype, read_json, run_script, write_json)
 from data import RoomPool, make_sources, rendering
 from draw import ACCENT, blank, draw_panel
 from eval import SHIPPED, folder_beside, load_answerer
@@ -140,7 +141,7 @@ def trained(args, name, seed, changes, decoder=FieldDecoder):
         needs_heads(build_psfm(config), config)  # now, not after the training
         train.train(f'{name}, seed {seed}', config)
 
-    with replaced(method, 'FieldDecoder', decoder):
+    with mock.patch.object(method, 'FieldDecoder', decoder):
         path = kept_or_made(config, make)
         metrics = read_json(path)
         if 'asked' not in metrics:

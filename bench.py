@@ -33,7 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import finetune
 import train
 from adapter import answer_loss
-from chat import attend_in_fp32, to_device
+from chat import to_device
 from common import (InputError, Parser, autocast_on, count_parameters, number, peak_memory,
                     pick_device, pick_dtype, read_json, run_script)
 from data import CELL, RoomPool
@@ -169,12 +169,8 @@ def bench_finetune(clock, dtype):
     device = clock.device
     with tempfile.TemporaryDirectory() as folder:
         config = dataclasses.replace(config, cache=folder)
-        spatial_vlm, chat, kept = finetune.build_model(config, dtype)
-        anew = finetune.open_latents(dataclasses.replace(config, cache=''), dtype)
-        spatial_vlm.trainable(config.train).to(device)
-        attend_in_fp32(spatial_vlm.vlm, device)
-        kept.to(device)
-        anew.to(device)
+        spatial_vlm, chat, kept = finetune.open_model(config, {}, device, dtype, print)
+        anew = finetune.open_latents(dataclasses.replace(config, cache=''), dtype).to(device)
         parts = []
         for batch, items, _ in Encoded(data, chat, config)[0]:
             batch = to_device(batch, spatial_vlm.vlm, device)

@@ -247,17 +247,6 @@ def count_parameters(model):
             for is_trained in (True, False)]
 
 
-@contextlib.contextmanager
-def replaced(owner, name, other):
-    """Inside, `owner.name` is this other one: for experiments, no option of the method."""
-    own = getattr(owner, name)
-    setattr(owner, name, other)
-    try:
-        yield
-    finally:
-        setattr(owner, name, own)
-
-
 def join_processes(device):
     """Joins the processes that torchrun started. -> rank, number of processes, own device."""
     rank, world_size = int(os.environ.get('RANK', 0)), int(PROCESSES)

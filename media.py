@@ -6,7 +6,6 @@ InputError that names the file.
 """
 import functools
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -14,7 +13,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageOps, features
+from PIL import Image, ImageOps, features
 
 from common import InputError
 
@@ -305,43 +304,6 @@ def extract_frames(path):
 
 
 # -----------------------------------------------------------------------------
-# markers on the pictures of SPAR's training records
-
-MARKER_COLOURS = {'red': (255, 0, 0), 'green': (0, 255, 0), 'blue': (0, 0, 255),
-                  'yellow': (255, 255, 0)}
-
-
-def draw_markers(images, spar_info):
-    """The points and boxes that SPAR's questions name ("the red point"), on copies of the images.
-
-    spar_info: JSON: <colour>_point [[x, y], ...] and <colour>_bbox [[x0, y0,
-    x1, y1], ...] in thousandths of the image; point_img_idx / bbox_img_idx
-    [[...]]: on which image each of them lies, in the order of the keys.
-    """
-    info = json.loads(spar_info) if isinstance(spar_info, str) else spar_info
-    images = [image.copy() for image in images]
-    for kind in ('point', 'bbox'):
-        where = np.ravel(info.get(f'{kind}_img_idx', [])).astype(int).tolist()
-        marks = [(name.split('_')[0], mark) for name, marks in info.items()
-                 if name.endswith(f'_{kind}') for mark in marks]
-        for i, (colour, mark) in enumerate(marks):
-            on = where[i] if i < len(where) else 0
-            if not 0 <= on < len(images):
-                raise ValueError(f'there is no image {on}')
-            pen = ImageDraw.Draw(images[on])
-            size = images[on].size
-            x = [value * size[j % 2] / 1000 for j, value in enumerate(mark)]
-            paint = MARKER_COLOURS.get(colour, (255, 0, 0))
-            width = max(2, round(max(size) / 200))
-            if kind == 'point':
-                r = 2 * width
-                pen.ellipse([x[0] - r, x[1] - r, x[0] + r, x[1] + r], fill=paint)
-            else:
-                pen.rectangle(x, outline=paint, width=width)
-    return images
-
-
-# -----------------------------------------------------------------------------
 # data sets: which scenes are in a folder
 
 # where the pictures of a scene are, below its folder: what such a data set is called, and the lists
@@ -485,9 +447,11 @@ def find_scenes(root, say=print):
 
 def check_path(root):
     """Raises InputError if `root` is neither a folder nor a video."""
-    if not os.path.isdir(root) and not (os.path.isfile(root) and root.lower().endswith(VIDEOS)):
-        raise InputError(f'no folder {root}, and no such video ({" ".join(VIDEOS)}): it takes a '
-                         'folder of pictures, of sub-folders with pictures, or of videos')
+    if os.path.isfile(root) and not root.lower().endswith(VIDEOS):
+        raise InputError(f'{root} is no video ({" ".join(VIDEOS)}): take a folder of pictures')
+    if not os.path.exists(root):
+        raise InputError(f'no folder {root}, and no such video: it takes a folder of pictures, of '
+                         'sub-folders with pictures, or of videos')
 
 
 def find_scenes_or_say_why(root, say=print):

@@ -11,11 +11,12 @@ import os
 import re
 import zlib
 
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from common import InputError, step_generator
-from media import draw_markers, media_fault, open_picture, read_video
+from media import media_fault, open_picture, read_video
 
 
 def read_records(path):
@@ -205,6 +206,43 @@ class Part(torch.utils.data.Dataset):
                     self.say(f'{error}; the next record stands in for it ({len(self.bad)} so far '
                              'in this process)')
         raise InputError('none of the records can be read; the last fault is named above')
+
+
+# -----------------------------------------------------------------------------
+# markers on the pictures of SPAR's training records
+
+MARKER_COLOURS = {'red': (255, 0, 0), 'green': (0, 255, 0), 'blue': (0, 0, 255),
+                  'yellow': (255, 255, 0)}
+
+
+def draw_markers(images, spar_info):
+    """The points and boxes that SPAR's questions name ("the red point"), on copies of the images.
+
+    spar_info: JSON: <colour>_point [[x, y], ...] and <colour>_bbox [[x0, y0,
+    x1, y1], ...] in thousandths of the image; point_img_idx / bbox_img_idx
+    [[...]]: on which image each of them lies, in the order of the keys.
+    """
+    info = json.loads(spar_info) if isinstance(spar_info, str) else spar_info
+    images = [image.copy() for image in images]
+    for kind in ('point', 'bbox'):
+        where = np.ravel(info.get(f'{kind}_img_idx', [])).astype(int).tolist()
+        marks = [(name.split('_')[0], mark) for name, marks in info.items()
+                 if name.endswith(f'_{kind}') for mark in marks]
+        for i, (colour, mark) in enumerate(marks):
+            on = where[i] if i < len(where) else 0
+            if not 0 <= on < len(images):
+                raise ValueError(f'there is no image {on}')
+            pen = ImageDraw.Draw(images[on])
+            size = images[on].size
+            x = [value * size[j % 2] / 1000 for j, value in enumerate(mark)]
+            paint = MARKER_COLOURS.get(colour, (255, 0, 0))
+            width = max(2, round(max(size) / 200))
+            if kind == 'point':
+                r = 2 * width
+                pen.ellipse([x[0] - r, x[1] - r, x[0] + r, x[1] + r], fill=paint)
+            else:
+                pen.rectangle(x, outline=paint, width=width)
+    return images
 
 
 # -----------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 import json
 import os
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import finetune
 import psfm as method
 import train
 from ablate import STYLES, CameraToken, comparison, main
-from common import InputError, find_file, read_weights, replaced
+from common import InputError, find_file, read_weights
 from data import RoomPool
 from eval import SHIPPED
 from eval import main as eval_main
@@ -46,8 +47,10 @@ def test_a_camera_token_decodes_each_view_on_its_own():
 
 
 def test_a_decoder_is_replaced_for_a_while():
-    with pytest.raises(ZeroDivisionError), replaced(method, 'FieldDecoder', CameraToken):
+    changed = mock.patch.object(method, 'FieldDecoder', CameraToken)
+    with pytest.raises(ZeroDivisionError), changed:
         assert method.FieldDecoder is CameraToken
+        assert isinstance(method.build_psfm(train.Config()).decoder, CameraToken)
         1 / 0
     assert method.FieldDecoder is FieldDecoder
 

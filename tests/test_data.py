@@ -485,7 +485,7 @@ def test_one_film_is_a_data_set(tmp_path, capsys):
     train, val = [PhotoFolder(path, split, 0, 28, 14, 4) for split in ('train', 'val')]
     assert (len(train.scenes[0]), len(val.scenes[0])) == (12, 4)
     assert 'layout videos, 1 scenes, 16 pictures' in check(path)
-    for name, fault in (('a.jpg', 'and no such video'), ('b.mp4', 'cannot be read as a video')):
+    for name, fault in (('a.jpg', 'is no video'), ('b.mp4', 'cannot be read as a video')):
         (tmp_path / name).write_bytes(b'no film')
         with pytest.raises(InputError, match=fault):
             PhotoFolder(str(tmp_path / name), 'train', 0, 28, 14, 4)

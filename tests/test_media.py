@@ -13,10 +13,10 @@ from PIL import Image
 
 import media
 from common import InputError
-from media import (PICTURES, draw_markers, extract_frames, list_files, natural_order,
-                   open_picture, read_video)
+from media import (PICTURES, extract_frames, list_files, natural_order, open_picture,
+                   read_video)
 from psfm import fit_picture
-from records import Conversations, Part, record_fault
+from records import Conversations, Part, draw_markers, record_fault
 from tiny import GOOD, make_video, names_of, picture, turns, write
 
 
