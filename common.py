@@ -261,6 +261,14 @@ def join_processes(device):
     return rank, world_size, device
 
 
+def leave_processes():
+    """Waits for the processes that were joined: Python aborts where it ends while a thread of gloo
+    still lets go of the tensors that it gathered last."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 # -----------------------------------------------------------------------------
 # weights
 

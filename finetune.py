@@ -21,7 +21,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -30,9 +29,9 @@ from adapter import (LATENTS, SceneLatents, SpatialVLM, add_lora, answer_loss, b
                      load_spatial_vlm, save_spatial_vlm)
 from chat import NAMES, attend_in_fp32, load_vlm, to_device
 from common import (InputError, autocast_on, check_finite, count_parameters, join_processes,
-                    open_run, opt, parse_options, peak_memory, pick_dtype, quiet, read_state,
-                    run_script, step_generator, with_licence, write_card, write_checkpoint,
-                    write_json)
+                    leave_processes, open_run, opt, parse_options, peak_memory, pick_dtype, quiet,
+                    read_state, run_script, step_generator, with_licence, write_card,
+                    write_checkpoint, write_json)
 from data import rendering
 from draw import draw_maps
 from measure import answer_rooms, held_out_loss, rooms_line, rooms_table
@@ -489,8 +488,7 @@ def train(name, config, data=None, held_out=None):
 
 def main(argv=None):
     train(*parse_config(argv))
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave_processes()
 
 
 if __name__ == '__main__':

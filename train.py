@@ -21,15 +21,14 @@ import time
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from common import (InputError, autocast_on, check_finite, command_of, count_parameters,
-                    join_processes, load_strictly, open_run, opt, parse_options, peak_memory,
-                    pick_dtype, quiet, read_state, run_script, step_generator, with_licence,
-                    write_card, write_checkpoint, write_json)
+                    join_processes, leave_processes, load_strictly, open_run, opt, parse_options,
+                    peak_memory, pick_dtype, quiet, read_state, run_script, step_generator,
+                    with_licence, write_card, write_checkpoint, write_json)
 from data import RoomPool, make_source, rendering
 from draw import draw_curve, draw_field
 from measure import evaluate_field, field_line, field_table, knows_rooms
@@ -431,8 +430,7 @@ def train(name, config):
 
 def main(argv=None):
     train(*parse_config(argv))
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave_processes()
 
 
 if __name__ == '__main__':
