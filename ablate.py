@@ -236,14 +236,14 @@ def scaling(args):
 def draw_scaling(rows, path):
     """R2 and objects found over the steps, a colour a width, a curve a seed."""
     canvas, pen, font = blank(1000, 360)
-    for title, box in (('R2', (60, 40, 470, 290)), ('objects', (550, 40, 970, 290))):
+    for title, low, box in (('R2', 0.5, (60, 40, 470, 290)), ('objects', 0, (550, 40, 970, 290))):
         curves = {}
         for width, colour in zip(WIDTHS, COLOURS):
             of_steps = [rows[f'{width} wide {steps} steps'] for steps in STEPS]
             for number, runs in enumerate(zip(*of_steps)):
                 name = f'{width} wide' if number == 0 else f'_{width} {number}'
                 curves[name] = STEPS, [COLUMNS[title](run) for run in runs], colour
-        draw_panel(pen, font, box, curves, f'{title}, over steps', low=0)
+        draw_panel(pen, font, box, curves, f'{title}, over steps', low, is_log=True)
     canvas.save(path)
 
 

@@ -1,6 +1,5 @@
 """
-Pictures of what was learned: field.png, curve.png, path.gif and map.png,
-with PIL alone.
+Pictures of what was learned: field.png, curve.png, path.gif and map.png, with PIL alone.
 
     draw_field    pictures, the features that the backbone sees, those that we predict
     draw_curve    loss, R2 and baselines over the steps of a run
@@ -181,27 +180,29 @@ def draw_field(psfm, source, config, autocast, path, num_scenes=2, tile=88):
 # -----------------------------------------------------------------------------
 # curve.png
 
-def draw_panel(pen, font, box, curves, title, low=None):
-    """Curves {name: ([steps], [values], colour)} in the rectangle `box`, with axes and a legend."""
+def draw_panel(pen, font, box, curves, title, low=None, is_log=False):
+    """Curves {name: ([steps], [values], colour)}, axes (`is_log`: of the steps) and a legend."""
     left, top, right, bottom = box
     points = [(x, y) for xs, ys, _ in curves.values() for x, y in zip(xs, ys)]
     if not points:
         return
-    last = max(x for x, _ in points) or 1
+    first, last = min(x for x, _ in points), max(x for x, _ in points) or 1
     low = min(y for _, y in points) if low is None else low
     high = max(max(y for _, y in points), low + 1e-6)
 
     def place(x, y):
+        along = math.log(x / first, last / first) if is_log else x / last
         share = (min(max(y, low), high) - low) / (high - low)
-        return left + x / last * (right - left), bottom - share * (bottom - top)
+        return left + along * (right - left), bottom - share * (bottom - top)
 
     pen.text(((left + right) // 2, top - 16), title, 'black', font, anchor='mm')
     for i in range(5):
+        step = first * (last / first) ** (i / 4) if is_log else last * i / 4
         value = low + (high - low) * i / 4
-        x, y = place(last * i / 4, value)
+        x, y = place(step, value)
         pen.line((left, y, right, y), 'gainsboro')
         pen.text((left - 6, y), f'{value:.2f}', 'black', font, anchor='rm')
-        pen.text((x, bottom + 12), f'{last * i / 4:.0f}', 'black', font, anchor='mm')
+        pen.text((x, bottom + 12), f'{step:.0f}', 'black', font, anchor='mm')
     names = [name for name in curves if name[0] != '_']  # the others stay out of the legend
     for name, (xs, ys, colour) in curves.items():
         line = [place(x, y) for x, y in zip(xs, ys)]
@@ -248,8 +249,7 @@ def make_path(rooms, num_views):
     An ellipse at eye height that looks across the room; of a few sizes, the
     one that is clearest of tall furniture.
     """
-    R = len(rooms.size)
-    V = num_views
+    R, V = len(rooms.size), num_views
     angle = 2 * math.pi * torch.arange(V) / V
     circle = torch.stack([angle.cos(), angle.sin()], -1)  # (V, 2)
     shares = torch.linspace(0.8, 0.4, 9)[:, None, None]
