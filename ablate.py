@@ -181,14 +181,15 @@ COLUMNS = {
 }
 
 
-def comparison(rows):
+def comparison(rows, first=None):
     """{row: [metrics of each seed]} -> a table of means over the seeds, then of the differences to
-    the first row, seed by seed, each with its 95 % interval by Student's t."""
+    the row `first`, seed by seed, each with its 95 % interval by Student's t."""
     values = {name: np.array([[of(run) for of in COLUMNS.values()] for run in runs])
               for name, runs in rows.items()}  # (seeds, columns)
-    first = next(iter(values))
-    values |= {f'{name} minus {first}': (x - values[first])[:, :-1] for name, x in values.items()
-               if name != first and len(x) == len(values[first])}  # without the minutes
+    if first:  # without the minutes
+        values |= {f'{name} minus {first}': (x - values[first])[:, :-1]
+                   for name, x in values.items()
+                   if name != first and len(x) == len(values[first])}
     longest = max(map(len, values))
     lines = [' ' * longest + ''.join(f'{title:>16s}' for title in COLUMNS)]
     for name, x in values.items():
@@ -214,7 +215,7 @@ def field(args):
     for seed in args.seeds:
         for name, (changes, decoder) in FIELD.items():
             rows.setdefault(name, []).append(trained(args, name, seed, changes, decoder))
-    print(comparison(rows))
+    print(comparison(rows, 'as it is'))
 
 
 def scaling(args):
