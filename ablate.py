@@ -186,8 +186,8 @@ def comparison(rows, first=None):
     the row `first`, seed by seed, each with its 95 % interval by Student's t."""
     values = {name: np.array([[of(run) for of in COLUMNS.values()] for run in runs])
               for name, runs in rows.items()}  # (seeds, columns)
-    if first:  # without the minutes
-        values |= {f'{name} minus {first}': (x - values[first])[:, :-1]
+    if first:
+        values |= {f'{name} minus {first}': (x - values[first])[:, :-1]  # without the minutes
                    for name, x in values.items()
                    if name != first and len(x) == len(values[first])}
     longest = max(map(len, values))
