@@ -122,7 +122,7 @@ def kept_or_made(config, make):
 
 
 def options_of(args, out, seed, *changes):
-    """The options of a run, the row's own last: they hold whatever else was asked for."""
+    """The options of a run. The row's own come last: they win over those of the command line."""
     options = ['--config', args.config, *args.options, *changes, '--seed', str(seed), '--out', out]
     return [*options, '--resume'] if find_checkpoint(out) else options
 
@@ -148,7 +148,8 @@ def trained(args, name, seed, changes, decoder=FieldDecoder):
             metrics['asked'] = ask(out, config)
             settings = read_json(os.path.join(out, 'config.json'))
             write_json(os.path.join(out, 'config.json'), {**settings, 'decoder': decoder.__name__})
-            write_json(path, metrics)  # last: an older one is of a run before this configuration
+            # after config.json: `eval.py runs` takes one that is newer for an unfinished run
+            write_json(path, metrics)
     return metrics
 
 
@@ -442,8 +443,10 @@ def vlm(args):
     print(rooms_table(arms))
     for arm in args.arms:
         minutes = sorted(run['seconds'] / 60 for run in arms[arm])
-        print(f'{arm}: {minutes[0]:.1f} to {minutes[-1]:.1f} minutes; '
-              f'{arms[arm][0].get("cost", "")}')
+        line = f'{arm}: {minutes[0]:.1f} to {minutes[-1]:.1f} minutes'
+        if 'cost' in arms[arm][0]:  # what its latents cost
+            line += f'; {arms[arm][0]["cost"]}'
+        print(line)
 
 
 # -----------------------------------------------------------------------------

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from chat import load_vlm, to_device
+from chat import lean_batch, load_vlm
 from common import (InputError, autocast_on, load_strictly, read_json, read_weights,
                     without_prefix, write_json)
 from model import MLP, invert_pose, look_along
@@ -203,7 +203,7 @@ class Reading:
         self.images = '<image>' * len(scenes[0])
         items = []
         for pictures in scenes:
-            self.looked = chat.look(pictures)  # of the last: in all scenes the same stands there
+            self.looked = chat.look(pictures)  # of the last scene: the texts are alike in all
             item = self.encode('')
             ids = item['input_ids']
             end = len(ids) - ids[::-1].index(chat.image_token_id)  # after the last picture
@@ -212,7 +212,7 @@ class Reading:
             raise InputError('scenes whose pictures differ in number or size are asked one by one')
         batch = chat.batch(items)
         del batch['labels']
-        batch = to_device(batch, model.vlm, self.device)
+        batch = lean_batch(batch, model.vlm, self.device)
         known = inspect.signature(model.vlm.forward).parameters
         # the second: before transformers 5.24
         self.argument = 'cache' if 'cache' in known else 'past_key_values'

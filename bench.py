@@ -33,7 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import finetune
 import train
 from adapter import answer_loss
-from chat import to_device
+from chat import lean_batch
 from common import (InputError, Parser, autocast_on, count_parameters, number, peak_memory,
                     pick_device, pick_dtype, read_json, run_script)
 from data import CELL, RoomPool
@@ -173,7 +173,7 @@ def bench_finetune(clock, dtype):
         anew = finetune.open_latents(dataclasses.replace(config, cache=''), dtype).to(device)
         parts = []
         for batch, items, _ in Encoded(data, chat, config)[0]:
-            batch = to_device(batch, spatial_vlm.vlm, device)
+            batch = lean_batch(batch, spatial_vlm.vlm, device)
             labels, pictures = batch.pop('labels'), [item['images'] for item in items]
             parts.append((batch, labels, pictures))
             kept(pictures)
@@ -212,7 +212,7 @@ def count_step(psfm, config, V):
     """
     backbone = psfm.backbone
     size = batch_shape(config, V)[-2:]
-    num_context = max(1, int(V * (1 - config.mask_ratio)))
+    _, num_context = random_view_mask(1, V, config.mask_ratio)
     rows = []
 
     def part(label, call):

@@ -359,12 +359,13 @@ def attend_in_fp32(vlm, device):
     vlm.set_attn_implementation('sdpa_fp32')
 
 
-def to_device(batch, vlm, device):
-    """A batch for training, on `device`. Three things save time: positions are computed here, where
-    transformers would do it sample by sample on the GPU; the mask goes, because padding comes
-    last, where causal attention does not look, and there are faster kernels without a mask; and
-    logits are computed only for the K places whose next token is an answer's in some sample (with
-    a vocabulary of 150,000 they are gigabytes). `labels` become (B, K): that next token, or -100.
+def lean_batch(batch, vlm, device):
+    """A batch of Chat.batch -> what the VLM's forward takes, on `device`. `labels` are shifted by
+    one here: (B, K), the next token at the K places where it is an answer's in some sample, or
+    -100; logits are computed for these places alone (with a vocabulary of 150,000 they are
+    gigabytes). Two more things save time: positions are computed here, where transformers would
+    do it sample by sample on the GPU; and the mask goes, because padding comes last, where causal
+    attention does not look, and there are faster kernels without a mask.
     """
     if 'labels' in batch:
         following = batch['labels'][:, 1:]

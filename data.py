@@ -40,8 +40,8 @@ def rendering(blocks):
 
 
 def stream_of(source, number):
-    """The random numbers of batch `number` of this process. (Third words below 16 are the streams
-    of train.py.)"""
+    """The random numbers of batch `number` of this process. (16 times its rank: the third word is
+    never that of one of train.py's streams, such as VIEWS.)"""
     return step_generator(source.seed, number, 16 * source.rank, source.split != 'train')
 
 
@@ -51,8 +51,8 @@ class RoomPool:
     For batch b the pool holds rooms b * new_rooms .. + num_rooms of its split, eight views each.
     Rendering stays a small part of a step, and no room is seen often enough to be memorised.
     """
-    held_out = 'rooms that training never shows'
-    kept = None  # held out by their seeds
+    held_out_text = 'rooms that training never shows'
+    reserved = None  # rooms are held out by their seeds
     BLOCK = 4  # rooms are made and rendered so many at a time
     VIEWS = 8
 
@@ -108,7 +108,7 @@ class RoomPool:
 
         `neighbours`: share of the samples whose views follow each other on the walk (the others:
         any views). `keep_closest`: num_scenes / keep_closest samples are drawn, and those are
-        kept whose first two views differ least.
+        kept whose first two views differ least. (Both are for mini_vggt.py: near views first.)
         """
         self.advance(number)
         g = stream_of(self, number)
@@ -128,7 +128,7 @@ class RoomPool:
         room, view = room.to(self.device), view.to(self.device)
         if n > num_scenes:
             rotation = self.pool['extrinsics'][room[:, None], view[:, :2], :, :3]
-            likeness = (rotation[:, 0] * rotation[:, 1]).sum((1, 2))  # (n,)
+            likeness = (rotation[:, 0] * rotation[:, 1]).sum((1, 2))  # (n,) trace of R1 R2^T
             closest = likeness.argsort(descending=True)[:num_scenes]
             room, view = room[closest], view[closest]
         batch = {name: x[room[:, None], view] for name, x in self.pool.items()}
@@ -145,15 +145,16 @@ class PhotoFolder:
 
     Where the data set has lists of its splits, they decide, and a scene on no list is not used.
     Else a tenth of the scenes is held out; of a single scene, its last quarter, if that is enough;
-    or what `kept` names, which a run held out before the folder grew (none: split now; []: nothing
-    was held out). Pictures that cannot be read and scenes with fewer than `min_views` pictures are
-    left out, by name. (Beyond CHECKED pictures only names are looked at beforehand.)
+    or `reserved`: names of the scenes, or of the only scene's pictures, that a run held out before
+    the folder grew (None: split now; []: nothing was held out). Pictures that cannot be read and
+    scenes with fewer than `min_views` pictures are left out, by name. (Beyond CHECKED pictures only
+    names are looked at beforehand.)
     """
     CHECKED = 5000
 
     def __init__(self, root, split, seed, width, multiple, min_views, gap=(1, 4), rank=0,
-                 say=print, kept=None):
-        self.split, self.seed, self.rank, self.kept = split, seed, rank, kept
+                 say=print, reserved=None):
+        self.split, self.seed, self.rank, self.reserved = split, seed, rank, reserved
         self.width, self.multiple, self.gap = width, multiple, gap
         found = find_scenes_or_say_why(root, say)
         if found.unused:
@@ -170,7 +171,7 @@ class PhotoFolder:
         scenes = self.leave_out(root, scenes, min_views, say)
         if 'val' in found.splits:
             self.scenes = self.split_by_lists(root, scenes, found.splits, found.layout)
-        elif len(scenes) > 1:
+        elif len(scenes) > 1 or set(scenes) <= set(reserved or ()):
             self.scenes = self.split_by_scenes(scenes)
         else:
             self.scenes = self.split_pictures(next(iter(scenes.values())), min_views)
@@ -207,31 +208,33 @@ class PhotoFolder:
             raise InputError(f'{root}: no scene of the {self.split} list of {layout} is there with '
                              'enough pictures')
         num_held_out = sum(name in splits.get('val', ()) for name in names)
-        self.held_out = f'{num_held_out} scenes of the val list of {layout}'
+        self.held_out_text = f'{num_held_out} scenes of the val list of {layout}'
         return [scenes[name] for name in mine]
 
     def split_by_scenes(self, scenes):
         names = sorted(scenes, key=natural_order)
-        if self.kept == []:
+        if self.reserved == []:
             raise InputError('when this run began there was one scene, and nothing was held out; '
                              'now there are more: begin anew in another --out')
         # the last one, and every tenth before it
-        self.kept = held_out = self.kept or names[::-1][::10]
+        self.reserved = held_out = self.reserved or names[::-1][::10]
         few = len(held_out) < 4
-        self.held_out = f'scene {", ".join(held_out)}' if few else f'{len(held_out)} scenes'
+        self.held_out_text = f'scene {", ".join(held_out)}' if few else f'{len(held_out)} scenes'
         return [scenes[name] for name in names if (name in held_out) == (self.split == 'val')]
 
     def split_pictures(self, pictures, min_views):
         last = pictures[len(pictures) * 3 // 4:]
-        if len(pictures) < 4 * min_views or self.kept == []:
-            self.kept = []
-            self.held_out = (f'nothing, for the one scene has fewer than {4 * min_views} pictures: '
-                             'this is measured on training views')
+        if len(pictures) < 4 * min_views or self.reserved == []:
+            self.reserved = []
+            self.held_out_text = (f'nothing, for the one scene has fewer than {4 * min_views} '
+                                  'pictures: this is measured on training views')
             return [pictures]
-        self.kept = self.kept or [os.path.basename(path) for path in last]
-        self.held_out = f'{len(self.kept)} pictures of the only scene, from {self.kept[0]} on'
+        self.reserved = self.reserved or [os.path.basename(path) for path in last]
+        self.held_out_text = (f'{len(self.reserved)} pictures of the only scene, from '
+                              f'{self.reserved[0]} on')
         is_val = self.split == 'val'
-        return [[path for path in pictures if (os.path.basename(path) in self.kept) == is_val]]
+        return [[path for path in pictures
+                 if (os.path.basename(path) in self.reserved) == is_val]]
 
     def advance(self, number, progress=iter):
         """Nothing to prepare: pictures are read when they are asked for."""
@@ -261,9 +264,10 @@ class PhotoFolder:
         return [fit_picture(picture, self.width, self.multiple) for picture in pictures]
 
 
-def make_source(config, split, multiple, device='cpu', rank=0, world_size=1, say=print, kept=None):
+def make_source(config, split, multiple, device='cpu', rank=0, world_size=1, say=print,
+                reserved=None):
     """The source that a configuration names, for split 'train' or 'val'. Pictures' sides are
-    multiples of `multiple`; `kept` as in PhotoFolder."""
+    multiples of `multiple`; `reserved` as in PhotoFolder."""
     width = config.image_width
     if width < multiple or width % multiple:
         below = max(1, width // multiple) * multiple
@@ -275,21 +279,23 @@ def make_source(config, split, multiple, device='cpu', rank=0, world_size=1, say
     if config.data == 'rooms':
         return RoomPool(split, 0, config.val_scenes, 0, (width, width), device)
     return PhotoFolder(config.data, split, config.seed, width, multiple, config.min_views,
-                       (config.min_gap, config.max_gap), rank if split == 'train' else 0, say, kept)
+                       (config.min_gap, config.max_gap), rank if split == 'train' else 0, say,
+                       reserved)
 
 
 def make_sources(config, multiple, device, all_held_out=False):
     """What a run is measured on -> its training and its held-out source. With `all_held_out`, all
     scenes of a folder that was not trained on are both."""
-    kept = getattr(config, 'kept', None)    # weights may be older than this setting
+    reserved = getattr(config, 'kept', None)  # weights may be older than this setting
     splits = 'train', 'val'
     if all_held_out:
         found = find_scenes_or_say_why(config.data)
         names = list(found.scenes)
-        kept, splits = names if len(names) > 1 else [], ('val', 'val')
-    sources = [make_source(config, split, multiple, device, kept=kept) for split in splits]
+        reserved, splits = names if len(names) > 1 else [], ('val', 'val')
+    sources = [make_source(config, split, multiple, device, reserved=reserved)
+               for split in splits]
     if all_held_out and not found.splits:
-        sources[1].held_out = f'all of {config.data}, none of it trained on'
+        sources[1].held_out_text = f'all of {config.data}, none of it trained on'
     return sources
 
 

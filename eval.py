@@ -75,7 +75,7 @@ def field(args):
     autocast = autocast_on(device, torch.float32)
     step = config.steps * config.accumulate
     metrics = evaluate_field(psfm, train_source, held_out, step, config, autocast)
-    print(field_table(metrics, held_out.held_out))
+    print(field_table(metrics, held_out.held_out_text))
 
     path = os.path.join(out, 'metrics.json')
     known = read_json(path) if os.path.isfile(path) else {}

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from adapter import (LATENTS, SceneLatents, SpatialVLM, add_lora, answer_loss, build_adapter,
                      load_spatial_vlm, save_spatial_vlm)
-from chat import NAMES, attend_in_fp32, load_vlm, to_device
+from chat import NAMES, attend_in_fp32, lean_batch, load_vlm
 from common import (InputError, autocast_on, check_finite, count_parameters, join_processes,
                     leave_processes, open_run, opt, parse_options, peak_memory, pick_dtype, quiet,
                     read_state, run_script, step_generator, with_licence, write_card,
@@ -162,10 +162,10 @@ class TrueList:
     found = computed = 0
     width = len(CATEGORIES) + 1 + 6
 
-    def __init__(self, num_rooms, num_held_out, progress=iter):
+    def __init__(self, num_rooms, num_held_out):
         self.tokens = {}              # by the first picture of the room
         for split, count in (('train', num_rooms), ('val', num_held_out)):
-            for block in view_rooms(split, 0, count, RoomQuestions.VIEWS, progress):
+            for block in view_rooms(split, 0, count, RoomQuestions.VIEWS):
                 for room, picture in enumerate(block.images[:, 0].numpy()):
                     self.tokens[picture.tobytes()] = self.list_of(block, room)
 
@@ -229,16 +229,15 @@ def absolute(path):
     return os.path.abspath(path) if os.path.exists(path) and not is_shipped else path
 
 
-def evaluate(asked, data, config, autocast, is_main, sharded, is_final):
-    """asked: (SpatialVLM, Chat, SceneLatents, held-out data). -> metrics, a line about them. Of
-    rooms, only maps are asked for before the end."""
+def evaluate(model, chat, latents, held_out, data, config, autocast, is_main, sharded, is_final):
+    """-> metrics, a line about them. Of rooms, only maps are asked for before the end."""
     if config.data != 'rooms' or sharded:  # a sharded model does not generate
-        metrics = held_out_loss(*asked, autocast, config.max_length)
+        metrics = held_out_loss(model, chat, latents, held_out, autocast, config.max_length)
         return metrics, (f'held-out loss {metrics["loss"]:.4f}, answers right '
                          f'{metrics["accuracy"]:.3f}, too long {metrics["left_out"]}')
     if not is_main:
         return {}, ''
-    metrics = answer_rooms(*asked, data, autocast, maps_only=not is_final)
+    metrics = answer_rooms(model, chat, latents, held_out, data, autocast, maps_only=not is_final)
     return metrics, rooms_line(metrics)
 
 
@@ -367,8 +366,8 @@ def add_gradients(model, vlm, parts, latents, accumulate, is_last, autocast):
     loss = 0.0
     is_ddp = isinstance(model, nn.parallel.DistributedDataParallel)
     for i, (batch, items, share) in enumerate(parts):
-        batch = to_device(batch, vlm, vlm.device)
-        labels = batch.pop('labels')
+        batch = lean_batch(batch, vlm, vlm.device)
+        labels = batch.pop('labels')  # the next tokens: lean_batch shifts them
         z = latents([item['images'] for item in items]) if latents else None
         waits = is_ddp and not (is_last and i == len(parts) - 1)
         with model.no_sync() if waits else contextlib.nullcontext():
@@ -466,7 +465,7 @@ def train(name, config, data=None, held_out=None):
 
         # evaluate and save
         if is_evaluated:
-            metrics, line = evaluate((model, chat, latents, held_out), data, config, autocast,
+            metrics, line = evaluate(model, chat, latents, held_out, data, config, autocast,
                                      is_main, sharded, done == config.steps)
             say(f'step {done:05d}/{config.steps:05d} | {line}')
             brief = {key: value for key, value in metrics.items() if key not in ('scores', 'maps')}

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from adapter import Reading, answer_loss
 from benchmarks import BENCHMARKS, aggregate, relative_accuracy, score
-from chat import to_device
+from chat import lean_batch
 from common import InputError, step_generator
 from model import take_views
 from psfm import context_index, random_view_mask
@@ -174,6 +174,7 @@ def evaluate_field(psfm, train_source, held_out, number, config, autocast):
         # the baselines that need no decoder
         target = take_views(views.features, unseen_index)
         rotation = views.extrinsics[..., :3]
+        # the trace of R1 R2^T: largest for the view that differs least
         alike = torch.einsum('bvij,bwij->bvw', take_views(rotation, unseen_index),
                              take_views(rotation, seen_index)).argmax(-1)
         per_place = F.interpolate(position, views.grid, mode='bilinear').flatten(2).transpose(1, 2)
@@ -285,7 +286,7 @@ def read_map(text):
 def map_score(truth, answer):
     """How well a map in words (questions.ask_map) agrees with the true one, 0 .. 1.
 
-    Pieces of the same kind within a metre in x and in y are paired one to one, as many as can be;
+    Pieces of a kind, a metre apart at most in x and in y, are paired one to one, as many as can be;
     their number over the number of pieces of the longer map. 1 for two empty maps.
     """
     pieces, named = read_map(truth), read_map(answer)
@@ -476,14 +477,14 @@ def held_out_loss(model, chat, latents, data, autocast, max_length=0):
         batch = chat.batch([chat.encode(item)])
         if max_length and batch['input_ids'].shape[1] > max_length:
             continue
-        batch = to_device(batch, model.vlm, device)
+        batch = lean_batch(batch, model.vlm, device)
         labels = batch.pop('labels')
         z = latents([item['images']]) if latents else None
         with autocast:
             logits = model(latents=z, use_cache=False, **batch).logits
         losses.append(answer_loss(logits, labels).item())
 
-        # an answer goes up to its end-of-turn token
+        # labels are the next tokens already; an answer goes up to its end-of-turn token
         is_right = (logits[0].argmax(-1) == labels[0]).tolist()
         ends = (labels[0] == chat.end_of_turn).nonzero()[:, 0] + 1
         answers = [all(is_right[a:b]) for a, b in itertools.pairwise([0, *ends.tolist()])]

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from adapter import SpatialVLM, answer_loss
-from chat import ASSISTANT, Chat, attend_in_fp32, load_vlm, to_device
+from chat import ASSISTANT, Chat, attend_in_fp32, lean_batch, load_vlm
 from common import (InputError, autocast_on, command_of, find_file, load_strictly, opt,
                     parse_options, pick_device, pick_dtype, read_state, read_weights, run_script,
                     step_generator, write_checkpoint)
@@ -385,7 +385,7 @@ def losses_on(model, parts, latents, sight, category_of, autocast):
         truth = truth_of(items, batch, category_of)
         truth = {name: x.to(device) for name, x in truth.items()}
         z = latents([item['images'] for item in items]) if latents else None
-        batch = to_device(batch, model.vlm, device)
+        batch = lean_batch(batch, model.vlm, device)
         labels = batch.pop('labels')
         with autocast:
             outputs = model(latents=z, use_cache=False, output_hidden_states=True, **batch)

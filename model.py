@@ -281,14 +281,13 @@ class Attention(nn.Module):
         if position is not None:
             q, k, v = position.rotate(q, k, v)
 
-        with torch.autocast(x.device.type, enabled=False):  # it would cast q, k, v back to bf16
-            q = q.to(dtype)
-            k = k.to(dtype)
-            v = v.to(dtype)
-            if num_context is None:
-                out = attend(q, k, v)
-            else:
-                out = split_attention(q, k, v, num_context)
+        q = q.to(dtype)
+        k = k.to(dtype)
+        v = v.to(dtype)
+        if num_context is None:
+            out = attend(q, k, v)
+        else:
+            out = split_attention(q, k, v, num_context)
         if position is not None:
             out = position.restore(out)
         return self.proj(out.transpose(1, 2).flatten(2))

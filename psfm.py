@@ -72,7 +72,8 @@ def random_view_mask(num_scenes, num_views, mask_ratio, generator=None, device='
     int(V (1 - mask_ratio)) views are context, at least one. The first view
     always is: its camera is the world's frame.
     """
-    num_context = max(1, int(num_views * (1 - mask_ratio)))
+    # (the last term: 10 views at a ratio of 0.8 have 1.9999999999999996, and mean 2)
+    num_context = max(1, int(num_views * (1 - mask_ratio) + 1e-6))
     draw = torch.rand(num_scenes, num_views, generator=generator, device=device)
     draw[:, 0] = -1  # the lowest are context: the first view always
     context = draw.argsort(1)[:, :num_context]  # (B, Vc)
@@ -310,7 +311,8 @@ class PSFM(nn.Module):
         for the encoder; Views of all views, the targets; depth per patch (B,
         V, N) if asked for, else None.
         """
-        # attend gives all tokens, read their features and cameras, features the patches' alone
+        # backbone.attend -> tokens; backbone.read(tokens) -> features and cameras (Views);
+        # backbone.features(tokens) -> features alone
         backbone = self.backbone
         patches, grid = backbone.embed(images)  # each view on its own
         index = context_index(view_mask, num_context)  # (B, Vc)

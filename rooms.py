@@ -42,6 +42,7 @@ STRUCTURE = ['floor', 'ceiling', 'wall']
 CLASSES = STRUCTURE + CATEGORIES                             # what a pixel can show
 SLOTS = [('box', 4), ('ellipsoid', 3), ('cylinder', 3)]      # the furniture slots of every room
 K = sum(count for _, count in SLOTS)
+FIRSTS = [sum(count for _, count in SLOTS[:i]) for i in range(len(SLOTS))]  # slot of each shape
 FIELD_OF_VIEW = math.radians(80)
 EYE_HEIGHT = (1.5, 1.75)                                     # metres
 SCENE_UNIT = 3.0      # metres; the mini VGGT's unit of length, in which distances are near 1
@@ -138,8 +139,7 @@ def make_rooms(num_rooms, seed, style=Style()):
     half = low + share * (high - low)
     yaw = dice.uniform(R, K, high=math.pi)
     present = dice.uniform(R, K) < style.furnished
-    firsts = [sum(count for _, count in SLOTS[:i]) for i in range(len(SLOTS))]
-    present[:, firsts] = True  # one of each shape, if it finds a place
+    present[:, FIRSTS] = True  # one of each shape, if it finds a place
 
     center = place_furniture(dice, size, half, present)
     colors, texture, pattern, light = paint_rooms(dice, category, style.waves)
@@ -163,8 +163,8 @@ def place_furniture(dice, size, half, present):
             gap = (spot[:, :, None] - center[:, None, :k, :2]).norm(dim=-1)
             gap = gap - radius[:, None, :k] - radius[:, k, None, None]  # (R, 24, k)
             gap = gap.masked_fill(~present[:, None, :k], FAR).amin(-1)
-        best = (gap > 0.1).float().argmax(1)  # the first clear one
-        pick = torch.arange(R), best
+        first_clear = (gap > 0.1).float().argmax(1)
+        pick = torch.arange(R), first_clear
         present[:, k] &= gap[pick] > 0.1
         center[:, k, :2] = spot[pick]
     return center
@@ -438,10 +438,9 @@ def piece_coordinates(rooms, surface, point):
     ux, uy, uz = lx / hx, ly / hy, lz / hz
 
     # which face of a box; which side of a cylinder
-    boxes = SLOTS[0][1]
-    balls = SLOTS[0][1] + SLOTS[1][1]
-    is_box = slot < boxes
-    is_ball = (slot >= boxes) & (slot < balls)
+    _, first_ball, first_cylinder = FIRSTS
+    is_box = slot < first_ball
+    is_ball = (slot >= first_ball) & (slot < first_cylinder)
     face_x = (ux.abs() >= uy.abs()) & (ux.abs() >= uz.abs())
     face_z = (uz.abs() > uy.abs()) & ~face_x
     face_y = ~face_x & ~face_z

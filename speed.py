@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 import model
 from adapter import SpatialVLM, add_lora, answer_loss, build_adapter
-from chat import to_device
+from chat import lean_batch
 from common import autocast_on, count_parameters, read_json, write_json
 from da3 import DA3, DA3Config
 from mini_vggt import MINI
@@ -278,7 +278,7 @@ def vlm_cost(sizes, train, config, clock, dtype, is_cached=True, grid=(28, 36)):
                  image_grid_thw=torch.tensor([[1, h, w]] * frames, device=device))
     batch['labels'] = ids.clone()
     batch['labels'][:, :-text // 2] = -100
-    batch = to_device(batch, vlm, device)
+    batch = lean_batch(batch, vlm, device)
     labels = batch.pop('labels')
 
     def loss_of():

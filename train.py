@@ -161,7 +161,7 @@ def compile_if_possible(psfm, config, device, say):
 
 
 # -----------------------------------------------------------------------------
-# before the first step. A `number` is that of a batch, a step has `accumulate` of them.
+# before the first step. `number` is that of a batch; a step takes config.accumulate of them.
 
 # one stream of random numbers each (step_generator)
 VIEWS = 1
@@ -241,9 +241,9 @@ def make_inputs(batch, config, number, rank, device):
     return inputs
 
 
-def save_checkpoint(psfm, optimizers, step, config, dtype, metrics, kept):
-    """<out>/checkpoint: what is trained, never what is frozen. `kept`: what is held out."""
-    settings = dict(dataclasses.asdict(config), kept=kept)
+def save_checkpoint(psfm, optimizers, step, config, dtype, metrics, reserved):
+    """<out>/checkpoint: what is trained, never what is frozen. `reserved`: see PhotoFolder."""
+    settings = dict(dataclasses.asdict(config), kept=reserved)
     metadata = {'config': json.dumps(settings), 'step': str(step),
                 'backbone': psfm.backbone.fingerprint,
                 'command': command_of(os.path.basename(sys.argv[0]))}
@@ -276,7 +276,7 @@ def banner(name, config, psfm, source, held_out, device, dtype, reason):
             f'{device}, {dtype} ({reason}) | writing to {config.out}/')
     if config.data != 'rooms':
         scenes = f'{len(source.scenes)} scene{"s" * (len(source.scenes) > 1)}'
-        text += f'\n{config.data}: {scenes} to train on, held out: {held_out.held_out}'
+        text += f'\n{config.data}: {scenes} to train on, held out: {held_out.held_out_text}'
     return text
 
 
@@ -320,7 +320,7 @@ def train(name, config):
     # model and data
     psfm = build_model(config, dtype, device)
     multiple = psfm.backbone.config.patch_size
-    kept = None
+    reserved = None
     path = None
     if config.resume:
         path = os.path.join(state['folder'], 'model.safetensors')
@@ -331,9 +331,9 @@ def train(name, config):
         load_strictly(psfm, weights, path, skip=FROZEN)
         # what these weights never saw stays held out
         if os.path.abspath(options.data) == os.path.abspath(config.data):
-            kept = getattr(options, 'kept', None)  # weights may be older than this setting
-    source = make_source(config, 'train', multiple, device, rank, world_size, say, kept)
-    held_out = make_source(config, 'val', multiple, device, say=quiet, kept=kept)
+            reserved = getattr(options, 'kept', None)  # weights may be older than this setting
+    source = make_source(config, 'train', multiple, device, rank, world_size, say, reserved)
+    held_out = make_source(config, 'val', multiple, device, say=quiet, reserved=reserved)
     log = open_run(config, first, is_main)
     optimizers = make_optimizers(psfm, config, device, dtype)
     if config.resume:
@@ -412,7 +412,7 @@ def train(name, config):
             say(f'step {done:05d}/{config.steps:05d} | {field_line(metrics)}')
             log.write(json.dumps(dict(step=done, metrics=metrics)) + '\n')
             if is_main:
-                save_checkpoint(psfm, optimizers, done, config, dtype, metrics, held_out.kept)
+                save_checkpoint(psfm, optimizers, done, config, dtype, metrics, held_out.reserved)
 
     # results
     if is_main:
@@ -424,8 +424,8 @@ def train(name, config):
         log.close()
         draw_field(psfm, held_out, config, autocast, os.path.join(config.out, 'field.png'))
         draw_curve(os.path.join(config.out, 'log.jsonl'), os.path.join(config.out, 'curve.png'))
-        say(f'{field_table(metrics, held_out.held_out)}\nwrote {config.out}/field.png (look at '
-            'it), curve.png, metrics.json, log.jsonl, checkpoint/')
+        say(f'{field_table(metrics, held_out.held_out_text)}\nwrote {config.out}/field.png (look '
+            'at it), curve.png, metrics.json, log.jsonl, checkpoint/')
 
 
 def main(argv=None):

@@ -12,7 +12,7 @@ from transformers import (AutoModelForImageTextToText, InternVLConfig, LlavaOnev
 from adapter import (Reading, SceneLatents, SpatialVLM, answer_loss, build_adapter, cameras_around,
                      load_spatial_vlm, save_spatial_vlm)
 from benchmarks import generate
-from chat import Chat, as_text, load_vlm, to_device
+from chat import Chat, as_text, lean_batch, load_vlm
 from common import InputError
 from mini_vlm import Sight, build_tokenizer, build_vlm, save_mini_vlm
 from model import invert_pose
@@ -336,7 +336,7 @@ def test_batches_for_training_change_no_logits(mini):
     items = [talk(f'<image>{COUNT}', '3', pictures=1), talk(f'<image>{COUNT}', '3', SIDE, 'table',
                                                             pictures=1)]
     batch = chat.batch([chat.encode(item) for item in items])
-    quick = to_device(dict(batch), vlm, 'cpu')
+    quick = lean_batch(dict(batch), vlm, 'cpu')
     labels = batch.pop('labels')[:, 1:]
     assert not batch['attention_mask'].all()  # the first is padded
     plain = vlm(**batch).logits[:, :-1]

@@ -20,7 +20,7 @@ import finetune
 from adapter import (Reading, SpatialVLM, answer_loss, build_adapter, load_spatial_vlm,
                      save_spatial_vlm)
 from benchmarks import generate
-from chat import as_text, attend_in_fp32, load_vlm, to_device
+from chat import as_text, attend_in_fp32, lean_batch, load_vlm
 from common import InputError, read_json
 from tiny import losses, picture, save_tiny_vlm, turns
 
@@ -253,7 +253,7 @@ def test_is_the_plain_vlm_at_step_0_and_batches_change_no_logits(opened, folder)
     plain = load_vlm(folder)[0].eval()
     expected = plain(**batch).logits
     model = SpatialVLM(load_vlm(folder)[0], build_adapter(plain, 24)).eval()
-    quick = to_device(dict(batch), model.vlm, 'cpu')  # without a mask: padding comes last
+    quick = lean_batch(dict(batch), model.vlm, 'cpu')  # without a mask: padding comes last
     z = [torch.randn(5, 24), torch.randn(7, 24)]
     logits = model(latents=z, **quick).logits
     assert torch.allclose(logits[known], expected[known], atol=1e-5)
@@ -264,7 +264,7 @@ def test_is_the_plain_vlm_at_step_0_and_batches_change_no_logits(opened, folder)
     for i in range(2):  # a sample on its own
         alone = chat.batch(items[i:i + 1])
         del alone['labels']
-        alone = to_device(alone, model.vlm, 'cpu')
+        alone = lean_batch(alone, model.vlm, 'cpu')
         length = alone['input_ids'].shape[1]
         assert torch.allclose(model(latents=z[i:i + 1], **alone).logits[0], logits[i, :length],
                               atol=1e-4)
@@ -275,7 +275,7 @@ def test_attention_in_fp32_changes_nothing_but_rounding(folder):
     model = SpatialVLM(vlm)
     batch = chat.batch([chat.encode(talk(f'<image>{COUNT}', '3', images=[WIDE])),
                         chat.encode(talk(f'<image>{COUNT} Say.', '12', images=[WIDE]))])
-    batch = to_device(batch, vlm, 'cpu')
+    batch = lean_batch(batch, vlm, 'cpu')
     del batch['labels']
 
     def run():
@@ -311,7 +311,7 @@ def test_one_step_save_load_and_generate(opened, folder, tmp_path):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
     found = []
     for _ in range(60):
-        batch = to_device(chat.batch([chat.encode(item) for item in items]), vlm, 'cpu')
+        batch = lean_batch(chat.batch([chat.encode(item) for item in items]), vlm, 'cpu')
         labels = batch.pop('labels')
         loss = answer_loss(model(latents=z, use_cache=False, **batch).logits, labels)
         optimizer.zero_grad()

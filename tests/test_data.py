@@ -148,14 +148,14 @@ def test_one_flat_folder_is_one_scene(tmp_path):
         picture(tmp_path / f'{frame}.jpg')
     train, val = source(tmp_path)[0], source(tmp_path, 'val')[0]
     assert (len(train.scenes[0]), len(val.scenes[0])) == (12, 4)
-    assert val.held_out == '4 pictures of the only scene, from 12.jpg on'
+    assert val.held_out_text == '4 pictures of the only scene, from 12.jpg on'
     assert not set(train.scenes[0]) & set(val.scenes[0])
 
 
 def test_few_pictures_cannot_be_held_out_and_it_says_so(tmp_path):
     for frame in range(5):
         picture(tmp_path / f'{frame}.jpg')
-    held_out = source(tmp_path, 'val')[0].held_out
+    held_out = source(tmp_path, 'val')[0].held_out_text
     assert held_out.startswith('nothing, for the one scene has fewer than 12 pictures')
 
 
@@ -176,6 +176,14 @@ def test_short_scenes_are_left_out_by_name(tmp_path):
     picture(tmp_path / 'lonely' / '0.jpg')
     said = source(tmp_path)[1]
     assert said == [f'scene lonely of {tmp_path} is left out: 1 picture, --min-views asks for 3']
+
+
+def test_all_of_a_folder_is_held_out_where_one_scene_is_long_enough(tmp_path):
+    make_folder(tmp_path, scenes=1, frames=16)
+    picture(tmp_path / 'lonely' / '0.jpg')
+    _, config = parse_config(['--config', 'small', '--data', str(tmp_path)])
+    for photos in data.make_sources(config, 8, 'cpu', all_held_out=True):
+        assert [len(scene) for scene in photos.scenes] == [16]
 
 
 def test_bad_pictures_are_named_and_left_out(tmp_path):

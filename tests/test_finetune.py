@@ -16,7 +16,7 @@ from transformers import AutoModelForImageTextToText
 import eval as evaluation
 import finetune
 from adapter import SpatialVLM, answer_loss, load_spatial_vlm, save_spatial_vlm
-from chat import Chat, load_vlm, to_device
+from chat import Chat, lean_batch, load_vlm
 from common import InputError
 from eval import load_answerer
 from finetune import Config, TrueList
@@ -237,7 +237,7 @@ def test_what_is_trained_is_fp32_and_what_is_frozen_need_not_be(vlm, cached, tmp
     assert latents.dtype == torch.bfloat16
     data = RoomQuestions('train', 0, 4)
     (batch, items, _), = Encoded(data, chat, dataclasses.replace(config, map_steps=0))[0]
-    batch = to_device(batch, model.vlm, 'cpu')
+    batch = lean_batch(batch, model.vlm, 'cpu')
     labels = batch.pop('labels')
     with torch.autocast('cpu', torch.bfloat16):
         outputs = model(latents=latents([item['images'] for item in items]), use_cache=False,
@@ -254,7 +254,7 @@ def test_checkpointing_leaves_the_frozen_vision_tower_alone(vlm, cached, tmp_pat
     model.vlm.get_decoder().gradient_checkpointing_enable(dict(use_reentrant=False))
     data = RoomQuestions('train', 0, 4)
     (batch, items, _), = Encoded(data, chat, dataclasses.replace(config, map_steps=0))[0]
-    batch = to_device(batch, model.vlm, 'cpu')
+    batch = lean_batch(batch, model.vlm, 'cpu')
     labels = batch.pop('labels')
     seen = []
     model.vlm.model.visual.register_forward_hook(lambda _, __, out: seen.append(out.pooler_output))

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import finetune
 import train
 from adapter import SpatialVLM, answer_loss, build_adapter
-from chat import load_vlm, to_device
+from chat import lean_batch, load_vlm
 from common import autocast_on
 from data import RoomPool
 from model import compile_blocks
@@ -151,7 +151,7 @@ def test_fsdp(one_process, tmp_path):
     model = SpatialVLM(vlm, build_adapter(vlm, 16)).trainable('adapter+llm').to(DEVICE)
     data = RoomQuestions('train', 0, 4)
     batch = chat.batch([chat.encode(data[i]) for i in range(2)])
-    batch = to_device(batch, vlm, DEVICE)
+    batch = lean_batch(batch, vlm, DEVICE)
     labels = batch.pop('labels')
     z = [torch.randn(5, 16, device=DEVICE) for _ in range(2)]
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import finetune
 import mini_vlm
-from chat import load_vlm, to_device
+from chat import lean_batch, load_vlm
 from common import InputError
 from eval import load_answerer
 from finetune import build_model
@@ -155,7 +155,7 @@ def test_batches_for_training_change_no_logits(pictures, vlm):
     labels = batch.pop('labels')
     assert not batch['attention_mask'].all()  # some are padded
     plain = model(use_cache=False, **batch).logits[labels != -100]
-    quick = model(use_cache=False, **to_device(dict(batch), model, 'cpu')).logits[labels != -100]
+    quick = model(use_cache=False, **lean_batch(dict(batch), model, 'cpu')).logits[labels != -100]
     assert torch.equal(plain, quick)
 
 
