@@ -79,10 +79,11 @@ def time_parts(psfm, images, clock, autocast):
         part('head and loss',
              lambda: psfm.compare('geo', psfm.heads['geo'](decoded), views.features))
 
-        def forward():
-            psfm.zero_grad(set_to_none=True)
+    def forward():
+        psfm.zero_grad(set_to_none=True)
+        with autocast:
             return (psfm(images, view_mask=mask)['loss'],)
-        part('backward', lambda loss: loss.backward(), forward)
+    part('backward', lambda loss: loss.backward(), forward)
     return rows
 
 
@@ -129,7 +130,8 @@ def bench_step(psfm, config, V, clock, autocast):
     # the first step alone: with --compile, this is where the compiler works
     start = clock.now()
     with autocast:
-        psfm(images)['loss'].backward()
+        loss = psfm(images)['loss']
+    loss.backward()
     first = clock.now() - start
     rows = time_parts(psfm, images, clock, autocast)
     total = sum(ms for _, ms, _ in rows)
@@ -370,11 +372,11 @@ def full_report(clock, dtype, name):
     """Of every large preset on a GPU; of `small` and tiny VLMs elsewhere, which tries the code."""
     is_gpu = clock.device.type == 'cuda'
     names = ('base', 'medium', 'photos') if is_gpu else ('small',)
-    presets = {name: Config(**PRESETS[name]) for name in names}
+    presets = {preset: Config(**PRESETS[preset]) for preset in names}
     parts = report_parts(presets, clock, dtype, (8, 4, 12) if is_gpu else (4,),
                          QWEN_3B if is_gpu else TINY_QWEN, can_compile=is_gpu and has_compiler())
     if is_gpu:
-        first = dict(list(parts.items())[:6])
+        first = {title: part for title, part in parts.items() if title.startswith('base, 8 views')}
         parts = {**first, 'small, from start to finish': small_from_start_to_finish, **parts}
     file = f'{name}-{dtype}-{torch.__version__}.json'.replace(' ', '-').replace('torch.', '')
     return report(parts, os.path.join('out', 'bench', file), clock)
@@ -450,7 +452,7 @@ def main(argv=None):
     name = f'{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads'
     if device.type == 'cuda':
         name = torch.cuda.get_device_name(device)
-    is_plain = not any(vars(args)[name] for name in (
+    is_plain = not any(getattr(args, option) for option in (
         'config', 'views', 'images', 'compile', 'predict', 'growth', 'release', 'profile'))
     args.views = args.views or [6]
     preset = args.config or ('base' if args.release else 'small')

@@ -333,7 +333,8 @@ def read_benchmark(name, root):
             if not all(isinstance(x, str) for x in names):
                 raise TypeError('the name of a task or a source is no text')
             prompt(name, doc)
-            [score(name, doc, output) for output in ('A', '1')]
+            for output in ('A', '1'):
+                score(name, doc, output)
             aggregate(name, [(doc, 0.0)])
         except (TypeError, AttributeError, LookupError, ValueError, ArithmeticError) as error:
             raise InputError(f'{root}: question {i} of {name} is unusable ({error})') from error
@@ -386,18 +387,14 @@ def generate(model, chat, z, items, max_new_tokens):
     return [text.strip() for text in texts]
 
 
-def media_paths(doc):
-    """The files that a question needs."""
-    media = [doc['media']] if isinstance(doc['media'], str) else doc['media']
-    return [path for path in media if isinstance(path, str)]
-
-
 def leave_out_lost(docs, root):
     """The questions whose pictures are there; says how many are not. InputError if none are."""
     there, lost = [], []
     for doc in docs:
         is_video = isinstance(doc['media'], str)
-        faults = [media_fault(path, is_video, with_header=False) for path in media_paths(doc)]
+        media = [doc['media']] if is_video else doc['media']
+        faults = [media_fault(path, is_video, with_header=False) for path in media
+                  if isinstance(path, str)]
         faults = list(filter(None, faults))
         if faults:
             lost.append(faults[0])

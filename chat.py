@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 
 from common import InputError, find_file, is_hub_id, some, write_json
 
+HOLE = '\ue000'       # where a text goes in a template
 BREAK = '\ue001'      # where a text is cut before it becomes tokens
 EDGE = '\ue002'       # before and after what stands for a picture
 
@@ -134,8 +135,9 @@ class Chat:
         self.special = re.compile('|'.join(map(re.escape, special)) or '(?!)')
         self.options = fewer_pixels(config, image_processor, max_pixels)
 
-    def __reduce__(self):             # for processes that read pictures: its processor's class is
-        return Chat, self.made_of     # made here, and cannot be sent
+    def __reduce__(self):
+        """For worker processes: the processor's class is made here and cannot be sent."""
+        return Chat, self.made_of
 
     @functools.cached_property
     def ending(self):
@@ -180,15 +182,15 @@ class Chat:
         turn, the k + 1 pieces that go around its k texts. A question's last piece ends where its
         answer begins, so that no token straddles the two.
         """
-        mark, chunks, done = '\ue000', [], ''
-        turns = [(role, '<image>'.join(mark if is_text else '' for is_text in parts))
+        chunks, done = [], ''
+        turns = [(role, '<image>'.join(HOLE if is_text else '' for is_text in parts))
                  for role, parts in shape]
         for i, (role, _) in enumerate(turns):
             upto = self.text(turns[:i + 1], add_generation_prompt=role == 'user')
             if not upto.startswith(done):
                 raise InputError('the chat template of this VLM rewrites earlier turns: only '
                                  'templates that append can be trained on')
-            chunks.append(upto[len(done):].split(mark))
+            chunks.append(upto[len(done):].split(HOLE))
             done = upto
         return chunks
 

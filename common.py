@@ -42,6 +42,9 @@ def run_script(main):
         # the error of a data worker arrives with the worker's traceback in front of it
         sentence = str(error).split('common.InputError: ')[-1]
         sys.exit('error: ' + ' '.join(sentence.split()))
+    except torch.OutOfMemoryError:
+        sys.exit('error: the GPU has too little memory: take a smaller batch (--images-per-batch, '
+                 '--batch), or --checkpointing')
     except KeyboardInterrupt:
         print('stopped; --resume continues from the last checkpoint, if any', file=sys.stderr)
         sys.exit(130)
@@ -250,9 +253,10 @@ def count_parameters(model):
 def join_processes(device):
     """Joins the processes that torchrun started. -> rank, number of processes, own device."""
     rank, world_size = int(os.environ.get('RANK', 0)), int(PROCESSES)
+    if world_size > 1 and device in ('auto', 'cuda') and torch.cuda.is_available():
+        device = f'cuda:{os.environ["LOCAL_RANK"]}'
     device = pick_device(device)
     if world_size > 1 and device.type == 'cuda':
-        device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
         torch.cuda.set_device(device)
     if world_size > 1 and not dist.is_initialized():
         # one process evaluates and writes while the others wait for it

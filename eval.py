@@ -221,7 +221,7 @@ def rooms(args):
     # all of them before anything is asked: a wrong folder costs nothing
     loaded = [load_answerer(run, device, num_rooms=args.rooms) for run in args.run]
     for run, (answerer, _) in zip(args.run, loaded):
-        if args.latents and answerer[2] is None:
+        if args.shuffled and answerer[2] is None:
             raise InputError(f'{run} was trained without latents: there is nothing to shuffle')
     trained = loaded[0][1].get('num_rooms', 3000)  # the rooms that a prior may know
     held_out = RoomQuestions('val', 0, args.rooms)
@@ -229,9 +229,9 @@ def rooms(args):
     arms = {}
     for answerer, settings in loaded:
         autocast = autocast_on(device, answerer[0].vlm.dtype)
-        metrics = answer_rooms(*answerer, held_out, train_data, autocast, bool(args.latents),
-                               args.maps)
-        arms.setdefault(f'{settings["latents"]} {args.latents}'.strip(), []).append(metrics)
+        metrics = answer_rooms(*answerer, held_out, train_data, autocast, args.shuffled, args.maps)
+        arm = settings['latents'] + ', shuffled' * args.shuffled
+        arms.setdefault(arm, []).append(metrics)
     print(rooms_table(arms))
 
 
@@ -385,8 +385,7 @@ def make_parser():
     c = command(rooms, 'fine-tuned VLMs on the held-out rooms')
     c.add_argument('--run', nargs='+', default=['out/vlm-small'],
                    help='runs of finetune.py; those with the same latents count as seeds')
-    c.add_argument('--latents', default='', choices=['', 'shuffled'],
-                   help="shuffled: with another room's latents")
+    c.add_argument('--shuffled', action='store_true', help="with another room's latents")
     c.add_argument('--maps', action='store_true', help='ask for the maps alone')
     c.add_argument('--rooms', type=number(int, 2), default=96, help='held-out rooms (96)')
 

@@ -92,6 +92,7 @@ print('3. targets of the first room', mask[0].tolist())
 
 # The backbone's global attention mixes views. If context views could see targets, their features
 # would leak what is to be predicted. So context attends to context alone, and targets to all.
+# Features are standardised per channel, as training rooms have them: a few channels are loud.
 psfm = PSFM(backbone, PSFMConfig(mask_ratio=MASK_RATIO))
 psfm.set_statistics('geo', backbone(look_at_rooms(4, room_seed('train', 0, 0))).features)
 context, views, _ = psfm.observe(images, mask, num_context)
@@ -127,8 +128,8 @@ optimizers = make_optimizers(psfm, recipe, torch.device('cpu'))
 psfm.train()
 for step in range(STEPS):
     rooms = torch.randint(len(world), (4,))
-    order = torch.rand(4, 8).argsort(1)[:, :VIEWS]  # any views, in any order
-    losses = psfm(take_views(world[rooms], order))
+    chosen = torch.rand(4, 8).argsort(1)[:, :VIEWS]  # any six of the eight views, in any order
+    losses = psfm(take_views(world[rooms], chosen))
     losses['loss'].backward()
     torch.nn.utils.clip_grad_norm_(psfm.parameters(), 1.0)
     set_rates(optimizers, min(1, (step + 1) / 20) * (1 - step / STEPS))
@@ -154,7 +155,7 @@ def show(model, name):
         cameras = views.extrinsics, views.intrinsics, images.shape[-2:], views.grid
         ours = model.decode(z, *cameras)
         other = model.decode(z.roll(1, 0), *cameras)
-    unseen = context_index(~mask, VIEWS - num_context)
+    unseen = context_index(~mask, VIEWS - num_context)  # of the inverted mask: the targets
     pictures, seen, ours, other = [take_views(x, unseen)
                                    for x in (images, views.features, ours, other)]
 

@@ -170,7 +170,8 @@ class MiniVGGTTrainer(nn.Module):
         the patch of the other view that is nearest in space; those with none
         within `radius` are left out.
         """
-        i, j = torch.tensor(list(itertools.permutations(range(points.shape[1]), 2))).T
+        pairs = list(itertools.permutations(range(points.shape[1]), 2))
+        i, j = torch.tensor(pairs, device=points.device).T
         distance, match = torch.cdist(points[:, i], points[:, j]).min(-1)  # (B, pairs, N)
         logits = descriptors[:, i] @ descriptors[:, j].mT / temperature  # (B, pairs, N, N)
         loss = F.cross_entropy(logits.flatten(0, 2), match.flatten(), reduction='none')
@@ -312,14 +313,16 @@ def fit(name, config, first, optimizers, parameters, losses_of, evaluate, save):
         losses = losses_of(step)
         losses['loss'].backward()
         norm = take_step(optimizers, parameters, config.clip)
-        busy += time.time() - start
-
-        # log
         done = step + 1
         progress = f'step {done:05d}/{config.steps:05d}'
         is_evaluated = done == config.steps or done % config.eval_every == 0
-        if step == 0 or done % config.log_every == 0 or is_evaluated:
-            values = check_finite(losses, norm, parameters, done, config)
+        is_logged = step == 0 or done % config.log_every == 0 or is_evaluated
+        if is_logged:
+            values = check_finite(losses, norm, parameters, done, config)  # a GPU sync
+        busy += time.time() - start
+
+        # log
+        if is_logged:
             record = dict(step=done, **values, lr=share * config.lr, grad_norm=norm.item(),
                           step_ms=1e3 * busy / (done - logged), seconds=time.time() - began)
             log.write(json.dumps(record) + '\n')

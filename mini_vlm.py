@@ -34,7 +34,7 @@ from measure import held_out_loss
 from mini_vggt import LoopConfig, fit
 from optim import learning_rate, load_optimizers, make_optimizers, set_rates, take_step
 from questions import (ANSWER_WORDS, RoomQuestions, as_prompt, as_record, ask, ask_map, ask_order,
-                       draw, in_map_frame, in_words, shuffled, to_turns, view_rooms,
+                       in_map_frame, in_words, pick, shuffled, to_turns, view_rooms,
                        where_categories_stand)
 from rooms import CATEGORIES, CLASSES, SEEN, K, check_classes
 
@@ -80,11 +80,11 @@ def ask_2d(rooms, room, surface, g):
     absent = [name for name in CATEGORIES if name not in members]
     unique = {name: x[0] for name, x in members.items() if len(x) == 1}
 
-    there = bool(members) and (not absent or draw([True, False], g))
-    name = draw(list(members) if there else absent, g)
+    there = bool(members) and (not absent or pick([True, False], g))
+    name = pick(list(members) if there else absent, g)
     found = [('presence', f'Is there a {name} in the picture?', None, 'yes' if there else 'no')]
     if members:
-        name = draw(list(members), g)
+        name = pick(list(members), g)
         count, every = len(members[name]), [name for name in CATEGORIES if name in members]
         found += [('count', f'How many {name}(s) are in the picture?', None, str(count)),
                   ('list', 'Which objects are in the picture?', None, ', '.join(every))]
@@ -93,21 +93,21 @@ def ask_2d(rooms, room, surface, g):
             question = f'Which of these objects ({", ".join(options)}) is in the picture?'
             found.append(('which', question, options, name))
     if unique:
-        name, thirds = draw(list(unique), g), ['left', 'middle', 'right']
+        name, thirds = pick(list(unique), g), ['left', 'middle', 'right']
         question = f'Is the {name} on the left, in the middle or on the right of the picture?'
         found.append(('third', question, thirds, thirds[min(2, int(3 * unique[name]))]))
-        found.append(draw(list_numbers(draw(list(unique), g), unique, sizes), g))
+        found.append(pick(list_numbers(pick(list(unique), g), unique, sizes), g))
     pairs = [(a, b) for a, b in itertools.permutations(unique, 2)
              if abs(unique[a] - unique[b]) > 0.08]
     if pairs:
-        a, b = draw(pairs, g)
+        a, b = pick(pairs, g)
         question = f'In the picture, is the {a} to the left or the right of the {b}?'
         found.append(('left or right', question, shuffled(['left', 'right'], g),
                       'left' if unique[a] < unique[b] else 'right'))
 
     # how to read a list of options: nothing is seen in the picture, other VLMs know how
-    options = shuffled(draw([CATEGORIES, CATEGORIES, ANSWER_WORDS], g), g)[:4]
-    word = draw(options, g)
+    options = shuffled(pick([CATEGORIES, CATEGORIES, ANSWER_WORDS], g), g)[:4]
+    word = pick(options, g)
     found.append(('letter', f'Which of these is {word}?', options, word))
     return [as_record(*question) for question in found]
 
@@ -189,7 +189,7 @@ class RoomPictures(torch.utils.data.Dataset):
         records = shuffled(records, g)[:self.QUESTIONS]
         turns = []
         for record in records:
-            if record['question_type'] != 'letter' and draw([True, False], g):
+            if record['question_type'] != 'letter' and pick([True, False], g):
                 record = in_words(record)
             turns.append(self.as_turn(record))
         overview = ask_map(rooms, room, cells, block.extrinsics[room, view])
@@ -459,7 +459,7 @@ def train(config, command):
         load_optimizers(optimizers, state['folder'])
     held_out = RoomPictures('val', 0, config.val_scenes)
     category_of = token_categories(chat.tokenizer)
-    count = sum(p.numel() for p in model.parameters()) / 1e6
+    count = sum(p.numel() for p in model.parameters()) / 1e6  # without Sight
     tqdm.write(f'mini VLM: {config.steps} steps, {count:.2f} M parameters | {device}, {dtype} '
                f'({reason}) | writing to {config.out}/')
 
@@ -480,6 +480,7 @@ def train(config, command):
             save_mini_vlm(model.vlm, chat, sight, folder, command, torch.float32)
         write_checkpoint(config.out, done, optimizers, config, dtype, metrics, save_model)
 
+    # Sight's readers are stepped too, but neither clipped nor checked
     metrics = fit('mini VLM', config, state['step'], optimizers, list(model.parameters()),
                   losses_of, evaluate, save)
     folder = os.path.join(config.out, 'mini_vlm')

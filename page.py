@@ -27,7 +27,7 @@ from draw import PAINT, rgb
 from eval import SHIPPED, load_answerer
 from measure import knows_rooms
 from media import even_frames, find_scenes_or_say_why, open_picture, read_video
-from psfm import load_psfm
+from psfm import load_psfm, random_view_mask
 from rooms import CLASSES
 from walk import NUM_ROOMS, PhotoWorld, RoomWorld
 
@@ -92,7 +92,7 @@ class Page:
         """What the page must know from the beginning."""
         world = self.world
         colours = {name: rgb(colour) for name, colour in zip(CLASSES, PAINT)}
-        trained = [max(1, int(n * (1 - world.psfm.mask_ratio))) for n in
+        trained = [random_view_mask(1, n, world.psfm.mask_ratio)[1] for n in
                    (world.config.min_views, world.config.max_views)]
         return dict(kind=world.kind, rooms=NUM_ROOMS, views=world.views, latents=world.num_latents,
                     width=world.width, whose=world.whose, colours=colours, trained=trained,

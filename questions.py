@@ -246,7 +246,7 @@ ANSWER_WORDS = ['front-left', 'front-right', 'back-left', 'back-right', 'left', 
 # -----------------------------------------------------------------------------
 # asking
 
-def draw(items, g):
+def pick(items, g):
     return items[int(torch.randint(len(items), (1,), generator=g))]
 
 
@@ -282,7 +282,7 @@ def ask_order(first, g, used):
     kind = 'obj_appearance_order'
     draws = []
     for _ in range(8):
-        names = [draw(categories, g) for _, categories in sorted(first.items())][:4]
+        names = [pick(categories, g) for _, categories in sorted(first.items())][:4]
         pairs = [(kind, *pair) for pair in itertools.combinations(names, 2)]
         surplus = sum(used[kind, a, b] - used[kind, b, a] for _, a, b in pairs)
         draws.append((surplus, names, pairs))
@@ -316,7 +316,7 @@ def ask(rooms, room, cells, name, g, used, per_kind=1, fewest=3):
             if kind == 'object_counting' and least > 2 + asked / 2:
                 break  # most rooms have nothing but pairs: 'two' is at most half of all answers
             rarest = [choice for choice in choices if used[kind, choice.answer_class] == least]
-            chosen = draw(rarest, g)
+            chosen = pick(rarest, g)
             choices = [choice for choice in choices if choice.question != chosen.question]
             answer_class, question, options, answer = chosen
             used[kind, answer_class] += 1
@@ -491,7 +491,7 @@ class RoomQuestions(torch.utils.data.Dataset):
         g = step_generator(self.seed, i, 6)
         questions = shuffled(self.questions[i], g)
         if self.split == 'train':
-            questions = [in_words(record) if draw([True, False], g) else record
+            questions = [in_words(record) if pick([True, False], g) else record
                          for record in questions]
         turns = [(as_prompt(record), record['ground_truth']) for record in questions]
         if self.split == 'train' and i % 2:

@@ -222,3 +222,11 @@ def test_freed_memory_is_kept_for_the_next_step():
     faults_of_a_step()
     pages = 128 * 4 * 250_000 / resource.getpagesize()
     assert faults_of_a_step() < 0.1 * pages
+
+
+def test_too_little_memory_is_said_in_one_sentence():
+    def main():
+        raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB ...')
+
+    with pytest.raises(SystemExit, match='error: the GPU has too little memory: take a smaller'):
+        common.run_script(main)

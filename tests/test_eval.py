@@ -185,8 +185,8 @@ def test_a_run_that_was_begun_anew_is_left_out(tmp_path, capsys):
 def test_rooms_command(tuned, capsys):
     on_cpu('rooms', '--run', tuned, '--rooms', '2')
     assert 'psfm, 1 seed' in capsys.readouterr().out
-    on_cpu('rooms', '--run', tuned, '--rooms', '2', '--latents', 'shuffled')
-    assert 'psfm shuffled, 1 seed' in capsys.readouterr().out
+    on_cpu('rooms', '--run', tuned, '--rooms', '2', '--shuffled')
+    assert 'psfm, shuffled, 1 seed' in capsys.readouterr().out
 
 
 def test_runs_with_the_same_latents_count_as_seeds(tuned, capsys):
@@ -205,7 +205,7 @@ def test_rooms_command_asks_a_vlm_that_was_not_fine_tuned(vlm, capsys, monkeypat
 
 def test_only_latents_can_be_shuffled(vlm):
     with pytest.raises(InputError, match='there is nothing to shuffle'):
-        on_cpu('rooms', '--run', vlm, '--latents', 'shuffled')
+        on_cpu('rooms', '--run', vlm, '--shuffled')
 
 
 def test_ask_command(tuned, tmp_path, capsys, monkeypatch):

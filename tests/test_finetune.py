@@ -119,12 +119,15 @@ def weights_of(folder):
 @pytest.mark.slow
 def test_two_processes_whole_and_sharded(vlm, tmp_path):
     """DDP and FSDP2 on two processes take the same two steps; a sharded run is saved whole."""
-    weights = {}
+    weights, norms = {}, {}
     for name, more in (('ddp', ()), ('fsdp2', ('--shard',))):
         more = ('--batch', '8', '--accumulate', '2', '--num-rooms', '32', *more)  # in two parts
         in_processes(options(vlm, tmp_path / name, *more))
         weights[name] = weights_of(tmp_path / name / 'run' / 'checkpoint')
+        first, *_ = (tmp_path / name / 'run' / 'log.jsonl').read_text().splitlines()
+        norms[name] = json.loads(first)['grad_norm']
     assert torch.allclose(weights['ddp'], weights['fsdp2'], atol=1e-4)
+    assert norms['ddp'] == pytest.approx(norms['fsdp2'], rel=1e-3)  # of all shards
 
     # a sharded run that stopped after its first step goes on as if it had not
     def sharded(out, *more):
