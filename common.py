@@ -253,7 +253,7 @@ def count_parameters(model):
 def join_processes(device):
     """Joins the processes that torchrun started. -> rank, number of processes, own device."""
     rank, world_size = int(os.environ.get('RANK', 0)), int(PROCESSES)
-    if world_size > 1 and device in ('auto', 'cuda') and torch.cuda.is_available():
+    if world_size > 1 and device.startswith(('auto', 'cuda')) and torch.cuda.is_available():
         device = f'cuda:{os.environ["LOCAL_RANK"]}'
     device = pick_device(device)
     if world_size > 1 and device.type == 'cuda':
