@@ -111,7 +111,6 @@ def set_rates(optimizers, share):
 def take_step(optimizers, parameters, clip):
     """Clips the gradients, updates, clears the gradients. -> gradient norm, a tensor"""
     norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
-    norm = norm.full_tensor() if hasattr(norm, 'full_tensor') else norm  # of all shards
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -243,7 +243,7 @@ def make_inputs(batch, config, number, rank, device):
 
 def save_checkpoint(psfm, optimizers, step, config, dtype, metrics, reserved):
     """<out>/checkpoint: what is trained, never what is frozen. `reserved`: see PhotoFolder."""
-    settings = dict(dataclasses.asdict(config), kept=reserved)
+    settings = dict(dataclasses.asdict(config), kept=reserved)  # its name in the file
     metadata = {'config': json.dumps(settings), 'step': str(step),
                 'backbone': psfm.backbone.fingerprint,
                 'command': command_of(os.path.basename(sys.argv[0]))}

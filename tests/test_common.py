@@ -230,3 +230,21 @@ def test_too_little_memory_is_said_in_one_sentence():
 
     with pytest.raises(SystemExit, match='error: the GPU has too little memory: take a smaller'):
         common.run_script(main)
+
+
+def test_under_torchrun_a_process_touches_no_gpu_but_its_own(monkeypatch):
+    asked = []
+
+    def pick_device(name):
+        asked.append(name)
+        return torch.device('cpu')
+
+    monkeypatch.setattr(common, 'PROCESSES', 2)
+    monkeypatch.setattr(common, 'pick_device', pick_device)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.distributed, 'is_initialized', lambda: True)
+    monkeypatch.setenv('RANK', '1')
+    monkeypatch.setenv('LOCAL_RANK', '1')
+    for device in ('auto', 'cuda', 'cuda:0', 'cpu'):
+        common.join_processes(device)
+    assert asked == ['cuda:1', 'cuda:1', 'cuda:1', 'cpu']
