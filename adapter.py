@@ -14,7 +14,6 @@ method, `get_image_features`, and `SpatialVLM` wraps it. `SceneLatents` computes
 scene once.
 
     n image tokens of a sample    h width of the VLM    L latents (Q in model.py), D their width
-    T tokens of a sample          nh heads of the adapter
 """
 import copy
 import functools
@@ -29,11 +28,12 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from backbone import fit_pictures
 from chat import lean_batch, load_vlm
 from common import (InputError, autocast_on, load_strictly, read_json, read_weights,
                     without_prefix, write_json)
 from model import MLP, invert_pose, look_along
-from psfm import fit_pictures, untrained_like
+from psfm import untrained_like
 
 
 class CrossAttention(nn.Module):
@@ -169,7 +169,7 @@ class SpatialVLM(nn.Module):
         finally:
             self.expect(input_ids, None)
 
-    def trainable(self, what):
+    def train_only(self, what):
         """Freezes all but `what`: 'adapter', 'adapter+llm', or 'lora' (adapter and low-rank parts).
 
         The vision tower and its projector are always frozen (the paper).
@@ -353,15 +353,15 @@ IMAGINED = 6          # cameras of the kind `imagined`, below
 
 def hash_of_encoder(psfm, with_decoder=False):
     """Hex digits that tell encoders apart, by all the weights that z depends on."""
-    weights = hashlib.sha256()
+    digest = hashlib.sha256()
     state = dict(psfm.backbone.state_dict(), mean=psfm.geo_mean, std=psfm.geo_std)
     state.update(psfm.encoder.state_dict(prefix='encoder.'))
     if with_decoder:
         state.update(psfm.decoder.state_dict(prefix='decoder.'))
         state.update(psfm.heads['geo'].state_dict(prefix='head.'))
     for name, tensor in state.items():
-        weights.update(name.encode() + tensor.detach().cpu().float().numpy().tobytes())
-    return weights.hexdigest()
+        digest.update(name.encode() + tensor.detach().cpu().float().numpy().tobytes())
+    return digest.hexdigest()
 
 
 LATENTS = ('psfm', 'none', 'random', 'backbone', 'pooled', 'imagined', 'oracle')
@@ -433,7 +433,7 @@ class SceneLatents:
                 intrinsics = views.intrinsics.mean(1, keepdim=True).expand(-1, IMAGINED, -1, -1)
                 features = self.psfm.decode(z, cameras, intrinsics, images.shape[-2:], views.grid)
         x = self.psfm.standardise('geo', features)
-        x = x.flatten(0, 1).transpose(1, 2).unflatten(2, views.grid)  # (B V, 2C, h, w)
+        x = x.flatten(0, 1).transpose(1, 2).unflatten(2, views.grid)  # (B V, 2C, rows, columns)
         if self.kind == 'backbone':
             x = F.avg_pool2d(x, 2, ceil_mode=True)
         else:

@@ -12,9 +12,11 @@ import os
 import zlib
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image
 
 from common import InputError, fetch, find_file, is_hub_id, read_weights
 from model import cast_matrices, full_precision, take_views
@@ -36,6 +38,49 @@ def patch_grid(images, patch_size):
         raise InputError(f'images of {W}x{H} pixels do not divide into patches of {patch_size}: '
                          f'crop to {w * patch_size}x{h * patch_size}')
     return h, w
+
+
+# -----------------------------------------------------------------------------
+# pictures as a backbone takes them
+
+def fit_picture(picture, width, multiple):
+    """PIL image -> uint8 array (H, W, 3), `width` pixels wide and at most as high.
+
+    H is a multiple of `multiple`; the excess is cropped evenly above and below.
+    """
+    excess = picture.height - 4 * picture.width
+    if excess > 0:  # a strip: most of it is not even resized
+        picture = picture.crop((0, excess // 2, picture.width, picture.height - excess // 2))
+    height = max(multiple, round(picture.height * width / picture.width))
+    keep = min(height, width) // multiple * multiple
+    top = (height - keep) // 2
+    picture = picture.convert('RGB').resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(picture)[top:top + keep]
+
+
+def to_one_height(arrays):
+    """Arrays (h, W, 3) of any heights -> uint8 tensor (V, 3, H, W).
+
+    All are cropped, above and below, to the height of the lowest. But one that is less than 0.6 as
+    high as most (a panorama among photographs) would make strips of all others: it is enlarged to
+    their height, and loses its sides.
+    """
+    usual = np.median([len(array) for array in arrays])
+    H = min(len(array) for array in arrays if len(array) >= 0.6 * usual)
+    W = arrays[0].shape[1]
+    tiles = []
+    for array in arrays:
+        if len(array) < H:
+            wide = W * H // len(array)
+            array = np.asarray(Image.fromarray(array).resize((wide, H), Image.Resampling.BICUBIC))
+            array = array[:, (wide - W) // 2:][:, :W]
+        tiles.append(array[(len(array) - H) // 2:][:H])
+    return torch.from_numpy(np.stack(tiles)).permute(0, 3, 1, 2).contiguous()
+
+
+def fit_pictures(pictures, width, multiple):
+    """PIL images of one scene -> uint8 tensor (V, 3, H, W), of one height (see to_one_height)."""
+    return to_one_height([fit_picture(picture, width, multiple) for picture in pictures])
 
 
 # -----------------------------------------------------------------------------

@@ -34,17 +34,17 @@ import finetune
 import train
 from adapter import answer_loss
 from chat import lean_batch
-from common import (InputError, Parser, autocast_on, count_parameters, number, peak_memory,
-                    pick_device, pick_dtype, read_json, run_script)
+from common import (PEAKS, InputError, Parser, autocast_on, count_parameters, number, peak_flops,
+                    peak_memory, pick_device, pick_dtype, read_json, run_script)
 from data import CELL, RoomPool
 from draw import ACCENT, blank, draw_panel
 from model import compile_blocks, has_compiler
 from psfm import random_view_mask
 from questions import RoomQuestions
 from records import Encoded
-from speed import (CPU_ATTENTION, GIGA, PEAKS, QWEN_3B, SMOLVLM_256M, TINY_QWEN, Clock, batch_shape,
-                   build, compare, count_vlm, dense_mask, fused_attention, peak_flops, report,
-                   report_parts, storages_kept)
+from speed import (CPU_ATTENTION, GIGA, QWEN_3B, SMOLVLM_256M, TINY_QWEN, Clock, batch_shape, build,
+                   compare, count_vlm, dense_mask, fused_attention, report, report_parts,
+                   storages_kept)
 from train import PRESETS, Config
 
 # -----------------------------------------------------------------------------

@@ -7,7 +7,10 @@ An open vision-language model, and how it reads conversations about pictures.
 `Chat` lays conversations out as the VLM was trained to read them: its own chat template, and in
 the place of a picture what the VLM's own processor class of transformers puts there: as many
 placeholder tokens as the picture (or all its tiles) will have, and what belongs around them.
+
+B samples    T tokens of a sample    K places where an answer may stand    h width of the VLM
 """
+import contextlib
 import functools
 import importlib
 import math
@@ -27,11 +30,11 @@ EDGE = '\ue002'       # before and after what stands for a picture
 
 
 class Family(NamedTuple):
-    """A kind of VLMs: classes of transformers, and what their names do not tell."""
+    """A kind of VLM: the names of its classes in transformers, and what these leave open."""
     image_processor: tuple  # module and class; in PIL's form, which needs no torchvision
     processor: str         # whose replace_image_token tells what stands for a picture
     system: str = ''       # the system prompt
-    length: str = ''       # the processor's argument for the number of tokens of a tile
+    tile_argument: str = ''  # the processor's argument for the number of tokens of a tile
 
 
 QWEN = ('qwen2_vl', 'Qwen2VLImageProcessorPil')
@@ -41,10 +44,10 @@ FAMILIES = {  # by the model_type in config.json
     'qwen2_5_vl': Family(QWEN, 'Qwen2_5_VLProcessor', ASSISTANT),
     'qwen3_vl': Family(QWEN, 'Qwen3VLProcessor'),
     'internvl': Family(('got_ocr2', 'GotOcr2ImageProcessorPil'), 'InternVLProcessor',
-                       length='image_seq_length'),
+                       tile_argument='image_seq_length'),
     # SmolVLM lays pictures out as Idefics 3 does; its own class asks for num2words, for videos
     'smolvlm': Family(('smolvlm', 'SmolVLMImageProcessorPil'), 'Idefics3Processor',
-                      length='image_seq_len'),
+                      tile_argument='image_seq_len'),
 }
 NAMES = 'Qwen2-VL, Qwen2.5-VL, Qwen3-VL, InternVL, SmolVLM'
 
@@ -76,8 +79,8 @@ def make_processor(config, tokenizer, image_processor):
     parts = dict(image_processor=image_processor, tokenizer=tokenizer)
     if 'video_processor' in processor.get_attributes():
         parts['video_processor'] = None
-    if family.length:
-        parts[family.length] = tokens_of_tile(config)
+    if family.tile_argument:
+        parts[family.tile_argument] = tokens_of_tile(config)
     return processor(**parts)
 
 
@@ -128,7 +131,7 @@ class Chat:
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
         family = FAMILIES[config.model_type]
         self.system = family.system
-        self.length = family.length
+        self.tile_argument = family.tile_argument
         self.has_token_types = config.model_type.startswith('qwen')  # for the positions
         special = [token.content for token in tokenizer.added_tokens_decoder.values()
                    if token.special]
@@ -178,9 +181,9 @@ class Chat:
     def layout(self, shape):
         """The chat template's text around the texts of a conversation (cached: templates are slow).
 
-        `shape`: per turn, (role, of each part between its images whether there is text). -> per
-        turn, the k + 1 pieces that go around its k texts. A question's last piece ends where its
-        answer begins, so that no token straddles the two.
+        `shape`: for each turn (role, flags), a flag for each text between its images: is there
+        any? -> for each turn the k + 1 pieces that go around its k texts. A question's last piece
+        ends where its answer begins, so that no token straddles the two.
         """
         chunks, done = [], ''
         turns = [(role, '<image>'.join(HOLE if is_text else '' for is_text in parts))
@@ -282,8 +285,8 @@ class Chat:
         return batch
 
     def batches(self, samples, parts):
-        """[(encoded, item)] -> `parts` times (batch, items, share of the answers' tokens), from
-        short samples to long ones: less is padding, of which attention takes the square."""
+        """[(encoded, item)] -> `parts` tuples (batch, items, share of the answers' tokens), short
+        samples first: less is padding, and attention costs its square."""
         samples = sorted(samples, key=lambda sample: len(sample[0]['input_ids']))
         split = []
         for numbers in np.array_split(range(len(samples)), parts):
@@ -295,8 +298,8 @@ class Chat:
     def save_pretrained(self, folder):
         for part in (self.tokenizer, self.image_processor):
             part.save_pretrained(folder)
-        if self.length:               # what transformers' own processor would not know else
-            settings = {self.length: getattr(self.processor, self.length)}
+        if self.tile_argument:        # what transformers' own processor would not know otherwise
+            settings = {self.tile_argument: getattr(self.processor, self.tile_argument)}
             write_json(os.path.join(folder, 'processor_config.json'), settings)
 
 
@@ -361,14 +364,29 @@ def attend_in_fp32(vlm, device):
     vlm.set_attn_implementation('sdpa_fp32')
 
 
+@contextlib.contextmanager
+def states_kept(vlm):
+    """A list of what leaves every block of the language model in this context, (B, T, h)."""
+    states = []  # (transformers' own way to keep them would break compiled blocks apart, for good)
+    hooks = [block.register_forward_hook(lambda block, inputs, state: states.append(state))
+             for block in vlm.get_decoder().layers]
+    try:
+        yield states
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def lean_batch(batch, vlm, device):
-    """A batch of Chat.batch -> what the VLM's forward takes, on `device`. `labels` are shifted by
-    one here: (B, K), the next token at the K places where it is an answer's in some sample, or
-    -100; logits are computed for these places alone (with a vocabulary of 150,000 they are
-    gigabytes). Two more things save time: positions are computed here, where transformers would
-    do it sample by sample on the GPU; and the mask goes, because padding comes last, where causal
-    attention does not look, and there are faster kernels without a mask.
+    """A batch of Chat.batch -> what the VLM's forward takes, on `device`, and `labels`: to be
+    popped before, as they are shifted here, which transformers would do again.
+
+    labels (B, K): the next token at the K places where some sample has an answer's, or -100.
+    Logits are computed at these places alone (over a vocabulary of 150,000 they are gigabytes).
+    Positions are computed here: transformers would do it sample by sample, on the GPU. No mask:
+    padding comes last, where causal attention does not look, and kernels are faster without.
     """
+    batch = dict(batch)
     if 'labels' in batch:
         following = batch['labels'][:, 1:]
         places = (following != -100).any(0).nonzero()[:, 0]

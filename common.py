@@ -218,6 +218,20 @@ def pick_dtype(name, device):
     return dtype, f'measured: bf16 matrices are {ratio:.1f} x as fast as fp32 here'
 
 
+# dense bf16 TFLOP/s by device name; the first match wins
+PEAKS = [('H200', 989), ('H100 PCIe', 756), ('H100', 989), ('A100', 312), ('L40S', 362),
+         ('4090', 165), ('3090', 71)]
+
+
+def peak_flops(device):
+    """Peak FLOP/s, or None where it is not known."""
+    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else ''
+    for key, peak in PEAKS:
+        if key in name:
+            return 1e12 * peak
+    return None
+
+
 def autocast_on(device, dtype):
     """The autocast context of a run; does nothing for fp32."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)

@@ -12,19 +12,17 @@ A batch is a dict of tensors: images (B, V, 3, H, W) in [0, 1]. Rooms also know 
 and classes (B, V, h, w), indices into rooms.CLASSES.
 """
 import itertools
-import json
 import os
 from collections import Counter
 
 import torch
-from safetensors.torch import save_file
 from tqdm import tqdm
 
-from common import InputError, Parser, read_weights, run_script, step_generator
+from backbone import fit_picture, to_one_height
+from common import InputError, Parser, run_script, step_generator
 from media import (even_frames, find_scenes_or_say_why, natural_order, open_file, open_picture,
                    reading_fault)
 from model import full_precision
-from psfm import fit_picture, fit_pictures, to_one_height
 from rooms import (Style, make_intrinsics, make_rooms, make_walk, render, room_seed,
                    surface_classes)
 
@@ -40,8 +38,8 @@ def rendering(blocks):
 
 
 def stream_of(source, number):
-    """The random numbers of batch `number` of this process. (16 times its rank: the third word is
-    never that of one of train.py's streams, such as VIEWS.)"""
+    """The random numbers of batch `number` of this process. (16 times its rank: never train.py's
+    VIEWS or STATISTICS. Its MASKS have another fourth word.)"""
     return step_generator(source.seed, number, 16 * source.rank, source.split != 'train')
 
 
@@ -144,9 +142,9 @@ class PhotoFolder:
     """Scenes of photographs, in any layout of `find_scenes`.
 
     Where the data set has lists of its splits, they decide, and a scene on no list is not used.
-    Else a tenth of the scenes is held out; of a single scene, its last quarter, if that is enough;
-    or `reserved`: names of the scenes, or of the only scene's pictures, that a run held out before
-    the folder grew (None: split now; []: nothing was held out). Pictures that cannot be read and
+    Else a tenth of the scenes is held out; of a single scene, its last quarter, if that is enough.
+    `reserved` repeats what a run held out before the folder grew: names of scenes, or of the only
+    scene's pictures (None: split now; []: nothing was held out). Pictures that cannot be read and
     scenes with fewer than `min_views` pictures are left out, by name. (Beyond CHECKED pictures only
     names are looked at beforehand.)
     """
@@ -284,8 +282,8 @@ def make_source(config, split, multiple, device='cpu', rank=0, world_size=1, say
 
 
 def make_sources(config, multiple, device, all_held_out=False):
-    """What a run is measured on -> its training and its held-out source. With `all_held_out`, all
-    scenes of a folder that was not trained on are both."""
+    """What a run is measured on -> its training and its held-out source. With `all_held_out`, both
+    are all scenes of a folder that was not trained on."""
     reserved = getattr(config, 'kept', None)  # weights may be older than this setting
     splits = 'train', 'val'
     if all_held_out:
@@ -299,53 +297,6 @@ def make_sources(config, multiple, device, all_held_out=False):
     return sources
 
 
-def stamp_of(path):
-    try:
-        return read_weights(path)[1].get('stamp')
-    except InputError:                # none there, or not whole
-        return None
-
-
-@torch.no_grad()
-def encode_scenes(psfm, folder, out, width, num_views, stamp, progress=iter):
-    """Every scene of a data set -> <out>/<scene>.safetensors, from `num_views` of its pictures.
-
-    A file holds z (Q, D), and the predicted cameras, extrinsics (V, 3, 4) and intrinsics (V, 3, 3)
-    of pictures resized to (H, W); its metadata say which pictures, H and W, and `stamp`, which
-    tells one encoder from another. What is there already and is the same is not computed again.
-    Pictures that cannot be read are left out by name. -> number of files written, scenes
-    """
-    found = find_scenes_or_say_why(folder)
-    device = psfm.geo_mean.device
-    written = 0
-    os.makedirs(out, exist_ok=True)
-    for name, paths in progress(found.scenes.items()):
-        paths = [paths[i] for i in even_frames(len(paths), num_views)]
-        faults = [reading_fault(path) for path in paths]
-        for fault in filter(None, faults):
-            print(f'{fault}; left out')
-        paths = [path for path, fault in zip(paths, faults) if not fault]
-        if not paths:
-            print(f'scene {name} is left out: none of its pictures can be read')
-            continue
-        path = os.path.join(out, name.replace('--', '---').replace('/', '--') + '.safetensors')
-        state = [(picture, os.stat(picture).st_mtime_ns) for picture in paths]
-        metadata = dict(pictures=json.dumps(paths), stamp=f'{stamp} {width} {state}')
-        if stamp_of(path) == metadata['stamp']:
-            continue
-        pictures = [open_picture(picture, width) for picture in paths]
-        images = fit_pictures(pictures, width, psfm.backbone.config.patch_size)
-        metadata['size'] = json.dumps(list(images.shape[-2:]))
-        views = psfm.backbone(images[None].to(device).float() / 255)
-        tensors = dict(z=psfm.encode(views.features, views.grid), extrinsics=views.extrinsics,
-                       intrinsics=views.intrinsics)
-        tensors = {key: x[0].float().cpu().contiguous() for key, x in tensors.items()}
-        save_file(tensors, f'{path}.{os.getpid()}', metadata)
-        os.replace(f'{path}.{os.getpid()}', path)
-        written += 1
-    return written, len(found.scenes)
-
-
 def shown_size(path):
     with open_file(path) as picture:
         is_turned = picture.getexif().get(274, 1) in (5, 6, 7, 8)  # as ImageOps.exif_transpose
@@ -353,7 +304,7 @@ def shown_size(path):
 
 
 def check_pictures(scenes, sample):
-    """Looks at `sample` pictures of each scene. -> Counter of their sizes, faults"""
+    """Looks at `sample` pictures of each of the first 500 scenes. -> Counter of sizes, faults"""
     sizes, faults = Counter(), []
     for pictures in list(scenes.values())[:500]:
         for i in even_frames(len(pictures), sample):

@@ -23,19 +23,23 @@ import os
 import zlib
 
 import torch
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 import finetune
 from adapter import SceneLatents, SpatialVLM, hash_of_encoder
+from backbone import fit_pictures
 from benchmarks import (BENCHMARKS, ask_benchmark, generate, leave_out_lost, read_answers,
                         read_benchmark, results_table)
 from chat import as_text, load_vlm
 from common import (InputError, Parser, autocast_on, fetch, find_checkpoint, find_file, is_hub_id,
-                    number, pick_device, read_json, run_script, step_generator, write_json)
-from data import RoomPool, encode_scenes, make_sources, rendering
+                    number, pick_device, read_json, read_weights, run_script, step_generator,
+                    write_json)
+from data import RoomPool, make_sources, rendering
 from draw import draw_field, draw_film, draw_walk
 from measure import answer_rooms, evaluate_field, field_table, rooms_table
-from media import open_picture, read_video
+from media import (even_frames, find_scenes_or_say_why, open_picture, read_video,
+                   reading_fault)
 from mini_vggt import backbone_table, evaluate_backbone
 from probe import probe_latents, probe_table
 from psfm import load_psfm
@@ -109,6 +113,53 @@ def probe(args):
     path = os.path.join(folder_beside(args.run), 'probe.json')
     write_json(path, scores)
     print(f'wrote {path}')
+
+
+def stamp_of(path):
+    try:
+        return read_weights(path)[1].get('stamp')
+    except InputError:                # none there, or not whole
+        return None
+
+
+@torch.no_grad()
+def encode_scenes(psfm, folder, out, width, num_views, stamp, progress=iter):
+    """Every scene of a data set -> <out>/<scene>.safetensors, from `num_views` of its pictures.
+
+    A file holds z (Q, D), and the predicted cameras, extrinsics (V, 3, 4) and intrinsics (V, 3, 3)
+    of pictures resized to (H, W); its metadata say which pictures, H and W, and `stamp`, which
+    tells one encoder from another. What is there already and is the same is not computed again.
+    Pictures that cannot be read are left out by name. -> number of files written, scenes
+    """
+    found = find_scenes_or_say_why(folder)
+    device = psfm.geo_mean.device
+    written = 0
+    os.makedirs(out, exist_ok=True)
+    for name, paths in progress(found.scenes.items()):
+        paths = [paths[i] for i in even_frames(len(paths), num_views)]
+        faults = [reading_fault(path) for path in paths]
+        for fault in filter(None, faults):
+            print(f'{fault}; left out')
+        paths = [path for path, fault in zip(paths, faults) if not fault]
+        if not paths:
+            print(f'scene {name} is left out: none of its pictures can be read')
+            continue
+        path = os.path.join(out, name.replace('--', '---').replace('/', '--') + '.safetensors')
+        state = [(picture, os.stat(picture).st_mtime_ns) for picture in paths]
+        metadata = dict(pictures=json.dumps(paths), stamp=f'{stamp} {width} {state}')
+        if stamp_of(path) == metadata['stamp']:
+            continue
+        pictures = [open_picture(picture, width) for picture in paths]
+        images = fit_pictures(pictures, width, psfm.backbone.config.patch_size)
+        metadata['size'] = json.dumps(list(images.shape[-2:]))
+        views = psfm.backbone(images[None].to(device).float() / 255)
+        tensors = dict(z=psfm.encode(views.features, views.grid), extrinsics=views.extrinsics,
+                       intrinsics=views.intrinsics)
+        tensors = {key: x[0].float().cpu().contiguous() for key, x in tensors.items()}
+        save_file(tensors, f'{path}.{os.getpid()}', metadata)
+        os.replace(f'{path}.{os.getpid()}', path)
+        written += 1
+    return written, len(found.scenes)
 
 
 def encode(args):

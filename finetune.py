@@ -36,7 +36,8 @@ from data import rendering
 from draw import draw_maps
 from measure import answer_rooms, held_out_loss, rooms_line, rooms_table
 from mini_vlm import ground
-from optim import (gather, learning_rate, load_optimizers, load_sharded_optimizers, make_optimizers,
+from model import compile_if_possible
+from optim import (gather, load_optimizers, load_sharded_optimizers, make_optimizers, rate_share,
                    set_rates, shard_model, take_step)
 from questions import RoomQuestions, in_map_frame, view_rooms
 from records import Conversations, Encoded, Part
@@ -91,6 +92,7 @@ class Config:
     # running
     checkpointing: bool = opt(False, 'recompute activations in the backward pass: less memory, a '
                               'third more time', group='running')
+    compile: bool = opt(None, "torch.compile the language model's blocks; None: on a CUDA GPU only")
     shard: bool = opt(False, 'torchrun: FSDP2 instead of DDP')
     eval_every: int = opt(500, 'steps between evaluations and checkpoints', low=1)
     log_every: int = opt(50, 'steps between log lines', low=1)
@@ -150,7 +152,7 @@ def make_data(config, progress=iter, say=print):
     if len(data) <= n:
         raise InputError(f'{config.data}: {len(data)} records, of which --val-scenes {n} are to be '
                          'held out: none would be left')
-    order = torch.randperm(len(data), generator=step_generator(10)).tolist()  # at every --seed
+    order = torch.randperm(len(data), generator=step_generator(10)).tolist()  # whatever --seed is
     return [Part(data, part, config.skip_bad, say) for part in (order[n:], order[:n])]
 
 
@@ -223,7 +225,7 @@ def build_model(config, dtype=torch.float32):
 
 
 def absolute(path):
-    """A path that holds from anywhere here; hub ids and shipped weights stay as they are."""
+    """A path that holds in any folder; hub ids and shipped weights stay as they are."""
     here = os.path.dirname(os.path.abspath(__file__))
     is_shipped = path.startswith('weights/') and os.path.exists(os.path.join(here, path))
     return os.path.abspath(path) if os.path.exists(path) and not is_shipped else path
@@ -274,11 +276,11 @@ def save(model, chat, optimizers, step, config, dtype, metrics, card, is_main, s
 
 
 @torch.no_grad()
-def cost_of(model, z, num_tokens, repeats=20):
+def cost_of(model, z, num_tokens):
     """What the latents of a scene cost, in words: their size, and the adapter's time for them."""
     x = torch.randn(num_tokens, model.adapter.gate.in_features, device=z.device)
     times = []
-    for _ in range(repeats):
+    for _ in range(20):
         start = time.perf_counter()
         model.adapter(x, z).sum().item()
         times.append(time.perf_counter() - start)
@@ -316,7 +318,7 @@ def open_model(config, state, device, dtype, say):
         model, chat, latents = build_model(config, dtype)
     if config.data == 'rooms' and hasattr(model.vlm.config, 'classes'):
         check_classes(model.vlm.config.classes, config.vlm, 'python mini_vlm.py')
-    model.trainable(config.train).to(device)
+    model.train_only(config.train).to(device)
     attend_in_fp32(model.vlm, device)
     if config.checkpointing:
         # of the language model: nothing is kept of the frozen vision tower anyway
@@ -330,7 +332,7 @@ def open_model(config, state, device, dtype, say):
 def banner(name, config, model, device, dtype, reason):
     """What is trained, on what, where."""
     trained, frozen = count_parameters(model)
-    return (f'{name}: {config.steps} steps of {config.batch * config.accumulate} samples per rank '
+    return (f'{name}: {config.steps} steps of {config.batch * config.accumulate} samples a process '
             f'of {config.data}, {config.vlm} with latents {config.latents}, seed {config.seed}\n'
             f'{trained / 1e6:.2f} M parameters to train ({config.train}), {frozen / 1e6:.2f} M '
             f'frozen\n{device}, {dtype} ({reason}) | writing to {config.out}/')
@@ -411,14 +413,16 @@ def train(name, config, data=None, held_out=None):
         parts_of = Encoded(data, chat, doubled).__getitem__
         ground(model, chat, latents, parts_of, config, autocast, say)
 
-    # optimizers, processes
+    # processes, compiler, optimizers
     if sharded:
         model = shard_model(model)
+    kind = type(model.vlm.get_decoder().layers[0])
+    compile_if_possible(model.vlm, kind, config.compile, device, say)
     optimizers = make_optimizers(
         model, config, device, dtype, fused=not sharded,
         rate_of=lambda name: config.adapter_lr if name.startswith('adapter.') else config.lr)
     if config.resume and sharded:
-        set_rates(optimizers, 1)      # states come without what set_rates keeps in groups
+        set_rates(optimizers, 1)      # torch loads only keys that groups have: this adds 'peak'
         load_sharded_optimizers(model, optimizers, state['folder'])
     elif config.resume:
         load_optimizers(optimizers, state['folder'])
@@ -435,7 +439,7 @@ def train(name, config, data=None, held_out=None):
     for step in tqdm(range(first, config.steps), name, initial=first, total=config.steps,
                      leave=False, disable=None if is_main else True):
         # this step's learning rate, as a share of the peak
-        start, share = time.time(), learning_rate(step, config)
+        start, share = time.time(), rate_share(step, config)
         set_rates(optimizers, share)
 
         # forward, backward
@@ -456,7 +460,8 @@ def train(name, config, data=None, held_out=None):
 
         # log
         if is_logged:
-            record = dict(step=done, **values, lr=share * config.lr, grad_norm=norm.item(),
+            peak = config.adapter_lr if config.train == 'adapter' else config.lr
+            record = dict(step=done, **values, lr=share * peak, grad_norm=norm.item(),
                           step_ms=1e3 * busy / (done - logged),
                           memory_gb=peak_memory(device) / 2 ** 30, seconds=time.time() - began)
             log.write(json.dumps(record) + '\n')
@@ -465,8 +470,9 @@ def train(name, config, data=None, held_out=None):
 
         # evaluate and save
         if is_evaluated:
-            metrics, line = evaluate(model, chat, latents, held_out, data, config, autocast,
-                                     is_main, sharded, done == config.steps)
+            with torch.compiler.set_stance('force_eager'):  # questions are too few to compile for
+                metrics, line = evaluate(model, chat, latents, held_out, data, config, autocast,
+                                         is_main, sharded, done == config.steps)
             say(f'step {done:05d}/{config.steps:05d} | {line}')
             brief = {key: value for key, value in metrics.items() if key not in ('scores', 'maps')}
             brief.update(seconds=time.time() - began, data=stamp)
@@ -479,7 +485,7 @@ def train(name, config, data=None, held_out=None):
                    peak_memory_gb=peak_memory(device) / 2 ** 30)
     if 'scores' in metrics and latents:
         z = latents([held_out.pictures(0)])[0].to(device)
-        metrics['cost'] = cost_of(model, z, num_tokens=96)  # six pictures of sixteen
+        metrics['cost'] = cost_of(model, z, num_tokens=96)  # six pictures of sixteen tokens
     if is_main:
         write_results(name, config, metrics, say)
     return metrics

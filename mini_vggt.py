@@ -29,7 +29,7 @@ from common import (autocast_on, check_finite, command_of, load_strictly, open_r
 from data import RoomPool, rendering
 from model import (MLP, full_precision, invert_pose, points_in_world, pose_encoding_to_cameras,
                    relative_pose)
-from optim import learning_rate, load_optimizers, make_optimizers, set_rates, take_step
+from optim import load_optimizers, make_optimizers, rate_share, set_rates, take_step
 from rooms import CLASSES, SCENE_UNIT, STRUCTURE, scene_extrinsics
 from vggt import VGGT, CellHead, VGGTConfig
 
@@ -308,7 +308,7 @@ def fit(name, config, first, optimizers, parameters, losses_of, evaluate, save):
                      leave=False, disable=None):
         # one step
         start = time.time()
-        share = learning_rate(step, config)
+        share = rate_share(step, config)
         set_rates(optimizers, share)
         losses = losses_of(step)
         losses['loss'].backward()

@@ -26,13 +26,13 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from adapter import SpatialVLM, answer_loss
-from chat import ASSISTANT, Chat, attend_in_fp32, lean_batch, load_vlm
+from chat import ASSISTANT, Chat, attend_in_fp32, lean_batch, load_vlm, states_kept
 from common import (InputError, autocast_on, command_of, find_file, load_strictly, opt,
                     parse_options, pick_device, pick_dtype, read_state, read_weights, run_script,
                     step_generator, write_checkpoint)
 from measure import held_out_loss
 from mini_vggt import LoopConfig, fit
-from optim import learning_rate, load_optimizers, make_optimizers, set_rates, take_step
+from optim import load_optimizers, make_optimizers, rate_share, set_rates, take_step
 from questions import (ANSWER_WORDS, RoomQuestions, as_prompt, as_record, ask, ask_map, ask_order,
                        in_map_frame, in_words, pick, shuffled, to_turns, view_rooms,
                        where_categories_stand)
@@ -294,11 +294,11 @@ class Sight(nn.Module):
         return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, outputs))
 
     def losses(self, image_tokens, states, truth):
-        """image_tokens (n, h); states: of the embeddings and of every block, (B, T, h); truth as
-        `truth_of` gives it."""
-        answers = self.answers(states[2 * len(states) // 3]).unflatten(-1, (self.NAMES, 3))
+        """image_tokens (n, h); states: of every block, (B, T, h); truth as `truth_of` gives it."""
+        half, two_thirds = states[len(states) // 2 - 1], states[2 * len(states) // 3 - 1]
+        answers = self.answers(two_thirds).unflatten(-1, (self.NAMES, 3))
         return dict(tokens=self.token_loss(image_tokens, truth['seen']),
-                    words=self.place_loss(self.words(states[len(states) // 2]), truth['words']),
+                    words=self.place_loss(self.words(half), truth['words']),
                     questions=self.place_loss(answers, truth['answers']))
 
     def token_loss(self, tokens, seen):
@@ -387,9 +387,9 @@ def losses_on(model, parts, latents, sight, category_of, autocast):
         z = latents([item['images'] for item in items]) if latents else None
         batch = lean_batch(batch, model.vlm, device)
         labels = batch.pop('labels')
-        with autocast:
-            outputs = model(latents=z, use_cache=False, output_hidden_states=True, **batch)
-            losses = sight.losses(model.image_tokens, outputs.hidden_states, truth)
+        with autocast, states_kept(model.vlm) as states:
+            outputs = model(latents=z, use_cache=False, **batch)
+            losses = sight.losses(model.image_tokens, states, truth)
             losses = dict(answers=answer_loss(outputs.logits, labels), **losses)
         for name, loss in losses.items():
             total[name] = total.get(name, 0) + share * loss
@@ -407,12 +407,12 @@ def ground(model, chat, latents, parts_of, config, autocast, say):
     device = next(model.parameters()).device
     sight = load_sight(config.vlm, width).to(device).requires_grad_(False)
     category_of = token_categories(chat.tokenizer)
-    model.train().trainable('adapter')
+    model.train().train_only('adapter')
     # high rates: the tokens are long vectors, and the adapter begins at zero
     plan = dataclasses.replace(config, steps=config.ground_steps, muon_lr=4e-2)
     optimizers = make_optimizers(model, plan, device, rate_of=lambda name: 2e-2)
     for step in range(plan.steps):
-        set_rates(optimizers, learning_rate(step, plan))
+        set_rates(optimizers, rate_share(step, plan))
         losses = losses_on(model, parts_of(step), latents, sight, category_of, autocast)
         sum(losses.values()).backward()
         take_step(optimizers, model.adapter.parameters(), config.clip)
@@ -420,7 +420,7 @@ def ground(model, chat, latents, parts_of, config, autocast, say):
         if step == 0 or done % config.log_every == 0 or done == plan.steps:
             parts = ' '.join(f'{name} {loss.item():.3f}' for name, loss in losses.items())
             say(f'grounding the adapter: step {done:05d}/{plan.steps:05d} | {parts}')
-    model.trainable(config.train)
+    model.train_only(config.train)
 
 
 # -----------------------------------------------------------------------------

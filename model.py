@@ -182,7 +182,7 @@ class RoPE2D:
     """
 
     def __init__(self, grid, head_dim, num_views=1, special_per_view=0, special_in_front=0,
-                 special_behind=0, base=100.0, device=None):
+                 special_behind=0, device=None):
         """Positions of: `special_in_front` tokens, then `num_views` views, each of
         `special_per_view` tokens and h w patches, then `special_behind` tokens.
 
@@ -201,7 +201,7 @@ class RoPE2D:
 
         # how far each pair of channels turns
         exponent = torch.arange(0, head_dim // 2, 2, device=device) / (head_dim // 2)
-        frequency = base ** -exponent  # (d/4,)
+        frequency = 100.0 ** -exponent  # (d/4,)
         angle = place[:, :, None] * frequency  # (tokens, 2, d/4)
         self.cos = torch.cat([angle.cos(), angle.cos()], dim=-1).flatten(1)  # (tokens, d)
         self.sin = torch.cat([-angle.sin(), angle.sin()], dim=-1).flatten(1)
@@ -224,10 +224,11 @@ class RoPE2D:
 def attend(q, k, v):
     """softmax(q k' / sqrt(d)) v: q (B, nh, n, d), k and v (B, nh, m, d) -> (B, nh, n, d).
 
-    On a CPU in bf16 as plain products, as long as the scores are few: the
-    fused kernel, forward and backward, takes up to three times as long.
+    On a CPU in bf16, the fused kernel is fast forward, and several times slower
+    backward: where gradients are wanted and the scores are few, these are plain
+    products.
     """
-    is_plain = q.dtype == torch.bfloat16 and q.device.type == 'cpu'
+    is_plain = q.dtype == torch.bfloat16 and q.device.type == 'cpu' and q.requires_grad
     if is_plain and q.shape[2] * k.shape[2] <= 1024 ** 2:
         scores = (q * q.shape[-1] ** -0.5) @ k.mT
         return scores.softmax(dim=-1) @ v
@@ -294,8 +295,8 @@ class Attention(nn.Module):
 
 
 class GeluLinear(torch.autograd.Function):
-    """linear(gelu(h)), as plain operations compute it. For the backward pass it keeps h alone, and
-    computes gelu(h), which is as large, again: an eighth less memory for a training step."""
+    """linear(gelu(h)). It keeps h alone for the backward pass, and computes gelu(h), which is as
+    large, again there: an eighth less memory for a training step."""
 
     @staticmethod
     def forward(ctx, h, weight, bias):
@@ -375,8 +376,8 @@ class Transformer(nn.Module):
     def forward(self, x, position, num_kept):
         """x (B, tokens, D) -> the last `num_kept` tokens of the output, (B, num_kept, D).
 
-        `position` counts the registers, which come first. From the last block on, what does
-        not leave is not computed: it only serves as keys and values.
+        `position` is of all tokens, the registers in front. The last block computes only the
+        rows that are kept; the others serve as keys and values.
         """
         registers = self.register_tokens.expand(len(x), -1, -1).to(x.dtype)
         x = torch.cat([registers, x], dim=1)  # (B, R + tokens, D)
@@ -412,19 +413,32 @@ def has_compiler():
     return any(shutil.which(name) for name in (os.environ.get('CC', 'cc'), 'gcc', 'cl'))
 
 
-def compile_blocks(model, backend='inductor'):
-    """torch.compile, block by block: the layers of a stack share the code, at any view count."""
+def compile_blocks(model, kind=Block, backend='inductor'):
+    """torch.compile of every module of this kind: the blocks of a stack share the code, at any
+    length of their input. Their forward alone: hooks stay around it. (A deep copy would compute
+    with the weights of the original.)"""
     # several kinds of stacks share this code, with and without gradients
     torch._dynamo.config.recompile_limit = 64
     # what autocast leaves in fp32 (`full_precision`) is so in the backward pass too, as without it
     torch._functorch.config.backward_pass_autocast = 'off'
+    # block by block, DDP sends gradients early anyway: no graph need be cut for that
+    torch._dynamo.config.optimize_ddp = False
     # the compiler cannot know the size of the slice `c:`, and SDPA is fused without it. (Not as a
     # decorator: that would import the compiler, which takes a second, into every run.)
     global split_attention
     split_attention = torch.compiler.disable(split_attention)
     for module in model.modules():
-        if isinstance(module, Block):
-            module.compile(dynamic=True, backend=backend)
+        if isinstance(module, kind):
+            module.forward = torch.compile(module.forward, dynamic=True, backend=backend)
+
+
+def compile_if_possible(model, kind, wanted, device, say):
+    """compile_blocks if it is `wanted` (None: on a CUDA GPU), and there is a C compiler."""
+    wanted = device.type == 'cuda' if wanted is None else wanted
+    if wanted and has_compiler():
+        compile_blocks(model, kind)
+    elif wanted:
+        say('not compiled: torch.compile needs a C compiler, and there is none on the PATH')
 
 
 # -----------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import torch
 from common import InputError
 
 
-def learning_rate(step, config):
+def rate_share(step, config):
     """Share of the peak at `step`: linear warm-up, flat, then a cosine from `decay_from` on."""
     warmup = min(config.warmup, config.steps // 10)
     if step < warmup:

@@ -21,11 +21,9 @@ import os
 from dataclasses import dataclass
 from types import SimpleNamespace
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
 
 from backbone import find_weights
 from common import (InputError, fetch, find_checkpoint, find_file, is_hub_id, load_strictly, opt,
@@ -46,8 +44,8 @@ class PSFMConfig:
     num_heads: int = opt(2, 'attention heads', low=1)
     num_latents: int = opt(32, 'Q, latents in z; 0: a decoder that knows the camera alone', low=0)
     num_registers: int = opt(4, 'register tokens', low=0)
-    mask_ratio: float = opt(0.5, 'at least this share of the views are targets', low=0.01,
-                            high=0.99)
+    mask_ratio: float = opt(0.5, 'share of the views that are targets, rounded up; one is always '
+                            'context', low=0.01, high=0.99)
     context: str = opt('asymmetric', 'asymmetric (one pass of the backbone: context views see only '
                        'each other, targets see all) | separate (two passes)',
                        choices=('asymmetric', 'separate'))
@@ -72,7 +70,7 @@ def random_view_mask(num_scenes, num_views, mask_ratio, generator=None, device='
     int(V (1 - mask_ratio)) views are context, at least one. The first view
     always is: its camera is the world's frame.
     """
-    # (the last term: 10 views at a ratio of 0.8 have 1.9999999999999996, and mean 2)
+    # 1e-6: 10 * (1 - 0.8) is 1.9999999999999996 in floating point
     num_context = max(1, int(num_views * (1 - mask_ratio) + 1e-6))
     draw = torch.rand(num_scenes, num_views, generator=generator, device=device)
     draw[:, 0] = -1  # the lowest are context: the first view always
@@ -100,10 +98,11 @@ def lift(fx, fy, cx, cy):
     return torch.stack(rows, -1).view(-1, 4, 4)
 
 
-def block_diagonal(matrices, times):
-    """(n, 4, 4) -> (n, 1, 4 times, 4 times): one product for all groups of four channels."""
-    eye = torch.eye(times, device=matrices.device)
-    blocks = eye[:, None, :, None] * matrices[:, None, :, None, :]  # (n, times, 4, times, 4)
+def block_diagonal(matrices, k):
+    """(n, 4, 4) -> (n, 1, 4k, 4k), k copies along the diagonal: one product for all groups of four
+    channels."""
+    eye = torch.eye(k, device=matrices.device)
+    blocks = eye[:, None, :, None] * matrices[:, None, :, None, :]  # (n, k, 4, k, 4)
     return blocks.flatten(3).flatten(1, 2)[:, None]
 
 
@@ -124,7 +123,7 @@ class PRoPE:
     """
 
     @full_precision
-    def __init__(self, extrinsics, intrinsics, size, grid, head_dim, base=100.0):
+    def __init__(self, extrinsics, intrinsics, size, grid, head_dim):
         """extrinsics (n, 3, 4), intrinsics (n, 3, 3) in pixels of images of `size` = (H, W)."""
         H, W = size
         h, w = grid
@@ -150,7 +149,7 @@ class PRoPE:
         columns = torch.arange(w, device=fx.device)
         y, x = torch.meshgrid(rows, columns, indexing='ij')
         place = torch.stack([x, x, y, y], -1).flatten(0, 1)  # (N, 4)
-        frequency = base ** (-torch.arange(head_dim // 8, device=fx.device) / (head_dim // 8))
+        frequency = 100.0 ** (-torch.arange(head_dim // 8, device=fx.device) / (head_dim // 8))
         angle = place[..., None] * frequency  # (N, 4, d/8)
         sin = angle.sin()
         sin[:, 1::2].neg_()  # clockwise: RoPE2D turns the other way
@@ -185,9 +184,8 @@ class FieldDecoder(nn.Module):
     From these D-wide vectors, `PSFM.heads` read the features that are seen.
 
     Every patch of the view is a ray token: its unit direction in the camera's
-    own frame. PRoPE supplies the camera's pose. Views are decoded one by one:
-    the answer for a view does not depend on the other views that are asked
-    for.
+    own frame. PRoPE supplies the camera's pose. Each view is decoded on its own:
+    the answer for it does not depend on the other views that are asked for.
     """
 
     def __init__(self, dim, depth, num_heads, num_registers=4):
@@ -229,8 +227,8 @@ class PSFM(nn.Module):
     context alone, then all views. They are different objectives: with
     'separate', a context view has other features as the encoder's input (seen
     without targets) than as a target.
-    `teacher`: a second frozen network whose features ('sem') are predicted as
-    well, from images (B, V, 3, H, W) to (B, V, N, S); release.SemanticTeacher.
+    `teacher(images, grid)` -> (B, V, N, S): a second frozen network, whose features
+    ('sem') are predicted as well; release.SemanticTeacher.
     `num_latents` 0: the decoder alone, a baseline that knows only the camera.
     """
 
@@ -311,8 +309,8 @@ class PSFM(nn.Module):
         for the encoder; Views of all views, the targets; depth per patch (B,
         V, N) if asked for, else None.
         """
-        # backbone.attend -> tokens; backbone.read(tokens) -> features and cameras (Views);
-        # backbone.features(tokens) -> features alone
+        # attend -> {layer: tokens}, -1 is the last; read(tokens) -> Views: features and cameras;
+        # features(tokens) -> features alone
         backbone = self.backbone
         patches, grid = backbone.embed(images)  # each view on its own
         index = context_index(view_mask, num_context)  # (B, Vc)
@@ -320,15 +318,15 @@ class PSFM(nn.Module):
         if with_depth:
             layers = (*backbone.depth_layers, -1)
         if self.context == 'asymmetric':
-            tokens = backbone.attend(patches, grid, view_mask, num_context, layers)
-            views = backbone.read(tokens[-1], grid)
+            outputs = backbone.attend(patches, grid, view_mask, num_context, layers)
+            views = backbone.read(outputs[-1], grid)
             context = take_views(views.features, index)
         else:
             alone = backbone.attend(take_views(patches, index), grid)
             context = backbone.features(alone[-1])
-            tokens = backbone.attend(patches, grid, layers=layers)
-            views = backbone.read(tokens[-1], grid)
-        depth = backbone.patch_depth(tokens, grid) if with_depth else None
+            outputs = backbone.attend(patches, grid, layers=layers)
+            views = backbone.read(outputs[-1], grid)
+        depth = backbone.patch_depth(outputs, grid) if with_depth else None
         return context, views, depth
 
     def encode(self, features, grid):
@@ -382,47 +380,7 @@ class PSFM(nn.Module):
 
 
 # -----------------------------------------------------------------------------
-# pictures, building, loading
-
-def fit_picture(picture, width, multiple):
-    """PIL image -> uint8 array (H, W, 3), `width` pixels wide and at most as high.
-
-    H is a multiple of `multiple`; the excess is cropped evenly above and below.
-    """
-    excess = picture.height - 4 * picture.width
-    if excess > 0:  # a strip: most of it is not even resized
-        picture = picture.crop((0, excess // 2, picture.width, picture.height - excess // 2))
-    height = max(multiple, round(picture.height * width / picture.width))
-    keep = min(height, width) // multiple * multiple
-    top = (height - keep) // 2
-    picture = picture.convert('RGB').resize((width, height), Image.Resampling.BICUBIC)
-    return np.asarray(picture)[top:top + keep]
-
-
-def to_one_height(arrays):
-    """Arrays (h, W, 3) of any heights -> uint8 tensor (V, 3, H, W).
-
-    All are cropped, above and below, to the height of the lowest. But one that is less than 0.6 as
-    high as most (a panorama among photographs) would make strips of all others: it is enlarged to
-    their height, and loses its sides.
-    """
-    usual = np.median([len(array) for array in arrays])
-    H = min(len(array) for array in arrays if len(array) >= 0.6 * usual)
-    W = arrays[0].shape[1]
-    tiles = []
-    for array in arrays:
-        if len(array) < H:
-            wide = W * H // len(array)
-            array = np.asarray(Image.fromarray(array).resize((wide, H), Image.Resampling.BICUBIC))
-            array = array[:, (wide - W) // 2:][:, :W]
-        tiles.append(array[(len(array) - H) // 2:][:H])
-    return torch.from_numpy(np.stack(tiles)).permute(0, 3, 1, 2).contiguous()
-
-
-def fit_pictures(pictures, width, multiple):
-    """PIL images of one scene -> uint8 tensor (V, 3, H, W), of one height (see to_one_height)."""
-    return to_one_height([fit_picture(picture, width, multiple) for picture in pictures])
-
+# building, loading
 
 def open_backbone(source):
     """A .safetensors file, a folder with model.safetensors, or a hub id -> VGGT or DA3."""
@@ -438,10 +396,10 @@ def build_psfm(config, dtype=torch.float32, teacher=None):
     return PSFM(backbone, config, teacher)
 
 
-def untrained_like(psfm, config, seed=0):
+def untrained_like(psfm, config):
     """A PSFM of the same sizes with the same backbone and statistics that was never trained."""
     with torch.random.fork_rng(devices=[]):  # the caller's own random numbers go on
-        torch.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(0)
         twin = PSFM(psfm.backbone, config)
     twin.geo_mean = psfm.geo_mean
     twin.geo_std = psfm.geo_std
@@ -487,6 +445,7 @@ def load_psfm(run, device='cpu'):
     path = weights_of_run(run)
     state, metadata, config = read_psfm(path)
     psfm = build_psfm(config)
+    # `endswith`: older files hold the last eight digits alone
     if not psfm.backbone.fingerprint.endswith(metadata.get('backbone', '')):
         raise InputError(f'{path} was trained on another backbone than the one in '
                          f'{config.backbone}: its latents mean nothing there')

@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 import model
 from adapter import SpatialVLM, add_lora, answer_loss, build_adapter
 from chat import lean_batch
-from common import autocast_on, count_parameters, read_json, write_json
+from common import autocast_on, count_parameters, peak_flops, read_json, write_json
 from da3 import DA3, DA3Config
 from mini_vggt import MINI
 from model import compile_blocks
@@ -37,20 +37,6 @@ from release import build_release, load_released
 from vggt import VGGT, VGGTConfig
 
 GIGA = 2 ** 30
-
-# dense bf16 TFLOP/s by device name; the first match wins
-PEAKS = [('H200', 989), ('H100 PCIe', 756), ('H100', 989), ('A100', 312), ('L40S', 362),
-         ('4090', 165), ('3090', 71)]
-
-
-def peak_flops(device):
-    """Peak FLOP/s, or None where it is not known."""
-    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else ''
-    for key, peak in PEAKS:
-        if key in name:
-            return 1e12 * peak
-    return None
-
 
 def dense_mask_attention(q, k, v, num_context):
     """What model.split_attention avoids: one call with a (tokens x tokens) mask. A reference."""
@@ -247,7 +233,7 @@ TINY_QWEN = dict(    # the same code on a laptop
                        out_hidden_size=64, window_size=112, fullatt_block_indexes=[1]))
 
 
-def vlm_cost(sizes, train, config, clock, dtype, is_cached=True, grid=(28, 36)):
+def vlm_cost(sizes, train, config, clock, dtype, is_cached=True, grid=(28, 36), compiled=False):
     """A step of fine-tuning on one conversation about eight pictures of `grid` patches. -> dict
 
     With `is_cached` the latents lie ready; else a PSFM of `config` computes them in every step.
@@ -269,7 +255,10 @@ def vlm_cost(sizes, train, config, clock, dtype, is_cached=True, grid=(28, 36)):
         z = torch.randn(1, config.num_latents, config.width)
         images = torch.rand(1, frames, *batch_shape(config, frames)[2:])
     vlm.get_decoder().gradient_checkpointing_enable(dict(use_reentrant=False))
-    spatial_vlm.trainable(train).to(device).train()
+    spatial_vlm.train_only(train).to(device).train()
+    if compiled:
+        torch._dynamo.reset()
+        compile_blocks(vlm, type(vlm.get_decoder().layers[0]))
     one = [vlm_config.vision_start_token_id, *[vlm_config.image_token_id] * (h * w // 4),
            vlm_config.vision_end_token_id]
     ids = torch.cat([torch.tensor(one * frames, device=device), words])[None]  # (1, T)
@@ -302,7 +291,7 @@ def count_vlm(kind, sizes, train, num_tokens, num_answers=100):
         vlm.to(torch.bfloat16 if is_frozen else torch.float32)
         if train == 'lora':
             add_lora(vlm, 16)
-        spatial_vlm = SpatialVLM(vlm, build_adapter(vlm, 768)).trainable(train)
+        spatial_vlm = SpatialVLM(vlm, build_adapter(vlm, 768)).train_only(train)
     trained, frozen = count_parameters(spatial_vlm)
     language = vlm.get_decoder()
     layers = language.config.num_hidden_layers
@@ -358,6 +347,9 @@ def report_parts(presets, clock, dtype, views, sizes, can_compile):
         for is_cached in (True, False):
             title = f'VLM, {trained}, latents {"cached" if is_cached else "computed"}'
             parts[title] = partial(vlm_cost, sizes, trained, config, clock, dtype, is_cached, grid)
+    if can_compile:
+        parts['VLM, adapter+llm, latents cached, compiled'] = partial(
+            vlm_cost, sizes, 'adapter+llm', config, clock, dtype, grid=grid, compiled=True)
     return parts
 
 

@@ -10,7 +10,7 @@ Trains PSFM (Spa3R, arXiv 2602.21186).
 Every field of Config is an option (`--help`), and the presets below set
 several of them. Everything goes to out/<config>/: config.json, log.jsonl,
 metrics.json, field.png, curve.png and checkpoint/ (`--resume` continues from
-it, with the very same losses).
+it; on a CPU with the very same losses).
 """
 import contextlib
 import dataclasses
@@ -27,19 +27,18 @@ from tqdm import tqdm
 
 from common import (InputError, autocast_on, check_finite, command_of, count_parameters,
                     join_processes, leave_processes, load_strictly, open_run, opt, parse_options,
-                    peak_memory, pick_dtype, quiet, read_state, run_script, step_generator,
-                    with_licence, write_card, write_checkpoint, write_json)
+                    peak_flops, peak_memory, pick_dtype, quiet, read_state, run_script,
+                    step_generator, with_licence, write_card, write_checkpoint, write_json)
 from data import RoomPool, make_source, rendering
 from draw import draw_curve, draw_field
 from measure import evaluate_field, field_line, field_table, knows_rooms
 from media import check_path
-from model import compile_blocks, has_compiler
-from optim import learning_rate, load_optimizers, make_optimizers, set_rates, take_step
+from model import Block, compile_if_possible
+from optim import load_optimizers, make_optimizers, rate_share, set_rates, take_step
 from psfm import (FROZEN, PSFMConfig, build_psfm, check_psfm_config, random_view_mask, read_psfm,
                   weights_of_run)
 from release import load_teacher
 from rooms import scene_extrinsics
-from speed import peak_flops
 
 
 @dataclass(frozen=True)
@@ -147,17 +146,6 @@ def flops_per_view(psfm, images, autocast):
         loss.backward()
     psfm.zero_grad(set_to_none=True)
     return counter.get_total_flops() / images.shape[0] / images.shape[1]
-
-
-def compile_if_possible(psfm, config, device, say):
-    """torch.compile, by default on a CUDA GPU, where there is a C compiler."""
-    wanted = device.type == 'cuda' if config.compile is None else config.compile
-    if not wanted:
-        return
-    if has_compiler():
-        compile_blocks(psfm)
-    else:
-        say('not compiled: torch.compile needs a C compiler, and there is none on the PATH')
 
 
 # -----------------------------------------------------------------------------
@@ -351,7 +339,7 @@ def train(name, config):
         num_views = (config.min_views + config.max_views) // 2
         sample = source.batch(first * config.accumulate, 1, num_views)['images'].to(device)
         flops = flops_per_view(psfm, sample, autocast)
-    compile_if_possible(psfm, config, device, say)
+    compile_if_possible(psfm, Block, config.compile, device, say)
     ddp = torch.nn.parallel.DistributedDataParallel(psfm) if world_size > 1 else psfm
     trained = [p for p in psfm.parameters() if p.requires_grad]
     psfm.train()  # not the frozen backbone: see Backbone.freeze
@@ -365,7 +353,7 @@ def train(name, config):
     for step in steps:
         # this step's learning rate, as a share of the peak
         start = time.time()
-        share = learning_rate(step, config)
+        share = rate_share(step, config)
         set_rates(optimizers, share)
 
         # forward, backward

@@ -18,12 +18,12 @@ import torch
 from PIL import Image
 
 from adapter import Reading
+from backbone import fit_pictures
 from common import InputError, autocast_on
 from data import CELL, RoomPool
 from draw import PAINT, color_basis, nearest_view, rgb, to_colors, to_grey
 from measure import Score, read_map
 from model import invert_pose, look_along, take_views
-from psfm import fit_pictures
 from questions import RoomQuestions, as_prompt, corners
 from rooms import (CATEGORIES, EYE_HEIGHT, SCENE_UNIT, STRUCTURE, Rooms, cameras_at,
                    make_intrinsics, render, scene_extrinsics, surface_classes)

@@ -20,3 +20,13 @@ def world():
     extrinsics = make_walk(rooms, 8, seed=5)
     intrinsics = make_intrinsics(size, 6, 8)
     return rooms, extrinsics, intrinsics, render(rooms, extrinsics, intrinsics, size)
+
+
+@pytest.fixture
+def restored_compiler(monkeypatch):
+    """What model.compile_blocks sets for all is as before after the test (but for limits)."""
+    from torch._functorch import config
+    import model
+    monkeypatch.setattr(model, 'split_attention', model.split_attention)
+    with config.patch(backward_pass_autocast=config.backward_pass_autocast):
+        yield

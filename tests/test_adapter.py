@@ -6,16 +6,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch._dynamo.utils import counters
 from transformers import (AutoModelForImageTextToText, InternVLConfig, LlavaOnevisionConfig,
                           Qwen2_5_VLConfig, Qwen3VLConfig, SmolVLMConfig)
 
 from adapter import (Reading, SceneLatents, SpatialVLM, answer_loss, build_adapter, cameras_around,
                      load_spatial_vlm, save_spatial_vlm)
 from benchmarks import generate
-from chat import Chat, as_text, lean_batch, load_vlm
+from chat import Chat, as_text, lean_batch, load_vlm, states_kept
 from common import InputError
 from mini_vlm import Sight, build_tokenizer, build_vlm, save_mini_vlm
-from model import invert_pose
+from model import compile_blocks, invert_pose
 from psfm import load_psfm
 
 IMAGE, VOCABULARY = 90, 100     # the placeholder's id
@@ -190,14 +191,41 @@ def test_generate_is_argmax_of_forward(family):
     assert answer.tolist() == found
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('family, checkpointing', [
+    *((family, False) for family in FAMILIES), ('qwen2.5-vl', True)])
+def test_compiled_blocks_do_what_they_did(family, checkpointing, restored_compiler):
+    model = with_adapter(family).train().train_only('adapter+llm')
+    decoder = model.vlm.get_decoder()
+    if checkpointing:
+        decoder.gradient_checkpointing_enable(dict(use_reentrant=False))
+    trained = [p for p in model.parameters() if p.requires_grad]
+
+    def run(counts):
+        with states_kept(model.vlm) as states:
+            out = model(latents=make_latents(counts), use_cache=False, **make_batch(family, counts))
+        gradients = torch.autograd.grad(out.logits.square().mean(), trained, allow_unused=True)
+        return [out.logits, *states, *[x for x in gradients if x is not None]]
+
+    eager = run((1, 2)), run((2, 3, 1))
+    torch._dynamo.reset()
+    counters.clear()
+    compile_blocks(decoder, type(decoder.layers[0]), 'aot_eager')
+    compiled = run((1, 2)), run((2, 3, 1))
+    assert 1 <= counters['stats']['unique_graphs'] <= 2 and not counters['graph_break']
+    for one, other in zip(sum(compiled, []), sum(eager, [])):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-6)
+    assert len(compiled[0]) == len(eager[0]) > len(decoder.layers) + 1
+
+
 def test_gradients_reach_the_adapter_alone():
-    model = with_adapter('qwen2.5-vl').trainable('adapter')
+    model = with_adapter('qwen2.5-vl').train_only('adapter')
     batch, latents = make_batch('qwen2.5-vl', [2, 1]), make_latents([2, 1])
     model(latents=latents, **batch).logits.square().mean().backward()
     assert all(p.grad is not None for p in model.adapter.parameters())
     assert all(p.grad is None for p in model.vlm.parameters())
 
-    model.trainable('adapter+llm')
+    model.train_only('adapter+llm')
     model(latents=latents, **batch).logits.square().mean().backward()
     trained = {name.split('.')[1] for name, p in model.vlm.named_parameters()
                if p.grad is not None}

@@ -51,7 +51,7 @@ def test_what_is_predicted_from_shapes_is_what_was_counted():
 def test_memory_of_a_vlm_is_what_the_tensors_hold(train):
     frozen, trained, backward = speed.count_vlm('qwen2_5_vl', TINY_QWEN, train, 300)
     vlm = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**TINY_QWEN))
-    model = SpatialVLM(vlm, build_adapter(vlm, 768)).trainable(train)
+    model = SpatialVLM(vlm, build_adapter(vlm, 768)).train_only(train)
     numbers = {True: 0, False: 0}
     for p in model.parameters():
         numbers[p.requires_grad] += p.numel()
@@ -110,6 +110,10 @@ def test_parts_of_the_report():
     parts = speed.report_parts(dict(small=SMALL), clock, torch.float32, (4,), speed.TINY_QWEN,
                                can_compile=False)
     assert len(parts) == 11
+    compiled = speed.report_parts(dict(small=SMALL), clock, torch.float32, (4,), speed.TINY_QWEN,
+                                  can_compile=True)
+    assert compiled.keys() - parts.keys() == {'small, 4 views, compiled',
+                                              'VLM, adapter+llm, latents cached, compiled'}
     plain = parts['small, 4 views, eager']()
     assert plain['ms'] > 0 and plain['attention'] == 'flash_attention_for_cpu'
     assert plain['views_per_s'] == pytest.approx(8 / plain['ms'] * 1e3)

@@ -300,7 +300,7 @@ def test_one_step_save_load_and_generate(opened, folder, tmp_path):
     """From pictures to an answer learned by heart, the same from the saved folder, with left
     padding, and with the pictures read once."""
     vlm, chat = load_vlm(folder)
-    model = SpatialVLM(vlm, build_adapter(vlm, 24)).trainable('adapter+llm')
+    model = SpatialVLM(vlm, build_adapter(vlm, 24)).train_only('adapter+llm')
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     assert any('vision' in name or 'visual' in name for name in frozen)
     assert not any('layers' in name and 'vision' not in name and 'visual' not in name

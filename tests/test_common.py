@@ -15,7 +15,7 @@ from common import InputError, fetch, find_checkpoint, is_hub_id, read_json, wri
 from eval import load_answerer
 from psfm import load_psfm
 from tiny import save_tiny_vlm
-from optim import learning_rate, make_optimizers, Muon, orthogonalise, set_rates
+from optim import Muon, make_optimizers, orthogonalise, rate_share, set_rates
 from psfm import build_psfm
 from train import Config
 
@@ -28,12 +28,12 @@ def held_by(optimizer):
     return ids(p for group in optimizer.param_groups for p in group['params'])
 
 
-def test_learning_rate_is_a_function_of_the_step():
+def test_the_learning_rate_is_a_function_of_the_step():
     config = Config(steps=100, warmup=10, min_lr=0.1, decay_from=0.5)
-    assert learning_rate(0, config) == pytest.approx(1 / 11)
-    assert learning_rate(10, config) == learning_rate(50, config) == 1
-    assert 0.1 < learning_rate(75, config) < 1
-    assert learning_rate(100, config) == pytest.approx(0.1)
+    assert rate_share(0, config) == pytest.approx(1 / 11)
+    assert rate_share(10, config) == rate_share(50, config) == 1
+    assert 0.1 < rate_share(75, config) < 1
+    assert rate_share(100, config) == pytest.approx(0.1)
 
 
 def test_muon_takes_the_matrices_of_blocks_and_adamw_the_rest():

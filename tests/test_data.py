@@ -9,10 +9,10 @@ from PIL import Image
 
 import data
 import media
+from backbone import fit_pictures
 from common import InputError, step_generator
 from data import PhotoFolder, RoomPool, check, make_source
 from media import find_scenes, read_video
-from psfm import fit_pictures
 from tiny import make_video, names_of, picture
 from train import parse_config
 

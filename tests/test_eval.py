@@ -14,12 +14,13 @@ import eval as evaluation
 import finetune
 import train
 from adapter import Adapter
+from backbone import fit_pictures
 from benchmarks import generate
 from common import InputError
 from data import RoomPool
 from eval import SHIPPED, load_answerer, main
 from probe import FACTS, PROBED
-from psfm import fit_pictures, load_psfm
+from psfm import load_psfm
 from questions import RoomQuestions
 from test_data import make_folder
 from tiny import TINY_PSFM, options, picture, refuse, save_tiny_vlm

@@ -11,16 +11,18 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch._dynamo.utils import counters
 from transformers import AutoModelForImageTextToText
 
 import eval as evaluation
 import finetune
 from adapter import SpatialVLM, answer_loss, load_spatial_vlm, save_spatial_vlm
 from chat import Chat, lean_batch, load_vlm
-from common import InputError
+from common import InputError, read_json
 from eval import load_answerer
 from finetune import Config, TrueList
-from optim import learning_rate
+from model import has_compiler
+from optim import rate_share
 from records import Conversations, Encoded
 from psfm import load_psfm
 from questions import RoomQuestions, view_rooms
@@ -66,7 +68,7 @@ def test_rooms_end_to_end(vlm, cached, tmp_path, capsys):
     lines = [json.loads(line) for line in (run / 'log.jsonl').read_text().splitlines()]
     _, config = finetune.parse_config(options(vlm, tmp_path, *cached, *more))
     assert [line['lr'] for line in lines if 'lr' in line] == [
-        config.lr * learning_rate(step, config) for step in (0, 1)]
+        config.lr * rate_share(step, config) for step in (0, 1)]
     assert json.loads((run / 'checkpoint' / 'state.json').read_text())['step'] == 2
     assert json.loads((run / 'config.json').read_text())['num_rooms'] == 8
 
@@ -117,17 +119,38 @@ def weights_of(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not has_compiler(), reason='there is no compiler')
+@pytest.mark.parametrize('train', ['adapter', 'adapter+llm', 'lora'])
+def test_a_compiled_run_is_the_eager_one(vlm, cached, tmp_path, train, restored_compiler):
+    if train == 'lora':
+        pytest.importorskip('peft')
+    counters.clear()
+    for name in ('no-compile', 'compile'):
+        assert not counters['stats']['unique_graphs']
+        more = ('--train', train, '--steps', '4', '--eval-every', '2', f'--{name}')
+        finetune.main(options(vlm, tmp_path / name, *cached, *more))
+    assert counters['stats']['unique_graphs']
+    found = [read_json(tmp_path / name / 'run' / 'metrics.json')
+             for name in ('compile', 'no-compile')]
+    compiled, eager = [dict(losses(tmp_path / name / 'run')) for name in ('compile', 'no-compile')]
+    assert compiled == pytest.approx(eager, abs=1e-4)
+    assert found[0]['maps'] == found[1]['maps']
+
+
+@pytest.mark.slow
 def test_two_processes_whole_and_sharded(vlm, tmp_path):
     """DDP and FSDP2 on two processes take the same two steps; a sharded run is saved whole."""
     weights, norms = {}, {}
-    for name, more in (('ddp', ()), ('fsdp2', ('--shard',))):
+    compiled = ('--shard', '--checkpointing', *['--compile'] * has_compiler())
+    for name, more in (('ddp', ()), ('fsdp2', ('--shard',)), ('compiled', compiled)):
         more = ('--batch', '8', '--accumulate', '2', '--num-rooms', '32', *more)  # in two parts
         in_processes(options(vlm, tmp_path / name, *more))
         weights[name] = weights_of(tmp_path / name / 'run' / 'checkpoint')
         first, *_ = (tmp_path / name / 'run' / 'log.jsonl').read_text().splitlines()
         norms[name] = json.loads(first)['grad_norm']
-    assert torch.allclose(weights['ddp'], weights['fsdp2'], atol=1e-4)
-    assert norms['ddp'] == pytest.approx(norms['fsdp2'], rel=1e-3)  # of all shards
+    for name in ('fsdp2', 'compiled'):
+        assert torch.allclose(weights['ddp'], weights[name], atol=1e-4)
+        assert norms['ddp'] == pytest.approx(norms[name], rel=1e-3)  # of all shards
 
     # a sharded run that stopped after its first step goes on as if it had not
     def sharded(out, *more):
@@ -232,7 +255,7 @@ def test_what_is_trained_is_fp32_and_what_is_frozen_need_not_be(vlm, cached, tmp
         pytest.importorskip('peft')
     _, config = finetune.parse_config(options(vlm, tmp_path, *cached, '--train', train))
     model, chat, latents = finetune.build_model(config, torch.bfloat16)
-    model.trainable(train)
+    model.train_only(train)
     dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
     assert dtypes == {torch.float32}
     frozen = {p.dtype for p in model.vlm.parameters() if not p.requires_grad}
@@ -253,7 +276,7 @@ def test_what_is_trained_is_fp32_and_what_is_frozen_need_not_be(vlm, cached, tmp
 def test_checkpointing_leaves_the_frozen_vision_tower_alone(vlm, cached, tmp_path):
     _, config = finetune.parse_config(options(vlm, tmp_path, *cached))
     model, chat, latents = finetune.build_model(config)
-    model.trainable('adapter+llm').train()
+    model.train_only('adapter+llm').train()
     model.vlm.get_decoder().gradient_checkpointing_enable(dict(use_reentrant=False))
     data = RoomQuestions('train', 0, 4)
     (batch, items, _), = Encoded(data, chat, dataclasses.replace(config, map_steps=0))[0]

@@ -21,13 +21,14 @@ import finetune  # noqa: E402
 import mini_vggt  # noqa: E402
 import mini_vlm  # noqa: E402
 import train  # noqa: E402
+from backbone import fit_pictures  # noqa: E402
 from benchmarks import BENCHMARKS, prompt, read_answers, read_benchmark, score  # noqa: E402
 from common import InputError, parse_options, read_state  # noqa: E402
 from data import PhotoFolder, check  # noqa: E402
 from media import open_picture  # noqa: E402
 from optim import load_optimizers  # noqa: E402
 from records import Conversations  # noqa: E402
-from psfm import fit_pictures, load_psfm  # noqa: E402
+from psfm import load_psfm  # noqa: E402
 from tiny import TINY_PSFM  # noqa: E402
 
 ODD = [None, True, 0, -1, 1.5, 1e308, float('nan'), '', 'x', 'nan', '\ud800', '<image>', '<video>',

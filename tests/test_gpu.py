@@ -79,7 +79,7 @@ def test_bf16_is_near_fp32(field):
     assert 0 < error < 0.03
 
 
-def test_compiled_equals_eager(field):
+def test_compiled_equals_eager(field, restored_compiler):
     psfm, config, images = field
     twin = PSFM(copy.deepcopy(psfm.backbone), config).to(DEVICE).eval()
     twin.load_state_dict(psfm.state_dict())
@@ -144,9 +144,9 @@ def test_ddp(one_process):
     assert loss_and_gradient(ddp, images) == pytest.approx(alone, rel=1e-4)
 
 
-def test_fsdp(one_process, tmp_path):
+def test_fsdp_and_compiled(one_process, tmp_path, restored_compiler):
     vlm, chat = load_vlm(save_tiny_vlm(tmp_path / 'vlm'))
-    model = SpatialVLM(vlm, build_adapter(vlm, 16)).trainable('adapter+llm').to(DEVICE)
+    model = SpatialVLM(vlm, build_adapter(vlm, 16)).train_only('adapter+llm').to(DEVICE)
     data = RoomQuestions('train', 0, 4)
     batch = chat.batch([chat.encode(data[i]) for i in range(2)])
     batch = lean_batch(batch, vlm, DEVICE)
@@ -162,4 +162,6 @@ def test_fsdp(one_process, tmp_path):
 
     whole = step()
     shard_model(model)
+    assert step() == pytest.approx(whole, rel=1e-4)
+    compile_blocks(vlm, type(vlm.get_decoder().layers[0]))
     assert step() == pytest.approx(whole, rel=1e-4)

@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 
 import media
+from backbone import fit_picture
 from common import InputError
 from media import (PICTURES, extract_frames, list_files, natural_order, open_picture,
                    read_video)
-from psfm import fit_picture
 from records import Conversations, Part, draw_markers, record_fault
 from tiny import GOOD, make_video, names_of, picture, turns, write
 

@@ -10,8 +10,8 @@ from torch.autograd.graph import saved_tensors_hooks
 import model
 from speed import dense_mask_attention, storages_kept
 from model import (Attention, Block, Encoder, RoPE2D, Transformer, attend, camera_rays,
-                   invert_pose, path_through, pose_encoding_to_cameras, quaternion_to_matrix,
-                   relative_pose, split_attention, to_4x4)
+                   compile_blocks, invert_pose, path_through, pose_encoding_to_cameras,
+                   quaternion_to_matrix, relative_pose, split_attention, to_4x4)
 
 
 def random_extrinsics(*shape):
@@ -136,12 +136,12 @@ needs_compiler = pytest.mark.skipif(not shutil.which('g++'), reason='there is no
 
 @pytest.mark.parametrize('backend', [
     'eager', pytest.param('inductor', marks=[pytest.mark.slow, needs_compiler])])
-def test_compiled_block_equals_eager(backend):
+def test_compiled_block_equals_eager(backend, restored_compiler):
     block = Block(32, 2, torch.nn.RMSNorm)
     rope = RoPE2D((3, 4), 16, num_views=2, special_per_view=2)
     x = torch.randn(2, 28, 32)
     eager = [block(x, rope), block(x, rope, num_context=14)]
-    block.compile(dynamic=True, backend=backend)
+    compile_blocks(block, backend=backend)
     compiled = [block(x, rope), block(x, rope, num_context=14)]
     for one, other in zip(compiled, eager):
         assert torch.allclose(one, other, atol=1e-5)

@@ -4,7 +4,6 @@ import os
 import pytest
 import torch
 
-import model
 from common import InputError
 from model import compile_blocks, to_4x4
 from optim import make_optimizers
@@ -95,11 +94,8 @@ def test_field_answers_each_view_by_itself():
 
 
 @pytest.mark.slow
-def test_compiled_field_has_the_gradients_of_the_eager_one_under_autocast(monkeypatch):
+def test_compiled_field_has_the_gradients_of_the_eager_one_under_autocast(restored_compiler):
     """PRoPE is computed in fp32 there, forth and back (torch.compile would take bf16 for back)."""
-    of_backward = torch._functorch.config
-    for place, name in ((model, 'split_attention'), (of_backward, 'backward_pass_autocast')):
-        monkeypatch.setattr(place, name, getattr(place, name))  # restored afterwards
     decoder = FieldDecoder(32, 1, 2)
     cameras = random_extrinsics(2)[:, None], INTRINSICS.expand(2, 1, 3, 3)
     z = torch.randn(2, 5, 32)
@@ -110,7 +106,7 @@ def test_compiled_field_has_the_gradients_of_the_eager_one_under_autocast(monkey
         return torch.autograd.grad(out.float().square().sum(), list(decoder.parameters()))
 
     eager = gradients()
-    compile_blocks(decoder, 'aot_eager')
+    compile_blocks(decoder, backend='aot_eager')
     for one, other in zip(gradients(), eager):
         assert torch.allclose(one, other, rtol=1e-4, atol=1e-5)
 
