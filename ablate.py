@@ -26,6 +26,7 @@ import finetune
 import psfm as method
 import train
 from adapter import LATENTS
+from chat import attend_in_fp32
 from common import (InputError, Parser, autocast_on, check_same, find_checkpoint, find_file, number,
                     pick_device, pick_dtype, read_json, run_script, write_json)
 from data import RoomPool, make_sources, rendering
@@ -411,15 +412,18 @@ def ask_shuffled(folder, config, data):
     if 'shuffled' in metrics:
         return
     device = pick_device(config.device)
-    autocast = autocast_on(device, pick_dtype(config.dtype, device)[0])
-    answerer, _ = load_answerer(folder, device)
+    dtype, _ = pick_dtype(config.dtype, device)
+    answerer, _ = load_answerer(folder, device, dtype=finetune.frozen_dtype(config, dtype))
+    attend_in_fp32(answerer[0].vlm, device)  # as finetune.py answered
     train_data, held_out = data()
-    metrics['shuffled'] = answer_rooms(*answerer, held_out, train_data, autocast, shuffled=True)
+    metrics['shuffled'] = answer_rooms(*answerer, held_out, train_data, autocast_on(device, dtype),
+                                       shuffled=True)
     write_json(path, metrics)
 
 
 def vlm(args):
     """Fine-tunes every arm with every seed: the same start, the same data in the same order."""
+    one_dtype(args)
     args.options = ['--val-scenes', '768', '--eval-every', '1000000', *args.options]
 
     @functools.cache

@@ -44,7 +44,7 @@ def patch_grid(images, patch_size):
 # pictures as a backbone takes them
 
 def fit_picture(picture, width, multiple):
-    """PIL image -> uint8 array (H, W, 3), `width` pixels wide and at most as high.
+    """PIL image -> uint8 array (H, W, 3), `width` pixels wide, and no higher than wide.
 
     H is a multiple of `multiple`; the excess is cropped evenly above and below.
     """
@@ -208,10 +208,10 @@ class Backbone(nn.Module):
         only, the others to all."""
         return self.transformer.mix(patches, grid, num_context, layers)
 
-    def forward(self, images, view_mask=None, num_context=None):
+    def forward(self, images, view_mask=None):
         """Images (B, V, 3, H, W) in [0, 1] -> Views. Masks as in `attend`."""
         patches, grid = self.embed(images)
-        return self.read(self.attend(patches, grid, view_mask, num_context)[-1], grid)
+        return self.read(self.attend(patches, grid, view_mask)[-1], grid)
 
     def attend(self, patches, grid, view_mask=None, num_context=None, layers=(-1,)):
         """Patch tokens (B, V, N, C), views in any order -> {layer: tokens (B, V, P, 2C)}.

@@ -36,7 +36,7 @@ from adapter import answer_loss
 from chat import lean_batch
 from common import (PEAKS, InputError, Parser, autocast_on, count_parameters, number, peak_flops,
                     peak_memory, pick_device, pick_dtype, read_json, run_script)
-from data import CELL, RoomPool
+from data import RoomPool
 from draw import ACCENT, blank, draw_panel
 from model import compile_blocks, has_compiler
 from psfm import random_view_mask
@@ -152,7 +152,7 @@ def bench_step(psfm, config, V, clock, autocast):
                   mfu=flops / total * 1e3 / peak if peak else None, dense_over_split=ratio,
                   parts={part: dict(ms=ms, flops=f) for part, ms, f in rows})
 
-    if config.data == 'rooms' and width % CELL == 0:
+    if config.data == 'rooms':
         pool = RoomPool('train', 0, RoomPool.BLOCK, image_size=(height, width), device=device)
         ms, _ = clock.measure(lambda: pool.render_block(0))
         render = ms * config.new_rooms / RoomPool.BLOCK
@@ -292,7 +292,7 @@ def predict(name, config, V):
         print(f'at {100 * share:.0f}% of an H100: {1e3 * seconds:.0f} ms a batch, '
               f'{B * V / seconds:.0f} views/s; {config.steps} steps of {config.accumulate} batches '
               f'take {hours:.1f} hours on 8 GPUs, and as many views {8 * hours:.0f} hours on one')
-    print(f'8 GPUs exchange {4 * trained / 1e9:.2f} GB of gradients a step')
+    print(f'8 GPUs exchange {4 * trained / GIGA:.2f} GB of gradients a step')
     return dict(x, config=name)
 
 
@@ -460,7 +460,8 @@ def main(argv=None):
     if args.images:
         config = dataclasses.replace(config, images_per_batch=args.images)
 
-    print(f'{preset} on {name}, torch {torch.__version__}, {dtype}'
+    is_report = args.report or (is_plain and device.type == 'cuda')
+    print(f'{"report" if is_report else preset} on {name}, torch {torch.__version__}, {dtype}'
           + ', compiled' * args.compile)
     if args.predict:
         numbers = dict(steps=[predict(preset, config, V) for V in args.views])
@@ -472,7 +473,7 @@ def main(argv=None):
         draw_growth(numbers['views'], 'out/bench/growth.png')
     elif args.release:
         numbers = beside_the_release(args, config, clock, dtype)
-    elif args.report or (is_plain and device.type == 'cuda'):
+    elif is_report:
         numbers = full_report(clock, dtype, name)
     else:
         numbers = by_parts(args, config, clock, dtype, name)

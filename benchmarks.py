@@ -44,9 +44,9 @@ def read_lines(path):
 
 
 def read_parquet(root, *patterns):
-    """Rows, as dicts, of the parquet files that fit the first pattern that any fits."""
-    root = glob.escape(root)
-    found = [sorted(glob.glob(os.path.join(root, pattern))) for pattern in patterns]
+    """Rows, as dicts, of the parquet files that fit the first of `patterns` that fits any."""
+    folder = glob.escape(root)
+    found = [sorted(glob.glob(os.path.join(folder, pattern))) for pattern in patterns]
     paths = next(filter(None, found), None)
     if paths is None:
         raise InputError(f'no {" nor ".join(patterns)} in {root}')
@@ -479,10 +479,9 @@ def results_table(name, docs, answers, published):
     official, mended = results(corrected=False), results(corrected=True)
     rows = [f'{BENCHMARKS[name].title}, {len(docs)} questions']
     for task, value in official.items():
-        if task != 'overall':
-            differs = abs(mended[task] - value) > 1e-9
-            note = f'  (corrected scorer: {mended[task]:.2f})' if differs else ''
-            rows.append(f'  {task:58s}{value:8.2f}{note}')
+        differs = abs(mended[task] - value) > 1e-9
+        note = f'  (corrected scorer: {mended[task]:.2f})' if differs else ''
+        rows.append(f'  {task:58s}{value:8.2f}{note}')
 
     def row(model, source, values):
         cells = [f'{value:10.2f}' if value is not None else f'{"-":>10s}' for value in values]

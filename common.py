@@ -8,6 +8,7 @@ import ctypes
 import dataclasses
 import datetime
 import difflib
+import itertools
 import json
 import math
 import os
@@ -44,9 +45,9 @@ def run_script(main):
         sys.exit('error: ' + ' '.join(sentence.split()))
     except torch.OutOfMemoryError:
         sys.exit('error: the GPU has too little memory: take a smaller batch (--images-per-batch, '
-                 '--batch), or --checkpointing')
+                 '--batch, --images), or --checkpointing')
     except KeyboardInterrupt:
-        print('stopped; --resume continues from the last checkpoint, if any', file=sys.stderr)
+        print('stopped; a training goes on from its last checkpoint with --resume', file=sys.stderr)
         sys.exit(130)
 
 
@@ -133,6 +134,7 @@ def number(kind, low=None, high=None):
         except InputError as error:
             raise argparse.ArgumentTypeError(str(error)) from error
         return value
+    convert.__name__ = kind.__name__  # in argparse's "invalid int value"
     return convert
 
 
@@ -146,7 +148,11 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         if message.startswith('unrecognized arguments: '):
             word = message.removeprefix('unrecognized arguments: ').split(' ')[0].split('=')[0]
-            near = difflib.get_close_matches(word, self._option_string_actions, 3)
+            commands = [action.choices.values() for action in self._actions
+                        if action.nargs == argparse.PARSER]
+            parsers = [self, *itertools.chain(*commands)]
+            known = {name for parser in parsers for name in parser._option_string_actions}
+            near = difflib.get_close_matches(word, sorted(known), 3)
             hint = f'did you mean {" or ".join(near)}?' if near else 'see --help'
             message = f'no option {word}; {hint}'
         self.exit(2, f'error: {message}\n')
@@ -434,7 +440,8 @@ def read_state(config):
         raise InputError(f'--resume: {config.out} was trained by {theirs} processes, '
                          f'these are {PROCESSES}: start as many')
     if state['step'] >= (config.steps or state['config']['steps']):
-        raise InputError(f'--resume: {config.out} has had all {state["step"]} steps; add more')
+        raise InputError(f'--resume: {config.out} has had all {state["step"]} steps: '
+                         'give a larger --steps')
     asked = dict(dtype=config.dtype) if config.dtype != 'auto' else {}
     return {**state, **asked, 'folder': folder}
 

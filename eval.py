@@ -55,7 +55,7 @@ def folder_beside(run):
     """Where findings about a run go: into its folder; of weights alone, into out/<their name>."""
     run = run.rstrip('/').removesuffix('/checkpoint')
     if not find_checkpoint(run):
-        run = os.path.join('out', os.path.splitext(os.path.basename(run))[0])
+        run = os.path.join('out', os.path.basename(run).removesuffix('.safetensors'))
     os.makedirs(run, exist_ok=True)
     return run
 
@@ -66,19 +66,20 @@ def folder_beside(run):
 def field(args):
     device = pick_device(args.device)
     psfm, config = load_psfm(args.run, device)
+    if args.data:                           # another world
+        config.data, config.cameras = args.data, 'predicted'
     if args.path and config.data == 'rooms' and 'cells' not in psfm.backbone.config.heads:
         raise InputError(f'--path: the backbone of {args.run}, {config.backbone}, has no head that '
                          'reads depth off predicted features; in rooms it takes the mini VGGT')
     out = folder_beside(args.run)
-    if args.data:                           # another world
-        config.data, config.cameras = args.data, 'predicted'
+    if args.data:
         out = os.path.join(out, os.path.basename(os.path.abspath(args.data)))
         os.makedirs(out, exist_ok=True)
     train_source, held_out = make_sources(config, psfm.backbone.config.patch_size, device,
                                           all_held_out=bool(args.data))
     autocast = autocast_on(device, torch.float32)
-    step = config.steps * config.accumulate
-    metrics = evaluate_field(psfm, train_source, held_out, step, config, autocast)
+    batches = config.steps * config.accumulate  # of its training
+    metrics = evaluate_field(psfm, train_source, held_out, batches, config, autocast)
     print(field_table(metrics, held_out.held_out_text))
 
     path = os.path.join(out, 'metrics.json')

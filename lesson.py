@@ -92,7 +92,7 @@ print('3. targets of the first room', mask[0].tolist())
 
 # The backbone's global attention mixes views. If context views could see targets, their features
 # would leak what is to be predicted. So context attends to context alone, and targets to all.
-# Features are standardised per channel, as training rooms have them: a few channels are loud.
+# A few channels are loud: features are standardised, with the mean and deviation of four rooms.
 psfm = PSFM(backbone, PSFMConfig(mask_ratio=MASK_RATIO))
 psfm.set_statistics('geo', backbone(look_at_rooms(4, room_seed('train', 0, 0))).features)
 context, views, _ = psfm.observe(images, mask, num_context)

@@ -7,7 +7,7 @@ places that training did not see. A number means something only beside its basel
     mean      the training mean of all features
     position  the training mean at each place in the image
     nearest   the features of the context view whose camera is turned most alike
-    shuffled  our prediction from another (training) scene's latents
+    shuffled  our prediction from another sample's latents, of a training scene
     camera    our prediction from the average latents
 
 cos is the cosine; centred_cos is the cosine after the training mean is taken off; r2 is the share
@@ -139,8 +139,8 @@ def training_averages(psfm, source, number, config):
 def evaluate_field(psfm, train_source, held_out, number, config, autocast):
     """-> dict name -> {cos, centred_cos, r2}, for 'psfm', the baselines, and 'context' (ours, on
     views that it did see); on rooms also 'read_out' -> {true, psfm, camera, shuffled} ->
-    {depth_abs_rel, class_accuracy, object_recall}.
-    """
+    {depth_abs_rel, class_accuracy, object_recall}. `number`: of the training batch from which on
+    the averages are taken."""
     was_training = psfm.training
     psfm.eval()
     with autocast:
@@ -208,9 +208,9 @@ def field_line(metrics):
     return line
 
 
-def field_table(metrics, held_out):
-    """The whole comparison, for a person. `held_out` says of what."""
-    rows = [f'unseen views, held out: {held_out}', f'{"":44s}{"cos":>9s}{"centred":>9s}{"R2":>9s}']
+def field_table(metrics, of_what):
+    """The whole comparison, for a person."""
+    rows = [f'unseen views, held out: {of_what}', f'{"":44s}{"cos":>9s}{"centred":>9s}{"R2":>9s}']
 
     def row(name, values):
         rows.append(f'  {name:9s} {NOTES[name]:32s}' + ''.join(f'{x:9.3f}' for x in values))
@@ -329,7 +329,7 @@ def map_prior(maps):
 # a VLM's answers about rooms
 
 def score_answer(record, output):
-    """VSI-Bench's score; of a kind that VSI-Bench does not have, as of a choice or of a number."""
+    """VSI-Bench's score; kinds that it does not have are scored as choices, or as numbers."""
     if record['question_type'] not in BENCHMARKS['vsibench'].kinds:
         kind = 'route_planning' if record['options'] else 'object_counting'
         record = dict(record, question_type=kind)
@@ -362,8 +362,8 @@ def answer_rooms(model, chat, latents, held_out, train_data, autocast, shuffled=
                if record['room'] in rooms]  # records are sorted by room
         for i in range(0, len(due), batch):
             answers += reading.answer(due[i:i + batch], 16)
-        maps = [held_out.maps[room][0] for room in rooms]
-        drawn += reading.answer(list(enumerate(maps)), 160)
+        prompts = [held_out.maps[room][0] for room in rooms]
+        drawn += reading.answer(list(enumerate(prompts)), 160)
     model.train(was_training)
 
     def score_all(records, answers):
@@ -393,7 +393,7 @@ def overall_scores(runs, rival=None, draws=1000):
     """Metrics of `answer_rooms` of several seeds -> {task, 'overall' or 'map': (mean, low, high)},
     with a 95 % bootstrap interval over rooms and seeds.
 
-    With `rival`, runs of another arm that answered the same questions: of the difference.
+    With `rival`, as many runs of another arm, asked the same questions: of the difference.
     """
     types = [kind for kind, _, _ in runs[0]['scores']]
     rooms = [room for _, room, _ in runs[0]['scores']]

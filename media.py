@@ -45,7 +45,7 @@ def list_visible(folder):
     return sorted(entries, key=lambda entry: natural_order(entry.name))
 
 
-def list_files(folder, endings=''):
+def list_files(folder, endings):
     """Paths of the files directly in `folder` whose names end so, in natural order."""
     return [entry.path for entry in list_visible(folder)
             if entry.name.lower().endswith(endings) and entry.is_file()]
@@ -152,7 +152,8 @@ def media_fault(path, is_video=False, with_header=True):
     if not os.path.exists(path):
         return f'missing {path}'
     if os.path.isdir(path):
-        return None if is_video and list_photos(path) else f'{path} is a folder without frames'
+        fault = 'is a folder without frames' if is_video else 'is a folder, not a picture'
+        return None if is_video and list_photos(path) else f'{path} {fault}'
     if os.path.getsize(path) == 0:
         return f'{path} is empty'
     if is_video or not with_header:
@@ -365,7 +366,7 @@ def add_videos(found, folder, root, say):
             say(f'{error}; left out')
 
 
-def count_unused(found, folder, photos, is_scene):
+def count_unused(found, folder, photos, with_videos):
     """Counts what in a folder is passed over: unreadable kinds, depth maps, broken links; beside a
     scene's own folder of pictures, all pictures."""
     taken = {os.path.basename(path) for path in photos}
@@ -378,7 +379,7 @@ def count_unused(found, folder, photos, is_scene):
         elif ending in PICTURES and entry.is_file() and entry.name not in taken:
             named = 'pictures' if is_photo(entry.name) else 'pictures named depth, mask, ...'
             found.unused[named] += 1
-        elif ending in VIDEOS and is_scene:
+        elif ending in VIDEOS and with_videos:
             found.unused[ending] += 1
 
 

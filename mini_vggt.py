@@ -39,7 +39,7 @@ MINI = VGGTConfig(patch_size=8, width=128, depth=4, num_heads=4, num_registers=2
                   camera_heads=4, camera_iterations=2, heads=('camera', 'cells'),
                   classes=tuple(CLASSES))
 WEIGHTS = dict(translation=1.7, rotation=3.0, field_of_view=1.0, depth=1.0, points=2.0,
-               classes=0.3, gravity=0.5, match=0.1)
+               classes=0.3, stance=0.5, match=0.1)
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class MiniVGGTTrainer(nn.Module):
         dim = 2 * config.width
         self.point_cells = CellHead(dim, 3, config.cells)
         self.match_head = CellHead(dim, 32, 1)
-        self.gravity_head = nn.Sequential(nn.LayerNorm(dim), MLP(dim, config.width, 6))
+        self.stance_head = nn.Sequential(nn.LayerNorm(dim), MLP(dim, config.width, 6))
         nn.init.normal_(self.vggt.aggregator.camera_token, std=0.3)
         nn.init.normal_(self.vggt.aggregator.register_token, std=0.3)
         # poses start at the identity: from a random start, the first view's
@@ -111,13 +111,13 @@ class MiniVGGTTrainer(nn.Module):
         points = self.point_cells(features, grid)  # (B, V, 2h, 2w, 3)
         descriptors = self.match_head(features, grid)  # (B, V, h, w, 32)
         descriptors = F.normalize(descriptors, dim=-1).flatten(2, 3)  # (B, V, N, 32)
-        gravity = self.gravity_head(camera_tokens).float()  # (B, V, 6)
+        stance = self.stance_head(camera_tokens).float()  # (B, V, 6)
 
         losses = self.pose_losses(poses, truth, size)
         losses['depth'] = (log_depth - truth['depth'].log()).abs().mean()
         losses['points'] = F.smooth_l1_loss(points, truth['points'], beta=0.1)
         losses['classes'] = F.cross_entropy(logits.flatten(0, 3), classes.flatten())
-        losses['gravity'] = (gravity - truth['gravity']).abs().mean()
+        losses['stance'] = (stance - truth['stance']).abs().mean()
         losses['match'] = self.match_loss(descriptors, truth['patch_points'])
         losses['loss'] = sum(weight * losses[name] for name, weight in WEIGHTS.items())
         return losses
@@ -156,11 +156,11 @@ class MiniVGGTTrainer(nn.Module):
         # of each camera by itself: which way is up, how it stands to the walls
         # (a room looks alike four ways), how high it is
         up = room_extrinsics[..., 2]
-        yaw = 4 * torch.atan2(room_extrinsics[..., 2, 1], room_extrinsics[..., 2, 0])
+        yaw = torch.atan2(room_extrinsics[..., 2, 1], room_extrinsics[..., 2, 0])
         height = invert_pose(room_extrinsics)[..., 2, 3]
-        stand = torch.stack([yaw.cos(), yaw.sin(), 4 * (height - 1.6)], -1)
+        stand = torch.stack([(4 * yaw).cos(), (4 * yaw).sin(), 4 * (height - 1.6)], -1)
         return dict(extrinsics=extrinsics, depth=depth, points=points, patch_points=patch_points,
-                    field_of_view=field_of_view, gravity=torch.cat([up, stand], -1))
+                    field_of_view=field_of_view, stance=torch.cat([up, stand], -1))
 
     @staticmethod
     def match_loss(descriptors, points, radius=0.08, temperature=0.07):
@@ -168,7 +168,7 @@ class MiniVGGTTrainer(nn.Module):
 
         descriptors (B, V, N, 32), points (B, V, N, 3). A patch's positive is
         the patch of the other view that is nearest in space; those with none
-        within `radius` are left out.
+        within `radius` (SCENE_UNITs) are left out.
         """
         pairs = list(itertools.permutations(range(points.shape[1]), 2))
         i, j = torch.tensor(pairs, device=points.device).T
@@ -231,8 +231,8 @@ def evaluate_backbone(vggt, pool, num_scenes, autocast):
         at_once = 96 // V
         angles = []
         means = []
-        for step in range(max(1, num_scenes // at_once)):
-            batch = pool.batch(step, at_once, V)
+        for number in range(max(1, num_scenes // at_once)):
+            batch = pool.batch(number, at_once, V)
             with autocast:
                 views = vggt(batch['images'])
                 depth, logits = vggt.read_out(views.features, views.grid)
@@ -377,8 +377,8 @@ def train(config, command):
 
     def save(done, metrics):
         def save_model(folder):
-            state = {name: x.cpu().contiguous() for name, x in model.state_dict().items()}
-            save_file(state, os.path.join(folder, 'trainer.safetensors'))
+            weights = {name: x.cpu().contiguous() for name, x in model.state_dict().items()}
+            save_file(weights, os.path.join(folder, 'trainer.safetensors'))
         write_checkpoint(config.out, done, optimizers, config, dtype, metrics, save_model)
 
     metrics = fit('mini VGGT', config, state['step'], optimizers, list(model.parameters()),

@@ -65,11 +65,11 @@ def list_numbers(name, middles, sizes):
 
 def ask_2d(rooms, room, surface, g):
     """What is there, how many, where in the picture, how large in it; how to read a list of
-    options. surface (h, w): ids of cells. -> list of records as questions.ask gives them
+    options. surface (h, w): ids of cells. -> list of records, as questions.as_record makes them
     """
     # the pieces that are seen: middle of their columns, width and area, as shares of the picture
     w = surface.shape[1]
-    columns = torch.arange(w).expand_as(surface).float() / w
+    columns = ((torch.arange(w) + 0.5) / w).expand_as(surface)
     members, sizes = {}, {}
     for k in range(K):
         mask = surface == 6 + k
@@ -296,10 +296,10 @@ class Sight(nn.Module):
     def losses(self, image_tokens, states, truth):
         """image_tokens (n, h); states: of every block, (B, T, h); truth as `truth_of` gives it."""
         half, two_thirds = states[len(states) // 2 - 1], states[2 * len(states) // 3 - 1]
-        answers = self.answers(two_thirds).unflatten(-1, (self.NAMES, 3))
+        named = self.answers(two_thirds).unflatten(-1, (self.NAMES, 3))
         return dict(tokens=self.token_loss(image_tokens, truth['seen']),
                     words=self.place_loss(self.words(half), truth['words']),
-                    questions=self.place_loss(answers, truth['answers']))
+                    questions=self.place_loss(named, truth['questions']))
 
     def token_loss(self, tokens, seen):
         """tokens (n, h), seen (..., classes + 3): shares of the classes, and the place."""
@@ -354,14 +354,14 @@ def truth_of(items, batch, category_of):
     """What `Sight` is asked about a batch of items. NaN where there is nothing to say.
 
     -> seen (images, 16, classes + 3); words (B, T, 3): the place of the piece that a token names;
-    answers (B, T, NAMES, 3): at the token before an answer, the places of the pieces that the
+    questions (B, T, NAMES, 3): at the token before an answer, the places of the pieces that the
     question names.
     """
     category = category_of[batch['input_ids']]  # (B, T)
     stand = torch.stack([item['stand'] for item in items])  # (B, C, 3)
     stand = F.pad(stand, (0, 0, 0, 1), value=math.nan)  # words that name none
     words = stand.gather(1, category[..., None].expand(-1, -1, 3))  # (B, T, 3)
-    answers = words.new_full((*category.shape, Sight.NAMES, 3), math.nan)
+    asked = words.new_full((*category.shape, Sight.NAMES, 3), math.nan)
     is_name = (category < len(CATEGORIES)).tolist()
     is_answer = (batch['labels'] != -100).tolist()
     for i in range(len(items)):
@@ -373,13 +373,13 @@ def truth_of(items, batch, category_of):
                 names.append(t)
             if is_answer[i][t + 1] and not is_answer[i][t]:
                 named = names[:Sight.NAMES]
-                answers[i, t, :len(named)] = words[i, named]
-    return dict(seen=torch.cat([item['seen'] for item in items]), words=words, answers=answers)
+                asked[i, t, :len(named)] = words[i, named]
+    return dict(seen=torch.cat([item['seen'] for item in items]), words=words, questions=asked)
 
 
 def losses_on(model, parts, latents, sight, category_of, autocast):
-    """Of a batch in parts (Chat.batches), each by its share of the answers' tokens.
-    -> {answers, tokens, words, questions}"""
+    """Losses of a batch in parts (Chat.batches), each by its share of the answers' tokens.
+    -> {answers: the VLM's own; tokens, words, questions: those of Sight}"""
     device, total = next(model.parameters()).device, {}
     for batch, items, share in parts:
         truth = truth_of(items, batch, category_of)
@@ -437,7 +437,7 @@ def start(folder):
              for item in itertools.chain(RoomPictures('train', 0, 64), rooms)
              for turn in item['conversations']]
     texts += [text for pair in rooms.maps for text in pair]
-    texts += ['system\n', 'user\n', 'assistant\n'] * 400
+    texts += ['system\n', 'user\n', 'assistant\n'] * 400  # so often that each becomes one token
     vlm, chat = build_vlm(build_tokenizer(texts, CATEGORIES + ANSWER_WORDS))
     return SpatialVLM(vlm), chat, Sight(vlm.config.text_config.hidden_size)
 
@@ -486,7 +486,7 @@ def train(config, command):
     folder = os.path.join(config.out, 'mini_vlm')
     save_mini_vlm(model.vlm, chat, sight, folder, command)
     for kind, share in metrics['kinds'].items():
-        tqdm.write(f'{kind:30s} {100 * share:5.1f} % right')
+        tqdm.write(f'{kind:36s} {100 * share:5.1f} % right')
     tqdm.write(f'wrote {folder}/\nnext: python finetune.py --config small --vlm {folder}')
     return metrics
 

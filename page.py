@@ -92,6 +92,7 @@ class Page:
         """What the page must know from the beginning."""
         world = self.world
         colours = {name: rgb(colour) for name, colour in zip(CLASSES, PAINT)}
+        # the fewest and the most context views that training showed
         trained = [random_view_mask(1, n, world.psfm.mask_ratio)[1] for n in
                    (world.config.min_views, world.config.max_views)]
         return dict(kind=world.kind, rooms=NUM_ROOMS, views=world.views, latents=world.num_latents,
@@ -116,8 +117,8 @@ def page_with(start, walk=None):
 
 
 def make_handler(page, hosts):
-    """`hosts`: names that the page may be asked for by; None: any (another site's script could
-    otherwise reach a server on loopback under a name of its own)."""
+    """`hosts`: names that the page may be asked for by, so that another site's script cannot reach
+    a server on loopback under a name of its own. None: any."""
     class Handler(BaseHTTPRequestHandler):
         timeout = 30
 

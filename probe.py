@@ -62,16 +62,16 @@ def room_facts(rooms, surface, extrinsics):
 
 @torch.no_grad()
 def rooms_to_probe(psfm, untrained, config, split, seed, num_rooms, num_views, autocast):
-    """-> tokens {name of PROBED: (rooms, L, C)}, facts {name of FACTS: (rooms, n)}, on the CPU."""
+    """-> tokens {PROBED: (rooms, L, C)}, facts {FACTS: (rooms, numbers)}, on the CPU."""
     size = config.image_width, config.image_width
     pool = RoomPool(split, seed, num_rooms, image_size=size, device=psfm.geo_mean.device)
     tokens = {name: [] for name in PROBED}
     facts = {name: [] for name in FACTS}
     progress = tqdm(range(pool.num_blocks), f'looking at {split} rooms', leave=False, disable=None)
     for index in progress:
-        rooms, block = pool.render_block(index)
+        rooms, block = pool.render_block(index, num_views)
         with autocast:
-            views = psfm.backbone(block['images'][:, :num_views].float() / 255)
+            views = psfm.backbone(block['images'].float() / 255)
             z = psfm.encode(views.features, views.grid).float()
             z0 = untrained.encode(views.features, views.grid).float()
         features = views.features.float()  # (R, V, N, 2C)
@@ -82,8 +82,7 @@ def rooms_to_probe(psfm, untrained, config, split, seed, num_rooms, num_views, a
         pooled = features.mean((1, 2))[:, None]  # (R, 1, 2C)
         for name, x in dict(pooled=pooled, untrained=z0, latents=z, tokens=every).items():
             tokens[name].append(x.cpu())
-        known = room_facts(rooms, block['surface'][:, :num_views],
-                           block['extrinsics'][:, :num_views])
+        known = room_facts(rooms, block['surface'], block['extrinsics'])
         for name in FACTS:
             facts[name].append(known[name].cpu())
     tokens = {name: torch.cat(x) for name, x in tokens.items()}
@@ -224,7 +223,7 @@ def attentive_probe(x, y, x_test, epochs=30, batch=128, lr=2e-3):
 # scores
 
 def fact_scores(answers, truth, fitted, resamples=1000):
-    """Answers and truth {fact: (rooms, n)} -> {fact: [score, low, high]}, 95 % over rooms.
+    """Answers and truth {fact: (rooms, numbers)} -> {fact: [score, low, high]}, 95 % over rooms.
 
     The score is R2 around the mean of the `fitted` rooms, with every number of
     a fact weighing alike; for presence it is the share that is right. Numbers

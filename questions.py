@@ -4,8 +4,8 @@ Questions about rooms, in VSI-Bench's schema, wording and ground-truth definitio
 
     RoomQuestions('train', seed=0, num_rooms=3000)[i]  # room i: six pictures, all it is asked
 
-A category is asked about only if the views show every piece of it. A new kind of question is one
-function and one line of KINDS.
+A category is asked about only if the views show every piece of it (or any piece, where its first
+appearance is asked for). A new kind of question is one function and one line of KINDS.
 
 R rooms    V views    K furniture slots    C categories    g a torch.Generator
 cells (V, K) of one room: how many cells (data.CELL pixels a side) each piece fills in each view
@@ -75,10 +75,10 @@ class Triple(NamedTuple):
 
 
 class Scene:
-    """What of one room can be asked about: the pieces of categories that are seen whole."""
+    """What of one room can be asked about: pieces of categories of which all pieces are seen."""
 
     def __init__(self, rooms, room, cells, fewest=3):
-        self.fewest = fewest  # options for which is the closest
+        self.fewest = fewest  # options where the closest piece is asked for
         is_seen = cells.sum(0) >= SEEN  # (K,)
         self.longest = 2 * rooms.half[room].amax(-1)  # (K,) metres
         self.area = (rooms.size[room, 0] * rooms.size[room, 1]).item()
@@ -94,7 +94,7 @@ class Scene:
         self.unique = {name: pieces[0] for name, pieces in self.members.items()
                        if len(pieces) == 1}
 
-        self.first = {}  # view -> categories that it is the first to show, seen whole or not
+        self.first = {}  # view -> categories that it is the first to show, all pieces or some
         for name in CATEGORIES:
             views = (cells[:, pieces_of[name]].sum(1) >= SEEN).nonzero()[:, 0].tolist()
             if views:
@@ -317,7 +317,7 @@ def ask(rooms, room, cells, name, g, used, per_kind=1, fewest=3):
                 break  # most rooms have nothing but pairs: 'two' is at most half of all answers
             rarest = [choice for choice in choices if used[kind, choice.answer_class] == least]
             chosen = pick(rarest, g)
-            choices = [choice for choice in choices if choice.question != chosen.question]
+            choices.remove(chosen)
             answer_class, question, options, answer = chosen
             used[kind, answer_class] += 1
 
@@ -349,26 +349,26 @@ def in_map_frame(places, camera):
     return torch.cat([plan, places[..., 2:]], -1)
 
 
-def what_patches_show(rooms, surface, depth, extrinsics, intrinsics, size, patches=4):
-    """What each of patches x patches parts of a view shows, and where in the world that is.
+def what_parts_show(rooms, surface, depth, extrinsics, intrinsics, size):
+    """What each of 4 x 4 parts of a view (the mini VLM's image tokens) shows, and where that is.
 
     The place is the middle of the piece that fills most of the part (a quarter of it, at least),
     or else the mean of the points that are seen. surface, depth (R, V, h, w) of cells, extrinsics
     (R, V, 3, 4), intrinsics (R, V, 3, 3) for images of `size` = (H, W).
-    -> shares of CLASSES (R, V, n, classes), places (R, V, n, 3), n = patches^2
+    -> shares of CLASSES (R, V, 16, classes), places (R, V, 16, 3) in the world
     """
     R, V, h, w = surface.shape
 
     def mean(x):
-        """(R, V, h, w, c) -> (R, V, n, c)"""
+        """(R, V, h, w, c) -> (R, V, 16, c)"""
         x = x.flatten(0, 1).permute(0, 3, 1, 2)  # (R V, c, h, w)
-        x = F.avg_pool2d(x, (h // patches, w // patches)).flatten(2)  # (R V, c, n)
+        x = F.avg_pool2d(x, (h // 4, w // 4)).flatten(2)  # (R V, c, 16)
         return x.transpose(1, 2).unflatten(0, (R, V))
 
     points = points_in_world(depth, extrinsics, intrinsics, size)  # (R, V, h w, 3)
-    shares = mean(F.one_hot(surface, 6 + K).float())[..., 6:]  # (R, V, n, K)
+    shares = mean(F.one_hot(surface, 6 + K).float())[..., 6:]  # (R, V, 16, K)
     share, piece = shares.max(-1)
-    middle = rooms.center[torch.arange(R)[:, None, None], piece]  # (R, V, n, 3)
+    middle = rooms.center[torch.arange(R)[:, None, None], piece]  # (R, V, 16, 3)
     seen = mean(points.unflatten(-2, (h, w)))
     places = torch.where(share[..., None] >= 0.25, middle, seen)
     classes = F.one_hot(surface_classes(rooms, surface), len(CLASSES)).float()
@@ -428,15 +428,15 @@ class Block(NamedTuple):
 
 
 def view_rooms(split, seed, num_rooms, num_views, progress=iter):
-    """-> iterator over Blocks"""
+    """-> Blocks of four rooms: up to three rooms more than `num_rooms`"""
     pool = RoomPool(split, seed, num_rooms)
     num_blocks = -(-num_rooms // pool.BLOCK)
     for index in progress(range(num_blocks)):
         rooms, views = pool.render_block(index, num_views)
         surface = views['surface'].long()
         cells = F.one_hot(surface.flatten(2), 6 + K)[..., 6:].sum(2)  # (R, V, K)
-        shares, places = what_patches_show(rooms, surface, views['depth'], views['extrinsics'],
-                                           views['intrinsics'], pool.size)
+        shares, places = what_parts_show(rooms, surface, views['depth'], views['extrinsics'],
+                                         views['intrinsics'], pool.size)
         images = views['images'].permute(0, 1, 3, 4, 2).contiguous()
         yield Block(index * pool.BLOCK, rooms, images, surface, cells, views['extrinsics'], shares,
                     places)

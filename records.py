@@ -63,7 +63,7 @@ class Conversations(torch.utils.data.Dataset):
             if re.fullmatch(r'.*:(\d*\.)?\d+', file):
                 path, _, share = file.rpartition(':')
             if not 0 < float(share) <= 1:
-                raise InputError(f'{file}: the share after the colon must be between 0 and 1')
+                raise InputError(f'{file}: the share after the colon must be above 0 and at most 1')
             faults, kept = [], []
             for number, record, fault in read_records(path):
                 with_header = number <= self.CHECKED
@@ -83,7 +83,7 @@ class Conversations(torch.utils.data.Dataset):
             self.records += [kept[i] for i in chosen]
         if not self.records:
             raise InputError(f'no usable record in {" ".join(files)}')
-        self.stamp = zlib.crc32(json.dumps(self.records).encode())  # tells other records
+        self.stamp = zlib.crc32(json.dumps(self.records).encode())  # of these records
 
     def __len__(self):
         return len(self.records)
@@ -157,7 +157,7 @@ def record_fault(record, media, fault_of=media_fault, with_header=True):
         if not isinstance(video, str) or not video:
             return '"video" is not one path'
         if num_videos + num_images != 1:
-            return f'{num_videos + num_images} <video> tokens for one video'
+            return f'{num_videos + num_images} <video> or <image> tokens for one video'
     elif num_videos:
         return 'a <video> token, but no "video"'
     elif num_images != len(paths):
@@ -254,7 +254,7 @@ def epoch_order(n, epoch, seed):
 
 
 class Encoded(torch.utils.data.Dataset):
-    """Batch `number` for the VLM; depends on nothing that came before it.
+    """Item `number` is that batch for the VLM; it depends on nothing that came before it.
     The first `map_steps` steps only ask for maps, of twice as many rooms per batch: the model
     learns where things are before it answers questions about it."""
 

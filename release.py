@@ -7,7 +7,7 @@ teacher, and its own modules to compare with (from the user's checkout).
 
 The release trained with RMSNorm on the queries and keys of VGGT's global
 blocks, where VGGT has LayerNorm, and its checkpoints hold that altered VGGT.
-Both load strictly; the names tell which.
+Either VGGT loads strictly; its names tell which one it is.
 """
 import glob
 import importlib.util
@@ -94,8 +94,8 @@ def read_released(path):
         state = state.get('state_dict', state)
         return {name.removeprefix('model.'): x for name, x in state.items() if torch.is_tensor(x)}
     except (OSError, RuntimeError, EOFError, AttributeError, pickle.UnpicklingError) as error:
-        raise InputError(f'{path} cannot be read as a checkpoint of weights '
-                         f'({str(error).splitlines()[0]})') from error
+        reason = str(error).split('\n')[0] or type(error).__name__
+        raise InputError(f'{path} cannot be read as a checkpoint of weights ({reason})') from error
 
 
 def is_released(path):
@@ -343,8 +343,9 @@ def load_teacher(source, dtype=torch.float32):
         return None
     from transformers import AutoModel
     try:
-        return SemanticTeacher(AutoModel.from_pretrained(source), dtype=dtype)
-    except OSError as error:
+        model = AutoModel.from_pretrained(source, dtype=torch.float32)  # not that of the file
+        return SemanticTeacher(model, dtype=dtype)
+    except (OSError, ValueError, ImportError, KeyError) as error:
         raise InputError(
             f'--teacher {source} could not be loaded ({str(error).splitlines()[0]}): if it is '
             'gated, ask for access on its page of the hub and run `hf auth login`; or take an '

@@ -46,13 +46,13 @@ FIRSTS = [sum(count for _, count in SLOTS[:i]) for i in range(len(SLOTS))]  # sl
 FIELD_OF_VIEW = math.radians(80)
 EYE_HEIGHT = (1.5, 1.75)                                     # metres
 SCENE_UNIT = 3.0      # metres; the mini VGGT's unit of length, in which distances are near 1
-SEEN = 4              # cells that a piece must fill, over all views together, to count as seen
+SEEN = 4              # cells that count as seen, in the pictures in question together
 FAR = 1e9
 
 
 @dataclass(frozen=True)
 class Style:
-    """What rooms and walks are drawn from. Another one than this is a world never trained on."""
+    """What rooms and walks are drawn from. Any other Style is a world never trained on."""
     sides: tuple = (3.5, 8.0)               # metres, from .. to
     furnished: float = 0.7                  # share of the slots
     waves: tuple = (2.0, 6.0)               # of the patterns of walls, radians a metre
@@ -195,10 +195,10 @@ def make_walk(rooms, num_views, seed, style=Style()):
     """A walk around each room, views in walking order. -> extrinsics (R, V, 3, 4), world-to-camera.
 
     A noisy loop that looks inward, with a quarter of the views turned away by
-    30 to 100 degrees. Cameras keep 0.3 m from furniture that reaches their
-    height.
+    30 to 100 degrees. Of eight places for a view it takes the first that is 0.3 m
+    from tall furniture, or else the one that is farthest from it.
     """
-    dice = Dice(seed + 2 ** 40)  # not the room's own: the walk must not tell its size
+    dice = Dice(seed + 2 ** 40)  # other numbers than those that gave the room its sides
     R = len(rooms.size)
     V = num_views
     tries = 8
@@ -235,7 +235,7 @@ def make_walk(rooms, num_views, seed, style=Style()):
 
 
 def clearance(rooms, xy, eye_height=EYE_HEIGHT):
-    """Metres from places (R, ..., 2) to the nearest furniture of a camera's height. -> (R, ...)"""
+    """Metres from places (R, ..., 2) to furniture that reaches 0.4 m below an eye. -> (R, ...)"""
     tall = rooms.present & (rooms.center[..., 2] + rooms.half[..., 2] > eye_height[0] - 0.4)
     flat = xy.flatten(1, -2)  # (R, places, 2)
     gap = (flat[:, :, None] - rooms.center[:, None, :, :2]).norm(dim=-1)  # (R, places, K)
@@ -400,7 +400,7 @@ def shade(rooms, surface, point, depth):
         mix = torch.where(pattern == kind, values, mix)
     mix = 0.5 + 0.5 * mix
 
-    # the light, weaker with distance
+    # the light, weaker with depth
     lx, ly, lz = rooms.light.T[..., None]  # (R, 1)
     light = 0.72 + 0.28 * (nx * lx + ny * ly + nz * lz)
     light = 255 * light / (1 + 0.01 * depth.square())
@@ -465,8 +465,8 @@ def surface_classes(rooms, surface):
     """Surface ids (R, ...) -> indices into CLASSES, long."""
     flat = surface.flatten(1).long()
     category = rooms.category.to(flat.device).gather(1, (flat - 6).clamp(min=0))
-    room = torch.where(flat == 4, 0, torch.where(flat == 5, 1, 2))  # indices into STRUCTURE
-    return torch.where(flat >= 6, category + len(STRUCTURE), room).view(surface.shape)
+    structure = torch.where(flat == 4, 0, torch.where(flat == 5, 1, 2))  # indices into STRUCTURE
+    return torch.where(flat >= 6, category + len(STRUCTURE), structure).view(surface.shape)
 
 
 def check_classes(classes, source, command='python mini_vggt.py'):
@@ -489,8 +489,8 @@ def main():
         Image.fromarray(view.numpy()).save(f'out/room-{i}.png')
     for piece in rooms.objects(0):
         x, y, _ = piece['center']
-        size = ' x '.join(f'{side:.2f}' for side in piece['size'])
-        print(f'{piece["category"]:8s} at {x:5.2f} {y:5.2f}  size {size} m')
+        sides = ' x '.join(f'{side:.2f}' for side in piece['size'])
+        print(f'{piece["category"]:8s} at {x:5.2f} {y:5.2f}  size {sides} m')
     print('a row of out/rooms.png is a walk through one room, the first through this one; '
           'out/room-0.png to room-5.png are its views')
 

@@ -6,9 +6,9 @@ What whole training steps cost.
     compare    `python bench.py --release FOLDER`: ours beside the release's own modules
 
 A step is forward, backward and AdamW on one batch that stays on the device, with random weights.
-Times are medians after a warm-up. FLOPs are those of our lean step, counted on the split
-attention with the frozen part and without the second teacher (a multiply-add is two). MFU is over
-the device's dense bf16 peak.
+Times are medians after a warm-up. FLOPs are counted once, on the eager step with split attention
+and before any checkpointing: with the frozen part, without the second teacher (a multiply-add is
+two). MFU is over the device's dense bf16 peak.
 """
 import contextlib
 import dataclasses
@@ -234,7 +234,8 @@ TINY_QWEN = dict(    # the same code on a laptop
 
 
 def vlm_cost(sizes, train, config, clock, dtype, is_cached=True, grid=(28, 36), compiled=False):
-    """A step of fine-tuning on one conversation about eight pictures of `grid` patches. -> dict
+    """A step of fine-tuning with --checkpointing, on one conversation about eight pictures of
+    `grid` patches. -> dict
 
     With `is_cached` the latents lie ready; else a PSFM of `config` computes them in every step.
     """

@@ -39,7 +39,7 @@ class VGGTConfig:
     embed_depth: int = 24            # DINOv2 only
     embed_heads: int = 16
     position_grid: int = 37          # the patch embed's absolute positions, resized to the image
-    global_qk_norm: str = 'layer'    # layer | rms (differs from the release: in its spa3r.ckpt)
+    global_qk_norm: str = 'layer'    # layer (differs from the release) | rms (its spa3r.ckpt)
     layer_scale: float = 0.01        # 0: none
     camera_depth: int = 4
     camera_heads: int = 16
@@ -155,7 +155,7 @@ class Aggregator(nn.Module):
         patches = self.patch_embed(normalised, grid)  # (B V, N, C)
         return patches.unflatten(0, images.shape[:2]), grid
 
-    def mix(self, patches, grid, num_context=None, layers=(-1,)):
+    def mix(self, patches, grid, num_context, layers):
         """Patch tokens (B, V, N, C) -> {layer: tokens (B, V, P, 2C)} for the given layers.
 
         Only these are kept; -1 is the last. With `num_context`, the first so many views see only
@@ -286,7 +286,7 @@ class VGGT(Backbone):
 
     def read_out(self, features, grid):
         """The mini's frozen heads on features (B, V, N, 2C), true or predicted.
-        -> depth (B, V, 2h, 2w) in rooms.SCENE_UNITs, class logits (B, V, 2h, 2w, classes)"""
+        -> depth (B, V, k h, k w) in rooms.SCENE_UNITs, class logits (B, V, k h, k w, classes)"""
         return self.depth_cells(features, grid)[..., 0].exp(), self.class_cells(features, grid)
 
     @classmethod

@@ -259,7 +259,7 @@ class PhotoWorld(World):
         images = fit_pictures(pictures, config.image_width, psfm.backbone.config.patch_size)
         self.images = images.to(self.device)[None].float() / 255  # (1, V, 3, H, W)
         self.views = len(pictures)
-        # rows that are switched off become the mean of the other latents: there is no training set
+        # a row that is switched off becomes the mean of all rows: there are no training scenes here
         with torch.no_grad():
             self.average = psfm.latents(self.images).mean(1, keepdim=True)
             self.average = self.average.expand(1, self.num_latents, -1)

@@ -261,13 +261,20 @@ def test_an_answerer_is_what_was_trained(tuned, vlm):
     (['field', '--run', 'weights/mini_vggt.safetensors'],
      'weights/mini_vggt.safetensors does not hold a PSFM'),
     (['field', '--run', 'nowhere'], 'no checkpoint in nowhere: train first'),
-    (['field', '--rnu', 'out/small'], 'no option --rnu'),
+    (['field', '--rnu', 'out/small'], 'no option --rnu; did you mean --run'),
+    (['probe', '--views', 'x'], "argument --views: invalid int value: 'x'"),
     (['probe', '--run', 'README.md'], 'README.md is not a .safetensors file'),
     (['rooms', '--run', 'nowhere'], 'no folder of a run at nowhere: fine-tune first'),
     (['rooms', '--run', 'weights'], 'weights is no Spa3-VLM'),
 ])
 def test_bad_input(arguments, message, capsys):
     refuse(message, main, arguments, capsys)
+
+
+def test_findings_about_runs_with_dots_in_their_names_go_to_different_folders():
+    names = 'x/field-0.1', 'x/field-0.2', 'x/field-0.2.safetensors'
+    folders = [evaluation.folder_beside(name) for name in names]
+    assert folders == ['out/field-0.1', 'out/field-0.2', 'out/field-0.2']
 
 
 def test_bad_input_to_the_script():

@@ -317,7 +317,7 @@ def folder(tmp_path):
     (dict(video='gone', conversations=turns(('human', '<video> x'), ('gpt', 'y'))),
      'missing .*gone'),
     (dict(video='frames', conversations=turns(('human', '<video><video> x'), ('gpt', 'y'))),
-     '2 <video> tokens for one video'),
+     '2 <video> or <image> tokens for one video'),
     (dict(GOOD, conversations=turns(('human', '<video> x'), ('gpt', 'y'))), 'no "video"'),
     (dict(GOOD, spar_info='{'), '"spar_info" cannot be read'),
     ('{"conversations": [', 'not JSON')])
@@ -391,7 +391,7 @@ def test_videos_and_their_tokens(folder, token):
 def test_shares_of_files(folder):
     path = write(folder, *[GOOD] * 20)
     assert len(Conversations([f'{path}:0.25', path], str(folder))) == 25
-    with pytest.raises(InputError, match='between 0 and 1'):
+    with pytest.raises(InputError, match='above 0 and at most 1'):
         Conversations([f'{path}:7'], str(folder))
     for share in ('0.2.5', '.'):
         with pytest.raises(InputError, match='no file'):

@@ -145,7 +145,7 @@ def test_truths_about_answers(pictures, vlm):
         t = next(t for t in itertools.count(t + 1) if labels[t] != -100 and labels[t - 1] == -100)
         names = re.findall('|'.join(CATEGORIES), question['value'])[:Sight.NAMES]
         expected = first['stand'][[CATEGORIES.index(name) for name in names]]
-        found = truth['answers'][0, t - 1, :len(names)]
+        found = truth['questions'][0, t - 1, :len(names)]
         assert torch.equal(found.nan_to_num(99), expected.nan_to_num(99)), kind
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from measure import map_score
 from model import invert_pose
-from questions import ask, ask_map, in_map_frame, RoomQuestions, what_patches_show
+from questions import ask, ask_map, in_map_frame, RoomQuestions, what_parts_show
 from rooms import CATEGORIES, CLASSES, K, SEEN
 
 
@@ -39,11 +39,11 @@ def mean_point(depth, rows, columns, extrinsics, intrinsics):
     return ((points - extrinsics[:, 3]) @ extrinsics[:, :3]).mean(0)
 
 
-def test_what_patches_show(world):
+def test_what_parts_show(world):
     rooms, extrinsics, intrinsics, views = world
     surface, depth = views['surface'].long(), views['depth']
     size = H, W = tuple(surface.shape[-2:])
-    shares, places = what_patches_show(rooms, surface, depth, extrinsics, intrinsics, size)
+    shares, places = what_parts_show(rooms, surface, depth, extrinsics, intrinsics, size)
     own = in_map_frame(places, extrinsics)
     pieces = 0
     for r, v, row, column in itertools.product(range(2), range(3), range(4), range(4)):

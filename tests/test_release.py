@@ -28,13 +28,31 @@ def test_semantic_teacher_from_transformers():
 
 
 def test_a_gated_teacher_says_how_to_get_it(monkeypatch):
-    def refuse(name):
+    def refuse(name, **_):
         raise OSError('You are trying to access a gated repo.\nAccess to it is restricted')
 
     monkeypatch.setattr(transformers.AutoModel, 'from_pretrained', refuse)
     message = 'gated repo.*hf auth login.*--teacher facebook/dinov2-with-registers-large'
     with pytest.raises(InputError, match=message):
         load_teacher('facebook/dinov3-vitl16-pretrain-lvd1689m')
+
+
+def test_a_teacher_in_half_precision_keeps_its_norms_in_fp32(tmp_path):
+    config = Dinov2WithRegistersConfig(hidden_size=24, num_hidden_layers=1, num_attention_heads=2,
+                                       patch_size=14, image_size=28)
+    Dinov2WithRegistersModel(config).half().save_pretrained(tmp_path)
+    teacher = load_teacher(str(tmp_path), torch.bfloat16)
+    with torch.autocast('cpu', torch.bfloat16):
+        assert teacher(torch.rand(1, 2, 3, 28, 28), (2, 2)).isfinite().all()
+    (tmp_path / 'config.json').write_text('{"model_type": "nobody"}')
+    with pytest.raises(InputError, match='could not be loaded'):
+        load_teacher(str(tmp_path))
+
+
+def test_an_empty_checkpoint_is_one_sentence(tmp_path):
+    (tmp_path / 'spa3r.ckpt').write_text('')
+    with pytest.raises(InputError, match=r'spa3r.ckpt cannot be read .* \(EOFError\)'):
+        open_psfm(str(tmp_path / 'spa3r.ckpt'))
 
 
 def test_no_name_is_no_teacher():
