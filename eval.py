@@ -124,20 +124,22 @@ def stamp_of(path):
 
 
 @torch.no_grad()
-def encode_scenes(psfm, folder, out, width, num_views, stamp, progress=iter):
-    """Every scene of a data set -> <out>/<scene>.safetensors, from `num_views` of its pictures.
+def encode(args):
+    """Every scene of a data set -> <out>/<scene>.safetensors, from --views of its pictures.
 
     A file holds z (Q, D), and the predicted cameras, extrinsics (V, 3, 4) and intrinsics (V, 3, 3)
-    of pictures resized to (H, W); its metadata say which pictures, H and W, and `stamp`, which
+    of pictures resized to (H, W); its metadata say which pictures, H and W, and a stamp, which
     tells one encoder from another. What is there already and is the same is not computed again.
-    Pictures that cannot be read are left out by name. -> number of files written, scenes
+    Pictures that cannot be read are left out by name.
     """
-    found = find_scenes_or_say_why(folder)
-    device = psfm.geo_mean.device
+    device = pick_device(args.device)
+    psfm, config = open_psfm(args.run, device)
+    width, encoder = config.image_width, hash_of_encoder(psfm)
+    found = find_scenes_or_say_why(args.folder)
     written = 0
-    os.makedirs(out, exist_ok=True)
-    for name, paths in progress(found.scenes.items()):
-        paths = [paths[i] for i in even_frames(len(paths), num_views)]
+    os.makedirs(args.out, exist_ok=True)
+    for name, paths in tqdm(found.scenes.items(), 'encoding', disable=None):
+        paths = [paths[i] for i in even_frames(len(paths), args.views)]
         faults = [reading_fault(path) for path in paths]
         for fault in filter(None, faults):
             print(f'{fault}; left out')
@@ -145,9 +147,10 @@ def encode_scenes(psfm, folder, out, width, num_views, stamp, progress=iter):
         if not paths:
             print(f'scene {name} is left out: none of its pictures can be read')
             continue
-        path = os.path.join(out, name.replace('--', '---').replace('/', '--') + '.safetensors')
+        file = name.replace('--', '---').replace('/', '--') + '.safetensors'
+        path = os.path.join(args.out, file)
         state = [(picture, os.stat(picture).st_mtime_ns) for picture in paths]
-        metadata = dict(pictures=json.dumps(paths), stamp=f'{stamp} {width} {state}')
+        metadata = dict(pictures=json.dumps(paths), stamp=f'{encoder} {width} {state}')
         if stamp_of(path) == metadata['stamp']:
             continue
         pictures = [open_picture(picture, width) for picture in paths]
@@ -160,15 +163,8 @@ def encode_scenes(psfm, folder, out, width, num_views, stamp, progress=iter):
         save_file(tensors, f'{path}.{os.getpid()}', metadata)
         os.replace(f'{path}.{os.getpid()}', path)
         written += 1
-    return written, len(found.scenes)
-
-
-def encode(args):
-    psfm, config = open_psfm(args.run, pick_device(args.device))
-    written, total = encode_scenes(
-        psfm, args.folder, args.out, config.image_width, args.views, hash_of_encoder(psfm),
-        lambda scenes: tqdm(scenes, 'encoding', disable=None))
-    print(f'{total} scenes, {written} of them encoded now, in {args.out.rstrip("/")}/')
+    print(f'{len(found.scenes)} scenes, {written} of them encoded now, in '
+          f'{args.out.rstrip("/")}/')
 
 
 def backbone(args):

@@ -38,6 +38,7 @@ from vggt import VGGT, VGGTConfig
 
 GIGA = 2 ** 30
 
+
 def dense_mask_attention(q, k, v, num_context):
     """What model.split_attention avoids: one call with a (tokens x tokens) mask. A reference."""
     is_context = torch.arange(q.shape[2], device=q.device) < num_context

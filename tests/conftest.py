@@ -24,7 +24,7 @@ def world():
 
 @pytest.fixture
 def restored_compiler(monkeypatch):
-    """What model.compile_blocks sets for all is as before after the test (but for limits)."""
+    """What compile_blocks sets for all is as before after the test, but for Dynamo's options."""
     from torch._functorch import config
     import model
     monkeypatch.setattr(model, 'split_attention', model.split_attention)

@@ -141,14 +141,15 @@ def test_a_compiled_run_is_the_eager_one(vlm, cached, tmp_path, train, restored_
 def test_two_processes_whole_and_sharded(vlm, tmp_path):
     """DDP and FSDP2 on two processes take the same two steps; a sharded run is saved whole."""
     weights, norms = {}, {}
-    compiled = ('--shard', '--checkpointing', *['--compile'] * has_compiler())
-    for name, more in (('ddp', ()), ('fsdp2', ('--shard',)), ('compiled', compiled)):
+    compiled = ['--compile'] * has_compiler()
+    for name, more in (('ddp', ()), ('fsdp2', ['--shard']), ('ddp compiled', compiled),
+                       ('fsdp2 compiled', ['--shard', '--checkpointing', *compiled])):
         more = ('--batch', '8', '--accumulate', '2', '--num-rooms', '32', *more)  # in two parts
         in_processes(options(vlm, tmp_path / name, *more))
         weights[name] = weights_of(tmp_path / name / 'run' / 'checkpoint')
         first, *_ = (tmp_path / name / 'run' / 'log.jsonl').read_text().splitlines()
         norms[name] = json.loads(first)['grad_norm']
-    for name in ('fsdp2', 'compiled'):
+    for name in weights:
         assert torch.allclose(weights['ddp'], weights[name], atol=1e-4)
         assert norms['ddp'] == pytest.approx(norms[name], rel=1e-3)  # of all shards
 
