@@ -441,7 +441,9 @@ def beside_the_release(args, config, clock, dtype):
     if is_cpu:  # a ViT-S as the backbone, 384 wide: minutes, not hours
         config = dataclasses.replace(config, width=384, num_heads=6, num_latents=64,
                                      image_width=min(config.image_width, 224))
-    return [compare(args.release, config, V, clock, dtype, not is_cpu) for V in args.views]
+    can_compile = has_compiler() and (args.compile or not is_cpu)
+    return [compare(args.release, config, V, clock, dtype, not is_cpu, can_compile)
+            for V in args.views]
 
 
 def main(argv=None):

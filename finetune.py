@@ -107,7 +107,7 @@ class Config:
 PRESETS = {
     # any laptop: the mini VLM, rooms
     'small': dict(ground_steps=150, steps=300, map_steps=40, lr=7e-4, adapter_lr=2e-3,
-                  muon_lr=1.5e-3, min_lr=0.03, val_scenes=192, eval_every=100),
+                  muon_lr=1.5e-3, min_lr=0.03, val_scenes=192, eval_every=100, compile=False),
     # a laptop: an open VLM of 256 M parameters, an encoder of photographs, your own records
     'photos': dict(vlm='HuggingFaceTB/SmolVLM2-256M-Video-Instruct', encoder='out/photos', data='',
                    batch=1, accumulate=8, max_pixels=512 * 512, val_scenes=32, eval_every=100,

@@ -391,11 +391,12 @@ def report(parts, path, clock):
 # -----------------------------------------------------------------------------
 # beside the release
 
-def compare(folder, config, V, clock, dtype, full_size=True):
+def compare(folder, config, V, clock, dtype, full_size, can_compile):
     """Ours and the release's own modules, of equal weights, in turn. Prints ratios. -> dict
 
     As shipped, the release runs its backbone twice; masked, once with a dense mask: like ours
-    with `context` separate and asymmetric. Without teacher and depth head.
+    with `context` separate and asymmetric. Without teacher and depth head. With `can_compile` ours
+    once more, compiled, as it is trained on a GPU.
     """
     device = clock.device
     torch.manual_seed(0)
@@ -404,9 +405,10 @@ def compare(folder, config, V, clock, dtype, full_size=True):
         vggt = dataclasses.replace(vggt, width=384, depth=4, num_heads=6, embed_depth=12,
                                    embed_heads=6, camera_heads=6)
     config = dataclasses.replace(config, depth_probe=False, standardised=False)
-    theirs = build_release(folder, vggt, config).to(device).train()
-    ours = PSFM(VGGT(vggt), config)
-    load_released(ours, {name: x.cpu() for name, x in theirs.state_dict().items()}, folder)
+    with device:
+        theirs = build_release(folder, vggt, config).to(device).train()
+        ours = PSFM(VGGT(vggt), config)
+    load_released(ours, theirs.state_dict(), folder)
     ours.backbone.freeze(dtype)
     ours.to(device).train()
     p = vggt.patch_size
@@ -431,16 +433,25 @@ def compare(folder, config, V, clock, dtype, full_size=True):
              'ours, separate': Step(ours, lambda: of_ours('separate'), autocast),
              'ours, asymmetric': Step(ours, lambda: of_ours('asymmetric'), autocast),
              'ours, checkpointing': Step(ours, lambda: of_ours('asymmetric', True), autocast)}
-    with torch.no_grad():
-        losses = {name: step.forward().item() for name, step in steps.items()}
+    if can_compile:
+        compile_blocks(ours)
+        steps['ours, compiled'] = steps['ours, asymmetric']
+
+    def run(name, call):
+        # all but one run as they are written
+        stance = 'default' if name == 'ours, compiled' else 'force_eager'
+        with torch.compiler.set_stance(stance):
+            return call()
+
+    losses = {name: run(name, step.forward).item() for name, step in steps.items()}
     for one, other in (('release, as shipped', 'ours, separate'),
                        ('release, masked', 'ours, asymmetric')):
         print(f'loss of {one} {losses[one]:.6f}, of {other} {losses[other]:.6f}')
-    memory = {name: bytes_kept(step) / GIGA for name, step in steps.items()}
+    memory = {name: run(name, partial(bytes_kept, step)) / GIGA for name, step in steps.items()}
     times = {name: [] for name in steps}
     for turn in range(clock.repeats + 1):
         for name, step in steps.items():
-            ms = clock.once(step)
+            ms = run(name, partial(clock.once, step))
             if turn:                  # the first warms up
                 times[name].append(ms)
     print(f'{B} scenes x {V} views of {images.shape[-1]} x {images.shape[-2]}, {dtype}')
@@ -450,7 +461,10 @@ def compare(folder, config, V, clock, dtype, full_size=True):
     for title, one, other in (('like for like', 'release, masked', 'ours, asymmetric'),
                               ('two passes each', 'release, as shipped', 'ours, separate'),
                               ('as shipped', 'release, as shipped', 'ours, asymmetric'),
-                              ('less memory', 'release, masked', 'ours, checkpointing')):
+                              ('less memory', 'release, masked', 'ours, checkpointing'),
+                              ('compiled', 'release, as shipped', 'ours, compiled')):
+        if other not in times:
+            continue
         ratios = sorted(a / b for a, b in zip(times[one], times[other]))
         print(f'{title}: {one} / {other}: time {statistics.median(ratios):.2f} '
               f'({ratios[0]:.2f}..{ratios[-1]:.2f}), memory {memory[one] / memory[other]:.2f}')

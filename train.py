@@ -91,14 +91,15 @@ class Config(PSFMConfig):
     resume: bool = opt(False, 'continue from <out>/checkpoint')
 
 
+# compile=False: a run of minutes does not win back the minute that the compiler takes
 PRESETS = {
     # any laptop: procedural rooms, the mini backbone
     'small': dict(images_per_batch=24, steps=1200, lr=2e-3, muon_lr=4e-3, min_lr=0.03,
-                  eval_every=400, log_every=100),
+                  eval_every=400, log_every=100, compile=False),
     # photographs on a laptop: the open backbone, 34 M parameters, at 224 pixels
     'photos': dict(backbone='depth-anything/DA3-SMALL', data='', num_latents=64, image_width=224,
                    images_per_batch=16, max_gap=8, steps=400, lr=2e-3, muon_lr=4e-3, min_lr=0.03,
-                   val_scenes=16, eval_every=100, log_every=10),
+                   val_scenes=16, eval_every=100, log_every=10, compile=False),
     # one consumer GPU: VGGT-1B at 224 pixels
     'medium': dict(backbone='facebook/VGGT-1B', data='', width=384, encoder_depth=4,
                    decoder_depth=4, num_heads=6, num_latents=64, image_width=224,

@@ -128,7 +128,8 @@ def test_beside_the_release():
     base = dataclasses.replace(Config(**PRESETS['base']), width=384, num_heads=6, num_latents=16,
                                image_width=112, images_per_batch=4)
     clock = speed.Clock(torch.device('cpu'), 1)
-    result = speed.compare(os.environ['SPA3R'], base, 4, clock, torch.float32, full_size=False)
+    result = speed.compare(os.environ['SPA3R'], base, 4, clock, torch.float32, full_size=False,
+                           can_compile=False)
     losses = result['losses']
     assert losses['ours, separate'] == pytest.approx(losses['release, as shipped'], rel=1e-5)
     assert losses['ours, asymmetric'] == pytest.approx(losses['release, masked'], rel=1e-5)
