@@ -232,14 +232,16 @@ def absolute(path):
 
 
 def evaluate(model, chat, latents, held_out, data, config, autocast, is_main, sharded, is_final):
-    """-> metrics, a line about them. Of rooms, only maps are asked for before the end."""
+    """-> metrics, a line about them. Of rooms, a few maps alone are asked for before the end."""
     if config.data != 'rooms' or sharded:  # a sharded model does not generate
         metrics = held_out_loss(model, chat, latents, held_out, autocast, config.max_length)
         return metrics, (f'held-out loss {metrics["loss"]:.4f}, answers right '
                          f'{metrics["accuracy"]:.3f}, too long {metrics["left_out"]}')
     if not is_main:
         return {}, ''
-    metrics = answer_rooms(model, chat, latents, held_out, data, autocast, maps_only=not is_final)
+    few = None if is_final else len(held_out) // 4  # 0: all
+    metrics = answer_rooms(model, chat, latents, held_out, data, autocast, maps_only=not is_final,
+                           num_rooms=few)
     return metrics, rooms_line(metrics)
 
 
@@ -339,9 +341,7 @@ def banner(name, config, model, device, dtype, reason):
 
 
 def log_line(record, config, latents):
-    cached = ''
-    if latents:
-        cached = f' | latents: {latents.found} found, {latents.computed} computed'
+    cached = f' | latents: {latents.found} found, {latents.computed} computed' if latents else ''
     return (f'step {record["step"]:05d}/{config.steps:05d} | loss {record["loss"]:.4f} | lr '
             f'{record["lr"]:.1e} | gnorm {record["grad_norm"]:.2f} | {record["step_ms"]:.0f} ms | '
             f'mem {record["memory_gb"]:.1f} GB{cached}')

@@ -337,26 +337,25 @@ def score_answer(record, output):
 
 
 def answer_rooms(model, chat, latents, held_out, train_data, autocast, shuffled=False,
-                 maps_only=False, batch=64):
+                 maps_only=False, num_rooms=None, batch=64):
     """Asks every question about the held-out rooms, on its own, and for the map of each room.
 
     -> {task: percent, 'overall', 'map': percent of map_score, 'scores': [[question_type, room,
     score]], 'maps': [(true, the model's)], 'prior' and 'commonest': {task: percent} without
     looking}. Maps are not of VSI-Bench and not in 'overall'. `shuffled`: with the pictures of the
-    room and the latents of another one. `maps_only` takes a tenth of the time.
+    room and the latents of another one. `maps_only` takes a tenth of the time. `num_rooms`: of the
+    first ones alone.
     """
     was_training = model.training
     model.eval()
-
-    records = [] if maps_only else held_out.records
+    num_rooms = num_rooms or len(held_out)
+    records = [] if maps_only else [x for x in held_out.records if x['room'] < num_rooms]
     answers, drawn = [], []
-    for start in tqdm(range(0, len(held_out), batch), 'asking', leave=False, disable=None):
-        rooms = range(start, min(start + batch, len(held_out)))
+    for start in tqdm(range(0, num_rooms, batch), 'asking', leave=False, disable=None):
+        rooms = range(start, min(start + batch, num_rooms))
         scenes = [held_out.pictures(room) for room in rooms]
-        z = None
-        if latents:
-            others = [(room + 1) % len(held_out) if shuffled else room for room in rooms]
-            z = latents([held_out.pictures(room) for room in others])
+        others = [(room + 1) % len(held_out) if shuffled else room for room in rooms]
+        z = latents([held_out.pictures(room) for room in others]) if latents else None
         reading = Reading(model, chat, scenes, z, autocast)
         due = [(record['room'] - start, as_prompt(record)) for record in records
                if record['room'] in rooms]  # records are sorted by room
@@ -384,7 +383,7 @@ def answer_rooms(model, chat, latents, held_out, train_data, autocast, shuffled=
         guesses = [guess(record) for record in records]
         metrics[name] = aggregate('vsibench', score_all(records, guesses))
     usual = map_prior([text for _, text in train_data.maps])
-    guessed = [map_score(truth, usual(truth)) for _, truth in held_out.maps]
+    guessed = [map_score(truth, usual(truth)) for truth, _ in maps]
     metrics['prior']['map'] = 100 * float(np.mean(guessed))
     return metrics
 

@@ -354,8 +354,9 @@ class PSFM(nn.Module):
         if images.ndim != 5 or images.amin() < 0 or images.amax() > 1:
             raise InputError('latents takes images (B, V, 3, H, W) from 0 to 1, not '
                              f'{tuple(images.shape)} from {images.amin()} to {images.amax()}')
-        views = self.backbone(images)
-        return self.encode(views.features, views.grid)
+        patches, grid = self.backbone.embed(images)
+        tokens = self.backbone.attend(patches, grid)[-1]  # z needs no cameras
+        return self.encode(self.backbone.features(tokens), grid)
 
     def standardise(self, kind, features):
         """In fp32, and standardised if the option says so."""

@@ -153,12 +153,15 @@ def test_right_answers_score_in_full_and_wrong_ones_do_not(rooms, monkeypatch):
     assert shuffled['overall'] < 60
     assert shuffled['map'] < 60
 
-    # the maps alone
-    given.clear()
-    maps = answer_rooms(*asked, maps_only=True)
-    assert len(given) == len(maps['scores']) == 4
-    assert maps['map'] == 100
-    assert 'overall' not in maps
+    # the maps alone, of all rooms and of the first; the questions about the first
+    for num_rooms, expected in ((None, 4), (1, 1)):
+        given.clear()
+        maps = answer_rooms(*asked, maps_only=True, num_rooms=num_rooms)
+        assert len(given) == len(maps['scores']) == expected
+        assert maps['map'] == 100
+        assert 'overall' not in maps
+    first = answer_rooms(*asked, num_rooms=1)
+    assert {room for _, room, _ in first['scores']} == {0}
 
 
 def test_the_table_has_a_row_for_each_arm_and_each_difference():
