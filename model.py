@@ -242,10 +242,9 @@ def split_attention(q, k, v, num_context):
     Two plain calls give the same as a dense mask, keep the fused kernels and
     need no (tokens x tokens) mask.
     """
-    sizes = [num_context, q.shape[2] - num_context]  # slices would be of no size that is known
-    of_context = [x.split(sizes, dim=2)[0] for x in (q, k, v)]
-    context = attend(*of_context)
-    others = attend(q.split(sizes, dim=2)[1], k, v)
+    c = num_context
+    context = attend(q[:, :, :c], k[:, :, :c], v[:, :, :c])
+    others = attend(q[:, :, c:], k, v)
     return torch.cat([context, others], dim=2)
 
 
@@ -424,6 +423,10 @@ def compile_blocks(model, kind=Block, backend='inductor'):
     torch._functorch.config.backward_pass_autocast = 'off'
     # block by block, DDP sends gradients early anyway: no graph need be cut for that
     torch._dynamo.config.optimize_ddp = False
+    # the compiler cannot know the size of the slice `c:`, and SDPA is fused without it. (Not as a
+    # decorator: that would import the compiler, which takes a second, into every run.)
+    global split_attention
+    split_attention = torch.compiler.disable(split_attention)
     for module in model.modules():
         if isinstance(module, kind):
             module.forward = torch.compile(module.forward, dynamic=True, backend=backend)

@@ -23,8 +23,10 @@ def world():
 
 
 @pytest.fixture
-def restored_compiler():
+def restored_compiler(monkeypatch):
     """What compile_blocks sets for all is as before after the test, but for Dynamo's options."""
     from torch._functorch import config
+    import model
+    monkeypatch.setattr(model, 'split_attention', model.split_attention)
     with config.patch(backward_pass_autocast=config.backward_pass_autocast):
         yield

@@ -4,7 +4,6 @@ import shutil
 
 import pytest
 import torch
-from torch._dynamo.utils import counters
 import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -143,9 +142,7 @@ def test_compiled_block_equals_eager(backend, restored_compiler):
     x = torch.randn(2, 28, 32)
     eager = [block(x, rope), block(x, rope, num_context=14)]
     compile_blocks(block, backend=backend)
-    counters.clear()
     compiled = [block(x, rope), block(x, rope, num_context=14)]
-    assert not counters['graph_break']
     for one, other in zip(compiled, eager):
         assert torch.allclose(one, other, atol=1e-5)
 
