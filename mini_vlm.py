@@ -17,6 +17,7 @@ import math
 import os
 import re
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -43,6 +44,7 @@ from rooms import CATEGORIES, CLASSES, SEEN, K, check_classes
 class Config(LoopConfig):
     batch: int = opt(4, 'rooms per batch, in fours, of seven conversations each', low=1,
                      group='mini VLM')
+    workers: int = opt(0, 'processes that make the batches, for a GPU that would wait', low=0)
 
 
 PRESETS = {'mini': dict(steps=4000, lr=2e-3, muon_lr=4e-3, decay_from=0.5, clip=1.0, val_scenes=48,
@@ -65,8 +67,7 @@ def list_numbers(name, middles, sizes):
 
 def ask_2d(rooms, room, surface, g):
     """What is there, how many, where in the picture, how large in it; how to read a list of
-    options. surface (h, w): ids of cells. -> list of records, as questions.as_record makes them
-    """
+    options. surface (h, w): ids of cells. -> list of records, as questions.as_record makes them"""
     # the pieces that are seen: middle of their columns, width and area, as shares of the picture
     w = surface.shape[1]
     columns = ((torch.arange(w) + 0.5) / w).expand_as(surface)
@@ -157,8 +158,7 @@ class RoomPictures(torch.utils.data.Dataset):
                 asked.append(turns)
                 there = only.present[room].nonzero()[:, 0].tolist()
                 shown.append({CATEGORIES[only.category[room, k]] for k in there})
-                camera = block.extrinsics[room, view]
-                stand.append(where_categories_stand(only, room, camera))
+                stand.append(where_categories_stand(only, room, block.extrinsics[room, view]))
         self.images = torch.cat(images).flatten(0, 1).numpy()  # (rooms V, H, W, 3)
         self.seen, self.stand = torch.cat(seen).flatten(0, 1), torch.stack(stand)
 
@@ -183,8 +183,7 @@ class RoomPictures(torch.utils.data.Dataset):
         rooms = block.rooms
         only = dataclasses.replace(rooms, present=rooms.present & (cells >= SEEN))
         records = ask(only, room, cells, '', g, self.used, per_kind=4, fewest=2)
-        records = [record for record in records
-                   if record['question_type'] != 'room_size_estimation']
+        records = [x for x in records if x['question_type'] != 'room_size_estimation']
         records = ask_2d(rooms, room, block.surface[room, view], g) + records
         records = shuffled(records, g)[:self.QUESTIONS]
         turns = []
@@ -382,8 +381,7 @@ def losses_on(model, parts, latents, sight, category_of, autocast):
     -> {answers: the VLM's own; tokens, words, questions: those of Sight}"""
     device, total = next(model.parameters()).device, {}
     for batch, items, share in parts:
-        truth = truth_of(items, batch, category_of)
-        truth = {name: x.to(device) for name, x in truth.items()}
+        truth = {name: x.to(device) for name, x in truth_of(items, batch, category_of).items()}
         z = latents([item['images'] for item in items]) if latents else None
         batch = lean_batch(batch, model.vlm, device)
         labels = batch.pop('labels')
@@ -401,8 +399,7 @@ def ground(model, chat, latents, parts_of, config, autocast, say):
     shows lies, seen from the first camera.
 
     The mini VLM's own tokens say so of their own camera, in a form that its language model has
-    learned to read. VLM and Sight stay as they are. `parts_of(step)`: of its batch.
-    """
+    learned to read. VLM and Sight stay as they are. `parts_of(step)`: of its batch."""
     width = model.vlm.config.get_text_config().hidden_size
     device = next(model.parameters()).device
     sight = load_sight(config.vlm, width).to(device).requires_grad_(False)
@@ -411,13 +408,12 @@ def ground(model, chat, latents, parts_of, config, autocast, say):
     # high rates: the tokens are long vectors, and the adapter begins at zero
     plan = dataclasses.replace(config, steps=config.ground_steps, muon_lr=4e-2)
     optimizers = make_optimizers(model, plan, device, rate_of=lambda name: 2e-2)
-    for step in range(plan.steps):
-        set_rates(optimizers, rate_share(step, plan))
-        losses = losses_on(model, parts_of(step), latents, sight, category_of, autocast)
+    for done in range(1, plan.steps + 1):
+        set_rates(optimizers, rate_share(done - 1, plan))
+        losses = losses_on(model, parts_of(done - 1), latents, sight, category_of, autocast)
         sum(losses.values()).backward()
         take_step(optimizers, model.adapter.parameters(), config.clip)
-        done = step + 1
-        if step == 0 or done % config.log_every == 0 or done == plan.steps:
+        if done == 1 or done % config.log_every == 0 or done == plan.steps:
             parts = ' '.join(f'{name} {loss.item():.3f}' for name, loss in losses.items())
             say(f'grounding the adapter: step {done:05d}/{plan.steps:05d} | {parts}')
     model.train_only(config.train)
@@ -431,15 +427,20 @@ def start(folder):
     if folder:
         vlm, chat = load_vlm(folder)
         return SpatialVLM(vlm), chat, load_sight(folder, vlm.config.text_config.hidden_size)
-    # the vocabulary: the words of both kinds of questions
+    # the vocabulary: the words of both kinds of questions; roles so often that each is one token
     rooms = RoomQuestions('train', 0, 400)
     texts = [turn['value'].replace('<image>', '')
              for item in itertools.chain(RoomPictures('train', 0, 64), rooms)
              for turn in item['conversations']]
-    texts += [text for pair in rooms.maps for text in pair]
-    texts += ['system\n', 'user\n', 'assistant\n'] * 400  # so often that each becomes one token
+    texts += [*itertools.chain(*rooms.maps), *['system\n', 'user\n', 'assistant\n'] * 400]
     vlm, chat = build_vlm(build_tokenizer(texts, CATEGORIES + ANSWER_WORDS))
     return SpatialVLM(vlm), chat, Sight(vlm.config.text_config.hidden_size)
+
+
+def make_batch(chat, config, step):
+    """The batch of a step, of rooms that were never seen before, in four parts (Chat.batches)."""
+    items = RoomPictures('train', config.seed * 10 ** 6 + step, config.batch)
+    return chat.batches([(chat.encode(item), item) for item in items], 4)
 
 
 def train(config, command):
@@ -463,22 +464,21 @@ def train(config, command):
     tqdm.write(f'mini VLM: {config.steps} steps, {count:.2f} M parameters | {device}, {dtype} '
                f'({reason}) | writing to {config.out}/')
 
+    batches = iter(torch.utils.data.DataLoader(
+        range(state['step'], config.steps), batch_size=None, num_workers=config.workers,
+        collate_fn=partial(make_batch, chat, config)))
+
     def losses_of(step):
-        # rooms that were never seen before
-        items = list(RoomPictures('train', config.seed * 10 ** 6 + step, config.batch))
-        parts = chat.batches([(chat.encode(item), item) for item in items], 4)
-        losses = losses_on(model, parts, None, sight, category_of, autocast)
+        losses = losses_on(model, next(batches), None, sight, category_of, autocast)
         return dict(losses, loss=sum(losses.values()))
 
     def evaluate():
         metrics = held_out_loss(model, chat, None, held_out, autocast)
-        return metrics, (f'held-out loss {metrics["loss"]:.4f}, answers right '
-                         f'{metrics["accuracy"]:.3f}')
+        return metrics, f'held-out loss {metrics["loss"]:.4f}, right {metrics["accuracy"]:.3f}'
 
     def save(done, metrics):
-        def save_model(folder):
-            save_mini_vlm(model.vlm, chat, sight, folder, command, torch.float32)
-        write_checkpoint(config.out, done, optimizers, config, dtype, metrics, save_model)
+        write = partial(save_mini_vlm, model.vlm, chat, sight, command=command, dtype=torch.float32)
+        write_checkpoint(config.out, done, optimizers, config, dtype, metrics, write)
 
     # Sight's readers are stepped too, but neither clipped nor checked
     metrics = fit('mini VLM', config, state['step'], optimizers, list(model.parameters()),

@@ -270,15 +270,16 @@ class Attention(nn.Module):
         """
         B, tokens, dim = x.shape
         qkv = self.qkv(x).view(B, tokens, 3, self.num_heads, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (B, nh, tokens, d)
+        q, k, v = qkv.unbind(2)  # 3 x (B, tokens, nh, d)
         if num_kept is not None:
-            q = q[:, :, -num_kept:]
+            q = q[:, -num_kept:]
 
         # norms and rotations are done in fp32, the rest in the dtype of v
         dtype = v.dtype
         if self.q_norm is not None:
             q = self.q_norm(q.float())
             k = self.k_norm(k.float())
+        q, k, v = [x.transpose(1, 2) for x in (q, k, v)]  # (B, nh, tokens, d)
         if position is not None:
             q, k, v = position.rotate(q, k, v)
 
