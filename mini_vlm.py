@@ -463,7 +463,6 @@ def train(config, command):
     count = sum(p.numel() for p in model.parameters()) / 1e6  # without Sight
     tqdm.write(f'mini VLM: {config.steps} steps, {count:.2f} M parameters | {device}, {dtype} '
                f'({reason}) | writing to {config.out}/')
-
     batches = iter(torch.utils.data.DataLoader(
         range(state['step'], config.steps), batch_size=None, num_workers=config.workers,
         collate_fn=partial(make_batch, chat, config)))
@@ -474,7 +473,8 @@ def train(config, command):
 
     def evaluate():
         metrics = held_out_loss(model, chat, None, held_out, autocast)
-        return metrics, f'held-out loss {metrics["loss"]:.4f}, right {metrics["accuracy"]:.3f}'
+        return metrics, (f'held-out loss {metrics["loss"]:.4f}, answers right '
+                         f'{metrics["accuracy"]:.3f}')
 
     def save(done, metrics):
         write = partial(save_mini_vlm, model.vlm, chat, sight, command=command, dtype=torch.float32)
