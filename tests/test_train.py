@@ -487,26 +487,33 @@ def test_seconds_are_those_of_all_sessions(tmp_path):
 
 @pytest.mark.slow
 def test_twenty_kills_leave_no_trace(tmp_path):
+    """Sixteen kills at a drawn step and up to a step later, and four while a run starts."""
     steps, out = 150, tmp_path / 'killed'
     options = [*TINY, '--steps', str(steps), '--eval-every', '3']
     main([*options, '--out', str(tmp_path / 'whole')])
-    dice, sessions = random.Random(0), 0
-    while sessions < 20:
+    dice = random.Random(0)
+    moments = sorted(dice.sample(range(1, steps - 10), 16))
+
+    def steps_logged():
+        log = out / 'log.jsonl'
+        return log.read_text().count('grad_norm') if log.exists() else 0
+
+    for kill in range(20):
         folders = out / 'checkpoint', f'{out}/checkpoint.old'
         resume = ['--resume'] * any(map(os.path.isdir, folders))
         command = [sys.executable, 'train.py', *options, '--out', str(out), *resume]
         session = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-        while session.poll() is None and not (out / 'log.jsonl').exists():
-            time.sleep(0.1)
-        time.sleep(dice.uniform(0, 6))
-        if session.poll() is not None:      # it came to its end
-            break
+        if kill % 5 == 0:
+            time.sleep(dice.uniform(0, 2))
+        else:
+            moment = moments.pop(0)
+            while session.poll() is None and steps_logged() < moment:
+                time.sleep(0.005)
+            time.sleep(dice.uniform(0, 0.1))
+        assert session.poll() is None, f'run {kill} ended before it was killed'
         session.kill()
         session.wait()
-        sessions += 1
-    if not (out / 'metrics.json').exists():
-        main([*options, '--out', str(out), '--resume'])
-    assert sessions > 10
+    main([*options, '--out', str(out), '--resume'])
     states = [load_file(run / 'checkpoint' / 'model.safetensors')
               for run in (tmp_path / 'whole', out)]
     assert states[0].keys() == states[1].keys()
