@@ -327,10 +327,11 @@ UNREAD = ('.gif', '.ppm', '.jp2', '.jxl', '.exr', '.dng', '.cr2', '.cr3', '.nef'
 
 
 def scene_name(folder, root):
+    """A folder's path below the root of its data set, and the root's own name for itself."""
     parts = os.path.relpath(folder, root).split(os.sep)
     if len(parts) > 1 and parts[0] in BASES and not os.path.isdir(os.path.join(root, *parts[1:])):
         parts = parts[1:]
-    return '/'.join(parts) if parts != ['.'] else '(its own pictures)'
+    return '/'.join(parts) if parts != ['.'] else os.path.basename(os.path.abspath(root))
 
 
 @dataclass
@@ -350,7 +351,7 @@ class Found:
 def photos_inside(folder):
     """-> the key of LAYOUTS that says where a folder has its photographs, and these; or None, []"""
     for inside in LAYOUTS:
-        photos = list_photos(os.path.join(folder, inside))
+        photos = list_photos(os.path.join(folder, inside) if inside != '.' else folder)
         if photos:
             return inside, photos
     return None, []
@@ -413,7 +414,7 @@ def find_scenes(root, say=print):
         seen.add(os.path.realpath(folder))
         name = scene_name(folder, root)
         if name in found.scenes:
-            name = os.path.relpath(folder, root)
+            name = os.path.relpath(folder, os.path.join(root, os.pardir))
         inside, photos = photos_inside(folder)
         if inside:
             found.scenes[name] = photos

@@ -323,9 +323,10 @@ def together(root):
     (sun3d, 'hotel/room/scan1', {'depth/': 1}),
     (scannet_frames, 'scene0000_00', {}), (iphone, '0a7cc12c0e', {}),
     (colmap, 'garden', {'images_4/': 1, 'sparse/': 1}),
-    (flat_with_depth, '(its own pictures)', {'depth/': 1}),
-    (together, '(its own pictures)', {'pictures named depth, mask, ...': 8})])
+    (flat_with_depth, 'kitchen', {'depth/': 1}),
+    (together, 'kitchen', {'pictures named depth, mask, ...': 8})])
 def test_layouts(tmp_path, make, name, unused):
+    tmp_path = tmp_path / 'kitchen'
     make(tmp_path)
     found = find_scenes(str(tmp_path))
     assert list(found.scenes) == [name]
@@ -334,6 +335,14 @@ def test_layouts(tmp_path, make, name, unused):
                    for path in names_of(found.scenes[name]))
     assert found.unused == unused
     assert 'unreadable: 0 of 4 looked at' in check(str(tmp_path))
+
+
+def test_no_two_scenes_have_one_name(tmp_path):
+    root = tmp_path / 'kitchen'
+    for folder in ('.', 'kitchen', 'data/sink', 'scans/sink'):
+        picture(root / folder / '1.jpg')
+    assert sorted(find_scenes(str(root)).scenes) == ['kitchen', 'kitchen/kitchen',
+                                                     'kitchen/scans/sink', 'sink']
 
 
 def test_nothing_is_passed_over_silently(tmp_path):
