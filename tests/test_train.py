@@ -487,7 +487,7 @@ def test_seconds_are_those_of_all_sessions(tmp_path):
 
 @pytest.mark.slow
 def test_twenty_kills_leave_no_trace(tmp_path):
-    """Sixteen kills at a drawn step and up to a step later, and four while a run starts."""
+    """Sixteen kills a moment after a drawn step, and four while a run starts."""
     steps, out = 150, tmp_path / 'killed'
     options = [*TINY, '--steps', str(steps), '--eval-every', '3']
     main([*options, '--out', str(tmp_path / 'whole')])
