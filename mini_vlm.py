@@ -33,6 +33,7 @@ from common import (InputError, autocast_on, command_of, find_file, load_strictl
                     step_generator, write_checkpoint)
 from measure import held_out_loss
 from mini_vggt import LoopConfig, fit
+from model import compile_if_possible
 from optim import load_optimizers, make_optimizers, rate_share, set_rates, take_step
 from questions import (ANSWER_WORDS, RoomQuestions, as_prompt, as_record, ask, ask_map, ask_order,
                        in_map_frame, in_words, pick, shuffled, to_turns, view_rooms,
@@ -45,6 +46,7 @@ class Config(LoopConfig):
     batch: int = opt(4, 'rooms per batch, in fours, of seven conversations each', low=1,
                      group='mini VLM')
     workers: int = opt(0, 'processes that make the batches, for a GPU that would wait', low=0)
+    compile: bool = opt(None, "torch.compile the language model's blocks; None: on a CUDA GPU only")
 
 
 PRESETS = {'mini': dict(steps=4000, lr=2e-3, muon_lr=4e-3, decay_from=0.5, clip=1.0, val_scenes=48,
@@ -114,10 +116,8 @@ def ask_2d(rooms, room, surface, g):
 
 
 def ask_slides(shown, g, used):
-    """About unrelated pictures in a row: what comes first, and where.
-
-    shown: for every picture, the set of categories that it shows. -> list of records
-    """
+    """About unrelated pictures in a row: what comes first, and where. -> list of records
+    shown: for every picture, the set of categories that it shows."""
     first, found = {}, []
     for name in CATEGORIES:
         views = [i for i, names in enumerate(shown) if name in names]
@@ -142,8 +142,7 @@ class RoomPictures(torch.utils.data.Dataset):
     six (`ask_slides`).
 
     Items also hold `kinds`, the kind of every answer, and `seen` and `stand` as in RoomQuestions,
-    but from each picture's own camera.
-    """
+    but from each picture's own camera."""
     VIEWS, QUESTIONS = 6, 18
 
     def __init__(self, split, seed, num_rooms):
@@ -455,6 +454,8 @@ def train(config, command):
     model.requires_grad_(True).to(device).train()
     attend_in_fp32(model.vlm, device)
     sight.to(device)
+    kind = type(model.vlm.get_decoder().layers[0])
+    compile_if_possible(model.vlm, kind, config.compile, device, tqdm.write)
     optimizers = make_optimizers(nn.ModuleList([model, sight]), config, device, dtype)
     if config.resume:
         load_optimizers(optimizers, state['folder'])
@@ -473,8 +474,7 @@ def train(config, command):
 
     def evaluate():
         metrics = held_out_loss(model, chat, None, held_out, autocast)
-        return metrics, (f'held-out loss {metrics["loss"]:.4f}, answers right '
-                         f'{metrics["accuracy"]:.3f}')
+        return metrics, f'held-out loss {metrics["loss"]:.4f}, right {metrics["accuracy"]:.3f}'
 
     def save(done, metrics):
         write = partial(save_mini_vlm, model.vlm, chat, sight, command=command, dtype=torch.float32)
