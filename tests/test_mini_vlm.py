@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch._dynamo.utils import counters
 
 import finetune
 import mini_vlm
@@ -16,6 +17,7 @@ from eval import load_answerer
 from finetune import build_model
 from mini_vlm import (RoomPictures, Sight, build_tokenizer, build_vlm, ground, load_sight,
                       save_mini_vlm, token_categories, truth_of)
+from model import has_compiler
 from questions import RoomQuestions
 from records import Encoded
 from rooms import CATEGORIES, CLASSES
@@ -201,6 +203,20 @@ def test_training_resumes_with_the_same_losses(from_tiny, tmp_path):
     (model, _, latents), settings = load_answerer(str(half), torch.device('cpu'))  # of a run
     assert latents is None
     assert settings['vlm'] == str(half / 'checkpoint')
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_compiler(), reason='there is no compiler')
+def test_a_compiled_run_is_the_eager_one(from_tiny, tmp_path, restored_compiler):
+    eager, compiled = tmp_path / 'eager', tmp_path / 'compiled'
+    counters.clear()
+    mini_vlm.main([*TINY, '--dtype', 'float32', '--out', str(eager)])
+    assert not counters['stats']['unique_graphs']
+    mini_vlm.main([*TINY, '--dtype', 'float32', '--out', str(compiled), '--compile'])
+    assert counters['stats']['unique_graphs']
+    assert [x for _, x in losses(compiled)] == pytest.approx([x for _, x in losses(eager)], 1e-4)
+    assert torch.allclose(weight_of(compiled / 'mini_vlm'), weight_of(eager / 'mini_vlm'),
+                          atol=1e-4)
 
 
 @pytest.mark.slow
