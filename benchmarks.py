@@ -24,7 +24,7 @@ from tqdm import tqdm
 from chat import as_text
 from common import InputError, autocast_on
 from media import media_fault, open_picture, read_video
-from records import as_list, read_records
+from records import as_list, mend_last_line, read_records
 
 LETTER_PROMPT = "Answer with the option's letter from the given choices directly."
 WORD_PROMPT = 'Please answer the question using a single word or phrase.'
@@ -120,9 +120,14 @@ class VSIBench:
 
     def read(self, root):
         path = os.path.join(root, 'test.jsonl')
-        if os.path.isfile(path):
-            return read_lines(path)
-        return read_parquet(root, 'test-*.parquet', 'test*.parquet')
+        if not os.path.isfile(path):
+            return read_parquet(root, 'test-*.parquet', 'test*.parquet')
+        docs, pruned = read_lines(path), os.path.join(root, 'pruned_ids.txt')
+        if os.path.isfile(pruned):  # (parquet files say it themselves)
+            with open(pruned, encoding='utf-8') as file:
+                ids = set(file.read().split())
+            docs = [{'pruned': str(doc.get('id')) in ids, **doc} for doc in docs]
+        return docs
 
     def place(self, doc, i, root):
         doc['key'] = str(doc.get('id', i))
@@ -444,10 +449,8 @@ def ask_benchmark(name, docs, answerer, path, num_frames, batch):
     answers = read_answers(path) if os.path.isfile(path) else {}
     due = [doc for doc in docs if doc['key'] not in answers]
     print(f'{len(due)} questions to ask, {len(docs) - len(due)} answered before, in {path}')
-    with open(path, 'a+') as file:
-        file.seek(max(0, file.tell() - 1))
-        if file.read() not in ('', '\n'):
-            file.write('\n')  # the last line was cut off
+    mend_last_line(path)
+    with open(path, 'a') as file:
         for start in tqdm(range(0, len(due), batch), name):
             keys, items = [], []
             for doc in due[start:start + batch]:

@@ -48,7 +48,7 @@ def list_visible(folder):
 def list_files(folder, endings):
     """Paths of the files directly in `folder` whose names end so, in natural order."""
     return [entry.path for entry in list_visible(folder)
-            if entry.name.lower().endswith(endings) and entry.is_file()]
+            if entry.name.lower().endswith(endings) and os.path.isfile(entry.path)]
 
 
 # a word in a name that says: measured or computed, no photograph
@@ -112,6 +112,8 @@ def open_picture(path, width=None):
     try:
         with open_file(path) as picture:
             picture.draft('RGB', (width or 4096, width or 4096))  # JPEG: decodes at 1/2, 1/4, 1/8
+            picture.getexif()                 # read here and taken away, or exif_transpose would
+            picture.info.pop('exif', None)    # write it anew, and fail where it is faulty
             picture = ImageOps.exif_transpose(picture)
             if picture.mode.startswith(('I', 'F')):  # 16 bits and more: stretched to 8
                 picture = Image.fromarray(stretch(np.asarray(picture, dtype=np.float64)))
@@ -297,8 +299,10 @@ def extract_frames(path):
             scale = min(1, 518 / min(frame.size))
             frame = frame.resize((round(scale * frame.width), round(scale * frame.height)))
             frame.save(os.path.join(unfinished, f'{i:06d}.jpg'), quality=92)
+        os.replace(unfinished, folder)
+    except OSError:
         if not os.path.isdir(folder):  # or another process was faster
-            os.replace(unfinished, folder)
+            raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return folder
@@ -373,11 +377,11 @@ def count_unused(found, folder, photos, with_videos):
     taken = {os.path.basename(path) for path in photos}
     for entry in list_visible(folder):
         ending = os.path.splitext(entry.name)[1].lower()
-        if not entry.is_file() and not entry.is_dir():
+        if not os.path.exists(entry.path):
             found.unused['broken links'] += 1
         elif ending in UNREAD:
             found.unused[ending] += 1
-        elif ending in PICTURES and entry.is_file() and entry.name not in taken:
+        elif ending in PICTURES and os.path.isfile(entry.path) and entry.name not in taken:
             named = 'pictures' if is_photo(entry.name) else 'pictures named depth, mask, ...'
             found.unused[named] += 1
         elif ending in VIDEOS and with_videos:

@@ -43,6 +43,21 @@ def read_records(path):
             yield number, None, f'not JSON ({error})'
 
 
+def mend_last_line(path):
+    """Before lines are added to a .jsonl file: a last one that was cut off goes, one that is whole
+    gets its end."""
+    with open(path, 'a+b') as file:
+        file.seek(0)
+        last = file.read().rpartition(b'\n')[2]
+        if not last:
+            return
+        try:
+            json.loads(last)
+            file.write(b'\n')
+        except ValueError:
+            file.truncate(file.tell() - len(last))
+
+
 class Conversations(torch.utils.data.Dataset):
     """Records of instruction data from JSON and JSONL files, as in LLaVA, VSI-590K, VG-LLM.
 

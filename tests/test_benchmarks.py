@@ -15,6 +15,7 @@ from benchmarks import (BENCHMARKS, aggregate, open_media, prompt, read_answers,
                         relative_accuracy, results_table, score)
 from common import InputError
 from mini_vlm import Sight, build_tokenizer, build_vlm, save_mini_vlm
+from records import mend_last_line
 from test_data import make_video, picture
 
 CASES = json.loads(Path(os.environ.get(
@@ -162,6 +163,18 @@ def test_a_last_answer_that_was_cut_off_is_passed_over(tmp_path):
     path.write_text('{"key": 1}\n')
     with pytest.raises(InputError, match='record 1: an answer has "key" .* and "output"'):
         read_answers(str(path))
+
+
+@pytest.mark.parametrize('last, kept', [
+    ('', 1), ('{"key": "2", "outp', 1), ('{"key": "2", "output": "B"}', 2), ('\0\0\0', 1),
+])
+def test_a_file_of_answers_is_continued_again_and_again(last, kept, tmp_path):
+    path = tmp_path / 'answers.jsonl'
+    path.write_text('{"key": "1", "output": "A"}\n' + last)
+    for _ in range(2):
+        mend_last_line(str(path))
+        assert len(read_answers(str(path))) == kept
+        assert path.read_text().count('\n') == kept and path.read_text().endswith('\n')
 
 
 def test_broken_lines_and_second_answers_are_named(tmp_path):
@@ -313,6 +326,12 @@ def test_questions_without_their_pictures_are_left_out(run, tmp_path, capsys):
         evaluation.main([*command, '--subset', 'pruned'])
     path.write_text(whole.replace('"pruned": false', '"pruned": true', 1))
     for subset, count in (('full', 2), ('debiased', 1), ('pruned', 1)):
+        evaluation.main([*command, '--subset', subset])
+        assert f'VSI-Bench, {count} questions' in capsys.readouterr().out
+    path.write_text(whole.replace(', "pruned": false', ''))  # the hub's: a file of ids beside
+    assert '"pruned"' not in path.read_text()
+    (tmp_path / 'bench' / 'pruned_ids.txt').write_text('2\n')
+    for subset, count in (('debiased', 1), ('pruned', 1)):
         evaluation.main([*command, '--subset', subset])
         assert f'VSI-Bench, {count} questions' in capsys.readouterr().out
     (videos / 'scene0000_00.mp4').unlink()

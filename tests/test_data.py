@@ -398,12 +398,13 @@ def test_more_that_is_not_passed_over_silently(tmp_path):
         picture(tmp_path / 'a' / 'images' / f'{i}.jpg')
     (tmp_path / 'a' / 'images' / 'x.DNG').touch()
     (tmp_path / 'a' / 'gone.jpg').symlink_to(tmp_path / 'nowhere')
+    (tmp_path / 'a' / 'itself.jpg').symlink_to('itself.jpg')
     (tmp_path / 'a' / 'film.mp4').touch()
     picture(tmp_path / 'b' / '1.jpg')
     picture(tmp_path / 'b' / 'depth of field.jpg')
     picture(tmp_path / '1' / '2' / '3' / '4' / '5' / '6' / '7' / '8' / '1.jpg')
     assert find_scenes(str(tmp_path)).unused == {
-        'pictures': 3, '.dng': 1, 'broken links': 1, '.mp4': 1,
+        'pictures': 3, '.dng': 1, 'broken links': 2, '.mp4': 1,
         'pictures named depth, mask, ...': 1, 'folders more than 6 deep': 1}
 
 

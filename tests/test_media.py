@@ -126,6 +126,15 @@ def test_exif_rotation_and_portrait_crop(tmp_path):
     assert array.shape == (32, 32, 3) and array[2].mean() > 240 and array[-3].mean() < 15
 
 
+def test_a_faulty_exif_tag_does_not_hide_which_way_is_up(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    exif[0x011a] = 72.0
+    exif = exif.tobytes().replace(b'\x01\x1a\x00\x05', b'\x01\x1a\x00\x02')  # said to be a text
+    Image.new('RGB', (80, 40)).save(tmp_path / 'a.jpg', exif=exif)
+    assert open_picture(str(tmp_path / 'a.jpg')).size == (40, 80)
+
+
 def test_transparency_is_white(tmp_path):
     Image.new('RGBA', (40, 40), (255, 0, 0, 0)).save(tmp_path / 'a.png')
     assert (read_picture(str(tmp_path / 'a.png'), 16, 8) == 255).all()
