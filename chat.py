@@ -266,6 +266,8 @@ class Chat:
     def batch(self, items, left=False):
         """Encoded items -> tensors, padded on the right, or on the `left` for generation."""
         longest = max(len(item['input_ids']) for item in items)
+        if not left:  # few lengths: whatever is planned or compiled for each of them is found again
+            longest = math.ceil(longest / 32) * 32
 
         def pad(row, value):
             padding = [value] * (longest - len(row))
