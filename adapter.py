@@ -94,8 +94,7 @@ class SpatialVLM(nn.Module):
     """Any image-text-to-text model of transformers 5, with an adapter after its image tokens.
 
     `adapter` None: the plain VLM. Which image tokens belong to a sample follows from its
-    placeholder tokens, so a sample may have any number of images, or none.
-    """
+    placeholder tokens, so a sample may have any number of images, or none."""
 
     def __init__(self, vlm, adapter=None):
         super().__init__()
@@ -103,6 +102,8 @@ class SpatialVLM(nn.Module):
         self.latents = self.counts = None  # of the call under way: see `expect`
         self.image_tokens = None  # of the last call, as the LLM read them (for mini_vlm.ground)
         vlm.model.get_image_features = self.with_latents(vlm.model.get_image_features)
+        # on a GPU cuDNN plans each new length anew: that of a batch, and of every token said
+        torch.backends.cuda.enable_cudnn_sdp(False)
 
     def with_latents(self, plain):
         """The VLM's `get_image_features`, followed by the adapter."""
@@ -191,8 +192,7 @@ class Reading:
 
     All questions about a scene begin with its pictures. Their keys and values are computed here
     and shared: greedy answers in a fraction of the time, those of `generate` for a VLM whose
-    generation config asks for nothing else (no penalties).
-    """
+    generation config asks for nothing else (no penalties)."""
 
     @torch.no_grad()
     def __init__(self, model, chat, scenes, z, autocast):
@@ -210,7 +210,7 @@ class Reading:
             items.append(dict(item, input_ids=ids[:end], labels=ids[:end]))
         if len({len(item['input_ids']) for item in items}) > 1:
             raise InputError('scenes whose pictures differ in number or size are asked one by one')
-        batch = chat.batch(items)
+        batch = chat.batch(items, left=True)  # of one length: nothing is padded
         del batch['labels']
         batch = lean_batch(batch, model.vlm, self.device)
         known = inspect.signature(model.vlm.forward).parameters

@@ -373,8 +373,9 @@ def full_report(clock, dtype, name):
     is_gpu = clock.device.type == 'cuda'
     names = ('base', 'medium', 'photos') if is_gpu else ('small',)
     presets = {preset: Config(**PRESETS[preset]) for preset in names}
+    can_compile = is_gpu and has_compiler('cuda')
     parts = report_parts(presets, clock, dtype, (8, 4, 12) if is_gpu else (4,),
-                         QWEN_3B if is_gpu else TINY_QWEN, can_compile=is_gpu and has_compiler())
+                         QWEN_3B if is_gpu else TINY_QWEN, can_compile)
     if is_gpu:
         first = {title: part for title, part in parts.items() if title.startswith('base, 8 views')}
         parts = {**first, 'small, from start to finish': small_from_start_to_finish, **parts}
@@ -441,7 +442,7 @@ def beside_the_release(args, config, clock, dtype):
     if is_cpu:  # a ViT-S as the backbone, 384 wide: minutes, not hours
         config = dataclasses.replace(config, width=384, num_heads=6, num_latents=64,
                                      image_width=min(config.image_width, 224))
-    can_compile = has_compiler() and (args.compile or not is_cpu)
+    can_compile = has_compiler(clock.device.type) and (args.compile or not is_cpu)
     return [compare(args.release, config, V, clock, dtype, not is_cpu, can_compile)
             for V in args.views]
 

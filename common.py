@@ -225,8 +225,8 @@ def pick_dtype(name, device):
 
 
 # dense bf16 TFLOP/s by device name; the first match wins
-PEAKS = [('H200', 989), ('H100 PCIe', 756), ('H100', 989), ('A100', 312), ('L40S', 362),
-         ('4090', 165), ('3090', 71)]
+PEAKS = [('H200 NVL', 835), ('H200', 989), ('H100 NVL', 835), ('H100 PCIe', 756), ('H100', 989),
+         ('A100', 312), ('L40S', 362), ('4090', 165), ('3090', 71)]
 
 
 def peak_flops(device):

@@ -20,6 +20,8 @@ Shapes, in every file:
 import functools
 import os
 import shutil
+import sysconfig
+from importlib.util import find_spec
 
 import torch
 import torch.nn as nn
@@ -409,9 +411,11 @@ def cast_matrices(model, dtype):
             module.to(dtype)
 
 
-def has_compiler():
-    """torch.compile needs a C compiler."""
-    return any(shutil.which(name) for name in (os.environ.get('CC', 'cc'), 'gcc', 'cl'))
+def has_compiler(device='cpu'):
+    """torch.compile needs a C compiler and Python's headers, and for a GPU Triton."""
+    compiler = any(shutil.which(name) for name in (os.environ.get('CC', 'cc'), 'gcc', 'cl'))
+    headers = os.path.isfile(os.path.join(sysconfig.get_path('include'), 'Python.h'))
+    return compiler and headers and (device == 'cpu' or find_spec('triton') is not None)
 
 
 def compile_blocks(model, kind=Block, backend='inductor'):
@@ -436,10 +440,11 @@ def compile_blocks(model, kind=Block, backend='inductor'):
 def compile_if_possible(model, kind, wanted, device, say):
     """compile_blocks if it is `wanted` (None: on a CUDA GPU), and there is a C compiler."""
     wanted = device.type == 'cuda' if wanted is None else wanted
-    if wanted and has_compiler():
+    if wanted and has_compiler(device.type):
         compile_blocks(model, kind)
     elif wanted:
-        say('not compiled: torch.compile needs a C compiler, and there is none on the PATH')
+        say("not compiled: torch.compile needs a C compiler on the PATH and Python's headers "
+            '(python3-dev), on a GPU also Triton')
 
 
 # -----------------------------------------------------------------------------

@@ -145,10 +145,13 @@ def load_optimizers(optimizers, folder):
 
 def shard_model(model):
     """FSDP2: each block of the language model is gathered when it runs, the rest with the root."""
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
+    kind = next(model.parameters()).device.type  # (by itself it would take a GPU, if there is one)
+    mesh = init_device_mesh(kind, (torch.distributed.get_world_size(),))
     for layer in model.vlm.get_decoder().layers:
-        fully_shard(layer)
-    return fully_shard(model)
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
 
 
 def gather(model, optimizers):

@@ -161,8 +161,6 @@ STATISTICS = 4
 def build_model(config, dtype, device):
     """-> an untrained PSFM on the device"""
     psfm = build_psfm(config, dtype, load_teacher(config.teacher, dtype))
-    psfm.encoder.transformer.checkpointing = config.checkpointing
-    psfm.decoder.transformer.checkpointing = config.checkpointing
     knows_rooms(psfm, config)  # other categories are refused now, not after the training
     return psfm.to(device)
 
@@ -340,6 +338,8 @@ def train(name, config):
         num_views = (config.min_views + config.max_views) // 2
         sample = source.batch(first * config.accumulate, 1, num_views)['images'].to(device)
         flops = flops_per_view(psfm, sample, autocast)
+    psfm.encoder.transformer.checkpointing = config.checkpointing  # what is computed twice
+    psfm.decoder.transformer.checkpointing = config.checkpointing  # does not count
     compile_if_possible(psfm, Block, config.compile, device, say)
     ddp = torch.nn.parallel.DistributedDataParallel(psfm) if world_size > 1 else psfm
     trained = [p for p in psfm.parameters() if p.requires_grad]

@@ -153,6 +153,7 @@ def test_every_tile_has_its_tokens_and_every_token_its_tile(opened):
     items = [chat.encode(talk('<image>' * len(images) + COUNT, '3', images=images))
              for images in samples]
     batch = chat.batch(items)
+    assert batch['input_ids'].shape[1] % 32 == 0  # few lengths: what is planned for one is reused
     model = SpatialVLM(vlm, build_adapter(vlm, 24)).eval()
     labels = batch.pop('labels')
     model(latents=[torch.randn(5, 24)] * len(samples), **batch)  # counts rows against placeholders
