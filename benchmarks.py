@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from chat import as_text
 from common import InputError, autocast_on
-from media import media_fault, open_picture, read_video
+from media import frames_of_video, media_fault, open_picture
 from records import as_list, mend_last_line, read_records
 
 LETTER_PROMPT = "Answer with the option's letter from the given choices directly."
@@ -419,7 +419,7 @@ def leave_out_lost(docs, root):
 def open_media(media, num_frames):
     """`media` of a question -> PIL images: all pictures, or `num_frames` of a video."""
     if isinstance(media, str):
-        return list(read_video(media, num_frames))
+        return frames_of_video(media, num_frames)
     return [open_picture(io.BytesIO(x) if isinstance(x, bytes) else x) for x in media]
 
 
@@ -441,13 +441,15 @@ def read_answers(path):
 
 
 def ask_benchmark(name, docs, answerer, path, num_frames, batch):
-    """Asks what is not answered yet in the file `path`; appends answers as they come. -> answers
+    """Asks what is not answered yet in the file `path`, video by video; appends answers as they
+    come. -> answers
 
     `answerer`: (SpatialVLM, Chat, SceneLatents or None).
     """
     model, chat, latents = answerer
     answers = read_answers(path) if os.path.isfile(path) else {}
     due = [doc for doc in docs if doc['key'] not in answers]
+    due.sort(key=lambda doc: doc['media'] if isinstance(doc['media'], str) else '')
     print(f'{len(due)} questions to ask, {len(docs) - len(due)} answered before, in {path}')
     mend_last_line(path)
     with open(path, 'a') as file:

@@ -204,6 +204,12 @@ def read_video(path, num_frames, every=None):
         yield open_picture(pictures[i])
 
 
+@functools.lru_cache(maxsize=1)
+def frames_of_video(path, num_frames):
+    """read_video's frames as a list, decoded once for questions that follow each other."""
+    return list(read_video(path, num_frames))
+
+
 def as_shown(frame, aspect):
     """A decoded frame of PyAV -> PIL image as a player shows it: square pixels, upright.
 

@@ -10,10 +10,12 @@ import torch
 from PIL import Image
 
 import eval as evaluation
+import media
 from adapter import SpatialVLM, save_spatial_vlm
 from benchmarks import (BENCHMARKS, aggregate, open_media, prompt, read_answers, read_benchmark,
                         relative_accuracy, results_table, score)
 from common import InputError
+from media import read_video
 from mini_vlm import Sight, build_tokenizer, build_vlm, save_mini_vlm
 from records import mend_last_line
 from test_data import make_video, picture
@@ -306,6 +308,16 @@ def test_every_picture_of_a_question_is_fed(tmp_path):
     make_sparbench(tmp_path / 'bench')
     doc = read_benchmark('sparbench', str(tmp_path / 'bench'))[0]
     assert len(open_media(doc['media'], 32)) == 3
+
+
+def test_a_video_is_decoded_once_for_all_its_questions(run, tmp_path, monkeypatch):
+    make_vsibench(tmp_path / 'bench')
+    paths = []
+    monkeypatch.setattr(media, 'read_video',
+                        lambda path, count: paths.append(path) or read_video(path, count))
+    evaluation.main([*command_of('vsibench', run, tmp_path), '--batch', '1'])
+    assert [Path(path).stem for path in paths] == ['scene0000_00', 'scene0001_00']
+    assert len(list((tmp_path).rglob('*.jsonl'))) == 2
 
 
 def test_questions_without_their_pictures_are_left_out(run, tmp_path, capsys):

@@ -23,6 +23,7 @@ import eval as evaluation
 import finetune
 import mini_vggt
 import mini_vlm
+import model
 import train
 from common import InputError, autocast_on, parse_options, read_weights
 from data import RoomPool, make_source
@@ -152,6 +153,21 @@ def test_given_cameras_separate_context_and_a_probe_train_too(tmp_path):
     main([*TINY, '--out', str(tmp_path), '--cameras', 'given', '--context', 'separate',
           '--depth-probe', '--no-standardised', '--steps', '1', '--accumulate', '2'])
     assert (tmp_path / 'field.png').is_file()
+
+
+def test_what_is_computed_twice_does_not_count(tmp_path, monkeypatch):
+    counted, recomputed = [], []
+    count, checkpoint = train.flops_per_view, model.checkpoint
+    monkeypatch.setattr(train, 'peak_flops', lambda device: 1e12)
+    monkeypatch.setattr(train, 'flops_per_view', lambda *args: counted.append(count(*args)) or 1.0)
+    monkeypatch.setattr(model, 'checkpoint',
+                        lambda *args, **more: recomputed.append(0) or checkpoint(*args, **more))
+    for name in ('no-checkpointing', 'checkpointing'):
+        assert not recomputed
+        main([*TINY, f'--{name}', '--out', str(tmp_path / name)])
+    assert recomputed and counted[0] == counted[1]
+    kept, again = losses(tmp_path / 'no-checkpointing'), losses(tmp_path / 'checkpointing')
+    assert [loss for _, loss, _ in again] == pytest.approx([loss for _, loss, _ in kept], abs=1e-4)
 
 
 def test_photographs_of_mixed_kinds_train(tmp_path, capsys):
