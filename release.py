@@ -266,6 +266,7 @@ def open_spatial_vlm(folder, dtype=torch.float32, max_pixels=None):
     if 'attention.q_norm.weight' not in ours:
         raise InputError(f'{folder} is no Spa3-VLM: neither a run of finetune.py '
                          '(spatial_vlm.json) nor the release (weights geom_cross_attention.*)')
+    max_pixels = max_pixels or 518 * 392  # the release shows its VLM pictures 518 pixels wide
     vlm, chat = load_vlm(folder, dtype, max_pixels, leave=('geometry_', 'geom_', 'ln.'))
     hidden, latent_width = ours['projector.fc1.weight'].shape
     head_dim = len(ours['attention.q_norm.weight'])
