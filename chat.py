@@ -264,7 +264,8 @@ class Chat:
         return dict(input_ids=ids, labels=labels, **pixels)
 
     def batch(self, items, left=False):
-        """Encoded items -> tensors, padded on the right, or on the `left` for generation."""
+        """Encoded items -> tensors, padded on the right to a multiple of 32, or for generation on
+        the `left` to the longest."""
         longest = max(len(item['input_ids']) for item in items)
         if not left:  # few lengths: whatever is planned or compiled for each of them is found again
             longest = math.ceil(longest / 32) * 32

@@ -438,7 +438,7 @@ def compile_blocks(model, kind=Block, backend='inductor'):
 
 
 def compile_if_possible(model, kind, wanted, device, say):
-    """compile_blocks if it is `wanted` (None: on a CUDA GPU), and there is a C compiler."""
+    """compile_blocks if it is `wanted` (None: on a CUDA GPU), and the compiler can run."""
     wanted = device.type == 'cuda' if wanted is None else wanted
     if wanted and has_compiler(device.type):
         compile_blocks(model, kind)
