@@ -6,7 +6,7 @@ that make and ask one run each: train.py, finetune.py and eval.py. Rooms only.
     python ablate.py scaling    # R2 and objects found against steps and width
     python ablate.py worlds     # a trained field in rooms unlike those that it was trained on
     python ablate.py limits     # where a trained field is wrong
-    python ablate.py vlm        # do the latents help a VLM? every kind
+    python ablate.py vlm        # do the latents help a VLM? all kinds of them
 
 What is trained is trained with three seeds. The same command goes on where it was cut off: finished
 runs are kept, and two commands may share the work (`--seeds 0`, `--seeds 1 2`). Options that this
@@ -27,8 +27,8 @@ import psfm as method
 import train
 from adapter import LATENTS
 from chat import attend_in_fp32
-from common import (InputError, Parser, autocast_on, check_same, find_checkpoint, find_file, number,
-                    pick_device, pick_dtype, read_json, run_script, write_json)
+from common import (FREE, InputError, Parser, autocast_on, check_same, find_checkpoint, find_file,
+                    number, pick_device, pick_dtype, read_json, run_script, write_json)
 from data import RoomPool, make_sources, rendering
 from draw import ACCENT, blank, draw_panel
 from eval import SHIPPED, folder_beside, load_answerer
@@ -102,11 +102,12 @@ T95 = math.nan, math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36  # Student's
 def check_finished(folder, config):
     """Raises InputError if the run in `folder` is of another configuration or of older weights."""
     there = read_json(os.path.join(folder, 'config.json'))
-    check_same(folder, there, config, {'resume', 'out', 'device', 'workers', 'log_every', 'cache'})
+    check_same(folder, there, config, FREE - {'steps', 'dtype'})
     finished = os.path.getmtime(os.path.join(folder, 'metrics.json'))
     for name in ('vlm', 'encoder', 'backbone', 'init'):
         path = getattr(config, name, '') and find_file(getattr(config, name))
-        if path and os.path.exists(path) and os.path.getmtime(path) > finished:
+        path = path and (find_checkpoint(path) or path)  # a run's folder is written to later too
+        if os.path.exists(path) and os.path.getmtime(path) > finished:
             raise InputError(f'{folder} is older than {path}: take another --out, or delete it')
 
 
@@ -205,14 +206,15 @@ def comparison(rows, first=None):
     return '\n'.join(lines)
 
 
-def one_dtype(args):
-    """All runs in the dtype that is fast here, measured once."""
-    dtype, _ = pick_dtype('auto', pick_device('auto'))
-    args.options = ['--dtype', str(dtype).removeprefix('torch.'), *args.options]
+def one_dtype(args, parse):
+    """All runs in one dtype: as asked for, or what is fast on their device, measured once."""
+    _, config = parse(['--config', args.config, *args.options])
+    dtype, _ = pick_dtype(config.dtype, pick_device(config.device))
+    args.options = [*args.options, '--dtype', str(dtype).removeprefix('torch.')]
 
 
 def field(args):
-    one_dtype(args)
+    one_dtype(args, train.parse_config)
     rows = {}
     for seed in args.seeds:
         for name, (changes, decoder) in FIELD.items():
@@ -221,7 +223,7 @@ def field(args):
 
 
 def scaling(args):
-    one_dtype(args)
+    one_dtype(args, train.parse_config)
     rows = {}
     for seed in args.seeds:
         for width in WIDTHS:
@@ -285,9 +287,9 @@ def worlds(args):
 
 
 def camera_errors(extrinsics, truth, num_context):
-    """For each view after the first `num_context`: its error towards each of these, the larger of
-    rotation and direction (not length) of translation, averaged. (B, V, 3, 4) twice -> degrees
-    (B, V - num_context)"""
+    """For each view after the first `num_context`: its camera's error towards each of those (the
+    larger of the errors of rotation and of translation's direction), averaged. (B, V, 3, 4) twice
+    -> degrees (B, V - num_context)"""
     V = extrinsics.shape[1]
     worse = torch.maximum(*pose_errors(extrinsics, truth))  # (B, pairs)
     i, j = torch.triu_indices(V, V, offset=1)
@@ -329,8 +331,8 @@ def per_patch(cells, grid):
 
 
 def room_from(extrinsics, batch, rooms, view_mask):
-    """The pictures of a batch, its targets as the room looks from these cameras (B, V, 3, 4), which
-    are in the first camera's frame and in SCENE_UNITs."""
+    """The pictures of a batch, the targets rendered anew from these cameras (B, V, 3, 4), which are
+    in the first camera's frame and in SCENE_UNITs."""
     in_metres = torch.cat([extrinsics[..., :3], SCENE_UNIT * extrinsics[..., 3:]], -1)
     in_room = (to_4x4(in_metres) @ to_4x4(batch['extrinsics'][:, :1]))[..., :3, :]
     seen = render(rooms, in_room, batch['intrinsics'], batch['images'].shape[-2:])['image']
@@ -423,7 +425,7 @@ def ask_shuffled(folder, config, data):
 
 def vlm(args):
     """Fine-tunes every arm with every seed: the same start, the same data in the same order."""
-    one_dtype(args)
+    one_dtype(args, finetune.parse_config)
     args.options = ['--val-scenes', '768', '--eval-every', '1000000', *args.options]
 
     @functools.cache

@@ -102,7 +102,7 @@ class SpatialVLM(nn.Module):
         self.latents = self.counts = None  # of the call under way: see `expect`
         self.image_tokens = None  # of the last call, as the LLM read them (for mini_vlm.ground)
         vlm.model.get_image_features = self.with_latents(vlm.model.get_image_features)
-        # on a GPU cuDNN plans each new length anew: that of a batch, and of every token said
+        # on a GPU cuDNN's attention plans each new length anew: of batches, of every new token
         torch.backends.cuda.enable_cudnn_sdp(False)
 
     def with_latents(self, plain):
@@ -140,9 +140,8 @@ class SpatialVLM(nn.Module):
             return
         if len(latents) != len(input_ids):
             raise InputError(f'latents of {len(latents)} samples for a batch of {len(input_ids)}')
-        config = self.vlm.config
-        image_token = getattr(config, 'image_token_id', None) or config.image_token_index
-        self.latents, self.counts = latents, (input_ids == image_token).sum(1).tolist()
+        self.latents = latents
+        self.counts = (input_ids == self.vlm.config.image_token_id).sum(1).tolist()
 
     def forward(self, input_ids, latents=None, **inputs):
         """The VLM's own forward. `latents`: a list with (L, D), or None, for every sample."""
@@ -190,9 +189,9 @@ class SpatialVLM(nn.Module):
 class Reading:
     """Scenes that a SpatialVLM has read once, to be asked about as often as one likes.
 
-    All questions about a scene begin with its pictures. Their keys and values are computed here
-    and shared: greedy answers in a fraction of the time, those of `generate` for a VLM whose
-    generation config asks for nothing else (no penalties)."""
+    All questions about a scene begin with its pictures. Their keys and values are computed once and
+    shared (a KV cache): greedy answers in a fraction of the time. They are those of `generate`,
+    unless the VLM's generation config asks for more (penalties)."""
 
     @torch.no_grad()
     def __init__(self, model, chat, scenes, z, autocast):
@@ -393,8 +392,9 @@ class SceneLatents:
           pooled    the same, mean over as few tokens as z has, or a few more
           imagined  as many, of the field decoded from z at six cameras where nobody stood
 
-    A file's name is a hash of the weights that z depends on, the kind, and the pixels: no stale
-    file is ever used. `folder` None: nothing is kept. `dtype`: bfloat16 computes under autocast.
+    A file's name is a hash of the weights that z depends on, the kind, and the pixels: after a
+    training no stale file is used. (After a change of this code, delete the folder.) `folder` None:
+    nothing is kept. `dtype`: bfloat16 computes under autocast.
     """
 
     def __init__(self, kind, psfm, config, folder=None, say=print, dtype=torch.float32):
@@ -409,9 +409,7 @@ class SceneLatents:
         self.psfm = psfm.eval().requires_grad_(False)
 
         whole = self.kind == 'imagined'   # z, and what is decoded from it
-        self.key = f'{kind} {hash_of_encoder(psfm, whole)} {self.image_width}'
-        if dtype != torch.float32:
-            self.key += f' {dtype}'
+        self.origin = f'{kind} {hash_of_encoder(psfm, whole)} {self.image_width}'
 
     def to(self, device):
         self.device = device
@@ -457,11 +455,13 @@ class SceneLatents:
             if not pictures:
                 continue
             images = fit_pictures(pictures, self.image_width, self.psfm.backbone.config.patch_size)
-            content = f'{self.key} {tuple(images.shape)}'.encode() + images.numpy().tobytes()
+            content = f'{self.origin} {self.dtype} {tuple(images.shape)}'.encode()
+            content += images.numpy().tobytes()
             name = hashlib.sha256(content).hexdigest()[:32]
             latents[i] = self.find(name)
             if latents[i] is None:  # scenes of one shape are computed together, equal ones once
-                due.setdefault(images.shape, {}).setdefault(name, (images, []))[1].append(i)
+                group = due.setdefault(images.shape, {})
+                group.setdefault(name, (images, []))[1].append(i)
         for group in due.values():
             computed = self.compute(torch.stack([images for images, _ in group.values()]))
             self.computed += len(computed)

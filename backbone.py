@@ -83,11 +83,26 @@ def fit_pictures(pictures, width, multiple):
     return to_one_height([fit_picture(picture, width, multiple) for picture in pictures])
 
 
+class ImageNorm(nn.Module):
+    """Images in [0, 1], (..., 3, H, W), less ImageNet's mean, over its deviation: as DINO and VGGT
+    expect them."""
+
+    def __init__(self):
+        super().__init__()
+        statistics = dict(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
+        for name, value in statistics.items():  # not in checkpoints: on the CPU, even on 'meta'
+            value = torch.tensor(value, device='cpu').view(3, 1, 1)
+            self.register_buffer(name, value, persistent=False)
+
+    def forward(self, images):
+        return (images - self.mean) / self.std
+
+
 # -----------------------------------------------------------------------------
 # the depth head
 
 class ResidualConvUnit(nn.Module):
-    """`adds_relu`: what is added is the input after its ReLU (VGGT's is in place), not before."""
+    """`adds_relu`: the skip adds relu(x) instead of x, because VGGT's ReLU works in place."""
 
     def __init__(self, dim, adds_relu):
         super().__init__()
@@ -116,9 +131,9 @@ class FusionBlock(nn.Module):
 
 
 class DPTHead(nn.Module):
-    """Four layers' tokens -> a map as large as the image (arXiv 2103.13413), confidence last."""
+    """Four layers' tokens -> depth and its confidence, as large as the image (arXiv 2103.13413)."""
 
-    def __init__(self, config, out_channels, adds_relu=True):
+    def __init__(self, config, adds_relu=True):
         super().__init__()
         dim, features = 2 * config.width, config.dpt_features
         c0, c1, _, c3 = config.dpt_channels
@@ -135,7 +150,7 @@ class DPTHead(nn.Module):
             self.scratch.add_module(f'refinenet{i}', FusionBlock(features, i < 4, adds_relu))
         self.scratch.output_conv1 = nn.Conv2d(features, features // 2, 3, padding=1)
         self.scratch.output_conv2 = nn.Sequential(
-            nn.Conv2d(features // 2, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, out_channels, 1))
+            nn.Conv2d(features // 2, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 2, 1))
 
     @staticmethod
     def add_positions(x, aspect):
@@ -150,7 +165,7 @@ class DPTHead(nn.Module):
         return x + 0.1 * torch.cat([u.sin(), u.cos(), v.sin(), v.cos()]).to(x.dtype)
 
     def forward(self, layers, grid):
-        """{layer: patch tokens (B, V, N, 2C)} -> (B, V, out_channels, H, W), not activated."""
+        """{layer: patch tokens (B, V, N, 2C)} -> (B, V, 2, H, W), not activated."""
         h, w = grid
         aspect = w / h
         B, V = layers[self.layers[-1]].shape[:2]

@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from chat import as_text
-from common import InputError, autocast_on
+from common import InputError, autocast_on, first_line
 from media import frames_of_video, media_fault, open_picture
 from records import as_list, mend_last_line, read_records
 
@@ -61,8 +61,7 @@ def read_parquet(root, *patterns):
         try:
             rows += pyarrow.parquet.read_table(path).to_pylist()
         except (pyarrow.ArrowException, OSError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise InputError(f'{path} cannot be read as parquet: {reason}') from error
+            raise InputError(f'{path} cannot be read as parquet: {first_line(error)}') from error
     return rows
 
 

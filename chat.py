@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
-from common import InputError, find_file, is_hub_id, some, write_json
+from common import InputError, find_file, first_line, is_hub_id, some, write_json
 
 HOLE = '\ue000'       # where a text goes in a template
 BREAK = '\ue001'      # where a text is cut before it becomes tokens
@@ -87,8 +87,8 @@ def make_processor(config, tokenizer, image_processor):
 def fewer_pixels(config, image_processor, max_pixels):
     """Options of an image processor that keep a picture within `max_pixels`; None: its own limit.
 
-    Where a picture is cut into tiles, it may have as many tiles as that, but always one; the whole
-    picture, which is shown beside several tiles, is not counted.
+    A picture that is cut into tiles gets as many as fit in, and at least one. The whole picture,
+    which is shown beside several tiles, is not counted.
     """
     if config.model_type == 'internvl':
         side = image_processor.size['height']
@@ -175,7 +175,7 @@ class Chat:
             return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
         except (TemplateError, TypeError) as error:
             raise InputError(f'the chat template of this VLM cannot lay out a conversation '
-                             f'({str(error).splitlines()[0]})') from error
+                             f'({first_line(error)})') from error
 
     @functools.lru_cache(maxsize=1024)
     def layout(self, shape):
@@ -198,7 +198,7 @@ class Chat:
         return chunks
 
     def tokens(self, text):
-        """Token ids of a text; at a BREAK it is cut, and its parts do not know each other."""
+        """Token ids of a text; cut at every BREAK, and each part becomes tokens on its own."""
         parts = self.tokenizer(text.split(BREAK), add_special_tokens=False).input_ids
         return [token for part in parts for token in part]
 
@@ -246,13 +246,14 @@ class Chat:
         ids, labels = [], []
         for (role, texts), pieces in zip(turns, layout):
             if role == 'assistant':   # of an answer, no template around a picture is learned
-                *pieces, last = pieces
-                ending = self.ending if last.endswith(self.ending) else ''
-                pieces = [*map(self.fence, pieces), self.fence(last.removesuffix(ending)) + ending]
+                ending = self.ending if pieces[-1].endswith(self.ending) else ''
+                pieces = [*pieces[:-1], pieces[-1].removesuffix(ending)]
+                pieces = [self.fence(piece) for piece in pieces]
+                pieces[-1] += ending
             pieces = [re.sub(re.escape(self.image_token), lambda _: next(seen), piece)
                       for piece in pieces]
-            texts = [*map(self.plain, filter(None, texts)), '']
-            text = ''.join(piece + text for piece, text in zip(pieces, texts))
+            texts = [self.plain(text) for text in texts if text]
+            text = ''.join(piece + text for piece, text in zip(pieces, [*texts, '']))
             for i, part in enumerate(text.split(EDGE)):
                 new = self.tokens(part)
                 is_learned = role == 'assistant' and i % 2 == 0  # the answer, not its pictures
@@ -289,7 +290,7 @@ class Chat:
 
     def batches(self, samples, parts):
         """[(encoded, item)] -> `parts` tuples (batch, items, share of the answers' tokens), short
-        samples first: less is padding, and attention costs its square."""
+        samples first: less is padding, and attention's cost is quadratic."""
         samples = sorted(samples, key=lambda sample: len(sample[0]['input_ids']))
         split = []
         for numbers in np.array_split(range(len(samples)), parts):
@@ -327,8 +328,8 @@ def load_vlm(source, dtype=torch.float32, max_pixels=None, leave=()):
             source, dtype=dtype, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(source)
         image_processor = load_image_processor(config, source)
-    except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
-        raise InputError(f'no VLM at {source}: {str(error).strip().splitlines()[0]}') from error
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
+        raise InputError(f'no VLM at {source}: {first_line(error)}') from error
     missing = [name for name in report['missing_keys'] if not name.startswith('lm_head')]
     strange = [name for name in report['unexpected_keys']
                if not any(part in name for part in leave)]
@@ -370,7 +371,7 @@ def attend_in_fp32(vlm, device):
 @contextlib.contextmanager
 def states_kept(vlm):
     """A list of what leaves every block of the language model in this context, (B, T, h)."""
-    states = []  # (transformers' own way to keep them would break compiled blocks apart, for good)
+    states = []  # (transformers' output_hidden_states leaves graph breaks in compiled blocks)
     hooks = [block.register_forward_hook(lambda block, inputs, state: states.append(state))
              for block in vlm.get_decoder().layers]
     try:
@@ -381,8 +382,8 @@ def states_kept(vlm):
 
 
 def lean_batch(batch, vlm, device):
-    """A batch of Chat.batch -> what the VLM's forward takes, on `device`, and `labels`: to be
-    popped before, as they are shifted here, which transformers would do again.
+    """A batch of Chat.batch -> what the VLM's forward takes, on `device`, and `labels`. Pop these
+    before: they are shifted here, and transformers would shift them again.
 
     labels (B, K): the next token at the K places where some sample has an answer's, or -100.
     Logits are computed at these places alone (over a vocabulary of 150,000 they are gigabytes).

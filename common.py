@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import os
+import shlex
 import shutil
 import sys
 
@@ -19,7 +20,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-
 
 PROCESSES = os.environ.get('WORLD_SIZE', '1')  # that torchrun started
 
@@ -52,8 +52,13 @@ def run_script(main):
 
 
 def command_of(script, argv=None):
-    """How a script was started, for what it makes: with `argv`, or as this process was."""
-    return ' '.join(['python', script, *(sys.argv[1:] if argv is None else argv)])
+    """The command line that made something: `script` with `argv`, or with this process's own."""
+    return shlex.join(['python', script, *(sys.argv[1:] if argv is None else argv)])
+
+
+def first_line(error):
+    """Of an error's message, or else its kind."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def step_generator(*numbers):
@@ -99,7 +104,7 @@ def read_json(path):
 
 
 def write_json(path, content):
-    """The whole file, or what was there before."""
+    """Replaces the file in one step: whatever happens, it is the old one or the new one, whole."""
     with open(f'{path}.part', 'w', encoding='utf-8') as file:
         json.dump(content, file, indent=1)
     os.replace(f'{path}.part', path)
@@ -211,7 +216,7 @@ def pick_dtype(name, device):
     if device.type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.bfloat16, 'the GPU has it'
     if device.type != 'cpu':
-        return torch.float32, 'this GPU has no bf16'
+        return torch.float32, f'bf16 is for GPUs that have it, and not for {device.type}'
     from torch.utils.benchmark import Timer  # takes a while to import
     # median time of a matrix product of the size that `small` spends its time in
     median = {}
@@ -286,8 +291,7 @@ def join_processes(device):
 
 
 def leave_processes():
-    """Waits for the processes that were joined: Python aborts where it ends while a thread of gloo
-    still lets go of the tensors that it gathered last."""
+    """Waits for the others first: a thread of gloo still at work can make Python abort at exit."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
@@ -311,6 +315,11 @@ def read_weights(path):
 def without_prefix(state, prefix):
     """The part of a state whose names begin with `prefix`, under the rest of their names."""
     return {name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)}
+
+
+def count_blocks(state, prefix):
+    """The number of blocks below `prefix`."""
+    return len({name.split('.')[0] for name in without_prefix(state, prefix)})
 
 
 def some(names):

@@ -10,17 +10,15 @@ class token.
 Module names are those of the released weights without their first 'model.'. Shapes as in model.py;
 P = 1 camera token + N.
 """
-import re
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from backbone import Backbone, DPTHead, patch_grid
-from common import InputError, load_strictly, without_prefix
-from model import (IMAGE_STATISTICS, Block, RoPE2D, init_linear, invert_pose,
-                   pose_encoding_to_cameras)
+from backbone import Backbone, DPTHead, ImageNorm, patch_grid
+from common import InputError, count_blocks, load_strictly, without_prefix
+from model import Block, RoPE2D, init_linear, invert_pose, pose_encoding_to_cameras
 
 
 @dataclass(frozen=True)
@@ -78,14 +76,12 @@ class ViT(nn.Module):
             Block(C, config.num_heads, nn.LayerNorm if i >= config.alt_start else None, 1.0)
             for i in range(config.depth))
         self.norm = nn.LayerNorm(C)
-        for name, value in IMAGE_STATISTICS.items():      # on the CPU, even of a model on 'meta'
-            value = torch.tensor(value, device='cpu').view(3, 1, 1)
-            self.register_buffer(name, value, persistent=False)
+        self.image_norm = ImageNorm()
 
     def embed(self, images):
         """Images (B, V, 3, H, W) -> patch tokens (B, V, N, C) of each view alone, grid (h, w)."""
         grid = patch_grid(images, self.config.patch_size)
-        x = (images.flatten(0, 1) - self.mean) / self.std  # (B V, 3, H, W)
+        x = self.image_norm(images.flatten(0, 1))  # (B V, 3, H, W)
         x = self.patch_embed['proj'](x).flatten(2).transpose(1, 2)  # (B V, N, C)
         x = x + scale_positions(self.pos_embed[:, 1:], grid)
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
@@ -145,7 +141,7 @@ class DA3(Backbone):
         self.backbone = nn.ModuleDict({'pretrained': ViT(config)})
         self.cam_dec = CameraDecoder(2 * config.width)
         if 'depth' in config.heads:
-            self.head = DPTHead(config, 2, adds_relu=False)
+            self.head = DPTHead(config, adds_relu=False)
         self.backbone.apply(init_linear)
 
     @property
@@ -190,7 +186,7 @@ def config_of(state, path):
         features = len(state['model.head.scratch.layer1_rn.weight'])
     except KeyError as error:
         raise InputError(f'{path} is no any-view Depth Anything 3: no {error}') from error
-    depth = len({name.split('.')[4] for name in state if re.match(vit + r'blocks\.\d', name)})
+    depth = count_blocks(state, vit + 'blocks.')
     if depth != 12:
         raise InputError(f'{path} has {depth} blocks: only DA3-SMALL and DA3-BASE, with 12, are '
                          'known here (the larger ones are not open)')

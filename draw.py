@@ -149,7 +149,7 @@ def draw_field(psfm, source, config, autocast, path, num_scenes=2, tile=88):
     margin = 160
     top = 46
     block = top + len(rows) * (height + gap) + 24
-    footer = 52 if len(rows) > 6 else 0
+    footer = 52 if any('categories' in title for title, _ in rows) else 0
     canvas, pen, font = blank(margin + V * (tile + gap) + 80, B * block + footer)
 
     for b in range(B):
@@ -322,7 +322,8 @@ def draw_film(psfm, config, autocast, path, num_rooms=2, tile=112):
     rooms, block = RoomPool('val', 0, num_rooms, image_size=size, device=device).render_block(0)
     walk = block['extrinsics']
     chosen = torch.arange(FILM_CONTEXT) * RoomPool.VIEWS // FILM_CONTEXT  # spread over the walk
-    cameras = make_path(rooms.to('cpu'), FILM_FRAMES).to(device)  # (R, F, 3, 4)
+    on_cpu = rooms.to('cpu')
+    cameras = make_path(on_cpu, FILM_FRAMES).to(device)  # (R, F, 3, 4)
     intrinsics = make_intrinsics(size, len(cameras), FILM_FRAMES).to(device)
     seen = render(rooms, cameras, intrinsics, size)
 
@@ -348,7 +349,6 @@ def draw_film(psfm, config, autocast, path, num_rooms=2, tile=112):
     gap = 4
     top = 22
     half = tile // 2 - 1
-    on_cpu = rooms.to('cpu')
     film = []
     for f in range(FILM_FRAMES):
         canvas, pen, font = blank(len(titles) * (tile + gap), top + num_rooms * (tile + gap), 11)

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import finetune
-from adapter import SceneLatents, SpatialVLM, hash_of_encoder
+from adapter import SpatialVLM, hash_of_encoder
 from backbone import fit_pictures
 from benchmarks import (BENCHMARKS, ask_benchmark, generate, leave_out_lost, read_answers,
                         read_benchmark, results_table)
@@ -142,10 +142,10 @@ def encode(args):
         paths = [paths[i] for i in even_frames(len(paths), args.views)]
         faults = [reading_fault(path) for path in paths]
         for fault in filter(None, faults):
-            print(f'{fault}; left out')
+            tqdm.write(f'{fault}; left out')
         paths = [path for path, fault in zip(paths, faults) if not fault]
         if not paths:
-            print(f'scene {name} is left out: none of its pictures can be read')
+            tqdm.write(f'scene {name} is left out: none of its pictures can be read')
             continue
         file = name.replace('--', '---').replace('/', '--') + '.safetensors'
         path = os.path.join(args.out, file)
@@ -246,20 +246,18 @@ def load_answerer(run, device, max_pixels=None, num_rooms=192, dtype=None):
                          '--config small)')
     folder = find_checkpoint(run) or run
     if os.path.isfile(os.path.join(folder, 'sight.safetensors')):  # a mini VLM, not fine-tuned
-        vlm, chat = load_vlm(folder, dtype)
+        vlm, chat = load_vlm(folder, dtype, max_pixels)
         model = SpatialVLM(vlm)
         settings = dict(vlm=folder, latents='none', num_frames=8)
     else:
         model, chat, settings = open_spatial_vlm(folder, dtype, max_pixels)
     if hasattr(model.vlm.config, 'classes'):
         check_classes(model.vlm.config.classes, run, 'python mini_vlm.py')
-    latents = None
-    if settings['latents'] == 'oracle':
-        latents = finetune.TrueList(0, num_rooms)
-    elif settings['latents'] != 'none':
-        psfm, config = open_psfm(settings['encoder'])
-        as_trained = getattr(torch, settings.get('dtype', 'float32'))
-        latents = SceneLatents(settings['latents'], psfm, config, 'out/latents', dtype=as_trained)
+    config = finetune.Config(latents=settings['latents'], encoder=settings.get('encoder', ''),
+                             num_rooms=0, val_scenes=num_rooms)
+    as_trained = getattr(torch, settings.get('dtype', 'float32'))
+    latents = finetune.open_latents(config, as_trained, settings.get('origin'))
+    if latents:
         latents.to(device)
     return (model.to(device).eval(), chat, latents), settings
 
@@ -284,7 +282,7 @@ def rooms(args):
 
 
 def in_training_words(question, vlm, chat, settings):
-    """A question as its VLM was trained on it: of rooms, in VSI-Bench's wording.
+    """The question as a prompt; of a VLM that was trained on rooms, in VSI-Bench's form.
 
     Says what a mini VLM can be asked, if it does not know the words.
     """
@@ -337,7 +335,7 @@ def sample(docs, limit):
 
 
 def select(docs, args):
-    """The questions of --tasks, or a sample of --limit."""
+    """The questions of --subset and --tasks; with --limit, a sample of them."""
     def task(doc):
         return doc.get('question_type', doc.get('task'))
 
@@ -403,7 +401,8 @@ def make_parser():
     def command(function, help, name=None):
         added = commands.add_parser(name or function.__name__, help=help)
         added.set_defaults(function=function)
-        added.add_argument('--device', default='auto', help='auto | cpu | cuda | mps (auto)')
+        if function not in (runs, export):
+            added.add_argument('--device', default='auto', help='auto | cpu | cuda | mps (auto)')
         return added
 
     c = command(field, 'measures and draws a trained field')

@@ -7,9 +7,9 @@ Fine-tunes an open VLM that is given the latents of a scene: Spa3-VLM (Spa3R, ar
     torchrun --nproc_per_node 8 finetune.py --config base --data a.jsonl --media media/ --shard
 
 The last command is the paper's setup, Qwen2.5-VL-3B. The loss is on the answers' tokens alone. On
-rooms the adapter first learns alone where things are (mini_vlm.ground). A scene's latents are kept
-in --cache. Everything goes to out/vlm-<config>/: map.png (of rooms), config.json, log.jsonl,
-metrics.json, checkpoint/ (`--resume` continues from it).
+rooms the adapter alone is trained first, to tell where things are (mini_vlm.ground). Everything
+goes to out/vlm-<config>/: map.png (of rooms), config.json, log.jsonl, metrics.json, checkpoint/
+(`--resume` continues from it). Only the latents of scenes are kept elsewhere, in --cache.
 """
 import contextlib
 import dataclasses
@@ -65,12 +65,11 @@ class Config:
     media: str = opt('.', "folder that the records' paths are relative to")
     num_frames: int = opt(8, 'frames of a video, at most', low=1)
     max_pixels: int = opt(518 * 518, 'larger pictures are scaled down for the VLM', low=784)
-    max_length: int = opt(0, 'tokens of a conversation with its pictures, at most: the next one '
-                          'stands in for a longer one; 0: any', low=0)
+    max_length: int = opt(0, 'most tokens of a conversation, pictures included; a longer one is '
+                          'replaced by the next; 0: no limit', low=0)
     skip_bad: bool = opt(False, 'leave faulty records out instead of stopping')
     num_rooms: int = opt(3000, 'rooms to train on, in fours', low=1)
-    ground_steps: int = opt(0, 'rooms: steps in which the adapter alone first learns where each '
-                            'image token is, at twice the batch size', low=0)
+    ground_steps: int = opt(0, 'rooms: first steps, of the adapter alone; twice --batch', low=0)
     map_steps: int = opt(0, 'rooms: the first steps ask only for the map; twice --batch', low=0)
     val_scenes: int = opt(96, 'held-out rooms, or records', low=1)
     cache: str = opt('out/latents', "folder for the scenes' latents; empty: computed anew")
@@ -98,7 +97,7 @@ class Config:
     log_every: int = opt(50, 'steps between log lines', low=1)
     out: str = opt('', 'folder for everything that is written; empty: out/vlm-<config>')
     seed: int = opt(0, 'of weights and of the order of the data', low=0)
-    device: str = opt('auto', 'auto | cpu | cuda')
+    device: str = opt('auto', 'auto | cpu | cuda | mps')
     dtype: str = opt('auto', 'auto | float32 | bfloat16 (autocast)',
                      choices=('auto', 'float32', 'bfloat16'))
     resume: bool = opt(False, 'continue from <out>/checkpoint')
@@ -150,8 +149,7 @@ def make_data(config, progress=iter, say=print):
     files, n = config.data.split(','), config.val_scenes
     data = Conversations(files, config.media, config.num_frames, config.skip_bad, say)
     if len(data) <= n:
-        raise InputError(f'{config.data}: {len(data)} records, of which --val-scenes {n} are to be '
-                         'held out: none would be left')
+        raise InputError(f'{config.data}: --val-scenes {n} holds out all {len(data)} records')
     order = torch.randperm(len(data), generator=step_generator(10)).tolist()  # whatever --seed is
     return [Part(data, part, config.skip_bad, say) for part in (order[n:], order[:n])]
 
@@ -200,14 +198,18 @@ def frozen_dtype(config, dtype):
     return torch.float32 if config.train == 'adapter+llm' or config.shard else dtype
 
 
-def open_latents(config, dtype):
-    """-> SceneLatents, the true lists, or None"""
+def open_latents(config, dtype, origin=None):
+    """-> SceneLatents, the true lists, or None. `origin`: of those it was trained with."""
     if config.latents == 'none':
         return None
     if config.latents == 'oracle':
         return TrueList(config.num_rooms, config.val_scenes)
-    psfm, encoder_config = open_psfm(config.encoder)
-    return SceneLatents(config.latents, psfm, encoder_config, config.cache or None, dtype=dtype)
+    latents = SceneLatents(config.latents, *open_psfm(config.encoder), config.cache or None,
+                           dtype=dtype)
+    if origin not in (None, latents.origin):
+        raise InputError(f'{config.encoder} holds other weights now than those that the VLM was '
+                         'trained with: its latents would mean nothing to it, fine-tune anew')
+    return latents
 
 
 def build_model(config, dtype=torch.float32):
@@ -232,16 +234,15 @@ def absolute(path):
 
 
 def evaluate(model, chat, latents, held_out, data, config, autocast, is_main, sharded, is_final):
-    """-> metrics, a line about them. Of rooms, a few maps alone are asked for before the end."""
+    """-> metrics, a line about them. Before the end: of rooms only the maps, of a quarter."""
     if config.data != 'rooms' or sharded:  # a sharded model does not generate
         metrics = held_out_loss(model, chat, latents, held_out, autocast, config.max_length)
         return metrics, (f'held-out loss {metrics["loss"]:.4f}, answers right '
                          f'{metrics["accuracy"]:.3f}, too long {metrics["left_out"]}')
     if not is_main:
         return {}, ''
-    few = None if is_final else len(held_out) // 4  # 0: all
     metrics = answer_rooms(model, chat, latents, held_out, data, autocast, maps_only=not is_final,
-                           num_rooms=few)
+                           num_rooms=None if is_final else len(held_out) // 4)
     return metrics, rooms_line(metrics)
 
 
@@ -254,25 +255,24 @@ def card_of(config, latents, step, line):
             'trained on': f'{config.data}, {step} steps', 'held out': line}
 
 
-def save(model, chat, optimizers, step, config, dtype, metrics, card, is_main, sharded):
+def save(model, chat, latents, optimizers, step, config, dtype, metrics, line, is_main, sharded):
     """<out>/checkpoint: what eval.py loads (save_spatial_vlm), and what --resume needs."""
     state = None
     if sharded:                                     # every process takes part
         state, optimizers = gather(model, optimizers)
     if not is_main:
         return
-    settings = dict(vlm=absolute(config.vlm), encoder=absolute(config.encoder),
-                    latents=config.latents, num_frames=config.num_frames, data=config.data,
-                    max_pixels=config.max_pixels, num_rooms=config.num_rooms,
-                    dtype=str(dtype).removeprefix('torch.'),
+    settings = dict(vlm=absolute(config.vlm), encoder=absolute(config.encoder), data=config.data,
+                    latents=config.latents, origin=getattr(latents, 'origin', None),
+                    num_frames=config.num_frames, max_pixels=config.max_pixels,
+                    num_rooms=config.num_rooms, dtype=str(dtype).removeprefix('torch.'),
                     lora_rank=config.lora_rank if config.train == 'lora' else 0)
 
     def save_model(folder):
-        with_vlm = config.train == 'adapter+llm'
-        save_spatial_vlm(model, chat, folder, settings, with_vlm, state)
+        save_spatial_vlm(model, chat, folder, settings, config.train == 'adapter+llm', state)
         write_card(folder, 'A VLM that is given the latents of a scene',
                    '`eval.py ask --run` takes this folder, and `eval.py export` makes one for '
-                   'others out of it.', card)
+                   'others out of it.', card_of(config, latents, step, line))
 
     write_checkpoint(config.out, step, optimizers, config, dtype, metrics, save_model)
 
@@ -314,8 +314,8 @@ def open_model(config, state, device, dtype, say):
     """-> (SpatialVLM, Chat, SceneLatents or None) on `device`, as at step 0 or as in the checkpoint
     that `state` names."""
     if config.resume:
-        model, chat, _ = load_spatial_vlm(state['folder'], frozen_dtype(config, dtype))
-        latents = open_latents(config, dtype)
+        model, chat, there = load_spatial_vlm(state['folder'], frozen_dtype(config, dtype))
+        latents = open_latents(config, dtype, there.get('origin'))
     else:
         model, chat, latents = build_model(config, dtype)
     if config.data == 'rooms' and hasattr(model.vlm.config, 'classes'):
@@ -359,8 +359,8 @@ def write_results(name, config, metrics, say):
 
 
 def add_gradients(model, vlm, parts, latents, accumulate, is_last, autocast):
-    """Forward and backward pass of one batch, part by part (Chat.batches). -> what it adds to
-    the loss of a step of `accumulate` batches
+    """Forward and backward pass of one batch, part by part (Chat.batches). -> its share of the
+    loss of a step of `accumulate` batches
 
     `model`: the SpatialVLM around `vlm`, or DDP around it, which exchanges gradients in the last
     part of the last batch of a step.
@@ -371,8 +371,8 @@ def add_gradients(model, vlm, parts, latents, accumulate, is_last, autocast):
         batch = lean_batch(batch, vlm, vlm.device)
         labels = batch.pop('labels')  # the next tokens: lean_batch shifts them
         z = latents([item['images'] for item in items]) if latents else None
-        waits = is_ddp and not (is_last and i == len(parts) - 1)
-        with model.no_sync() if waits else contextlib.nullcontext():
+        skip_sync = is_ddp and not (is_last and i == len(parts) - 1)
+        with model.no_sync() if skip_sync else contextlib.nullcontext():
             with autocast:
                 outputs = model(latents=z, use_cache=False, **batch)
                 of_part = share * answer_loss(outputs.logits, labels) / accumulate
@@ -407,7 +407,7 @@ def train(name, config, data=None, held_out=None):
     config = dataclasses.replace(config, steps=config.steps or config.map_steps + epoch)
     say(banner(name, config, model, device, dtype, reason))
 
-    # the adapter alone first: where in the room is what each image token shows? (on every rank)
+    # first the adapter alone, on every rank: where in the room is what each image token shows?
     if config.ground_steps and latents and not config.resume:
         doubled = dataclasses.replace(config, batch=2 * config.batch, map_steps=0)
         parts_of = Encoded(data, chat, doubled).__getitem__
@@ -477,8 +477,8 @@ def train(name, config, data=None, held_out=None):
             brief = {key: value for key, value in metrics.items() if key not in ('scores', 'maps')}
             brief.update(seconds=time.time() - began, data=stamp)
             log.write(json.dumps(dict(step=done, metrics=brief)) + '\n')
-            card = card_of(config, latents, done, line)
-            save(model, chat, optimizers, done, config, dtype, brief, card, is_main, sharded)
+            save(model, chat, latents, optimizers, done, config, dtype, brief, line, is_main,
+                 sharded)
 
     # results
     metrics.update(step=config.steps, seconds=time.time() - began,

@@ -69,7 +69,8 @@ def look(psfm, batch, view_mask, num_context, config):
 
 
 def knows_rooms(psfm, config):
-    """Whether the backbone's heads read depth and categories. InputError if these are not ours."""
+    """True on rooms, if the backbone has heads that read depth and categories. InputError if these
+    are not the categories of rooms.py."""
     has_heads = 'cells' in psfm.backbone.config.heads and config.data == 'rooms'
     if has_heads:
         check_classes(psfm.backbone.config.classes, config.backbone)
@@ -139,8 +140,8 @@ def training_averages(psfm, source, number, config):
 def evaluate_field(psfm, train_source, held_out, number, config, autocast):
     """-> dict name -> {cos, centred_cos, r2}, for 'psfm', the baselines, and 'context' (ours, on
     views that it did see); on rooms also 'read_out' -> {true, psfm, camera, shuffled} ->
-    {depth_abs_rel, class_accuracy, object_recall}. `number`: of the training batch from which on
-    the averages are taken."""
+    {depth_abs_rel, class_accuracy, object_recall}. `number`: the first training batch that the
+    averages are taken from."""
     was_training = psfm.training
     psfm.eval()
     with autocast:
@@ -473,10 +474,10 @@ def held_out_loss(model, chat, latents, data, autocast, max_length=0):
     device = next(model.parameters()).device
     losses, hits = [], collections.defaultdict(list)
     for item in data:
-        batch = chat.batch([chat.encode(item)])
-        if max_length and batch['input_ids'].shape[1] > max_length:
+        encoded = chat.encode(item)
+        if max_length and len(encoded['input_ids']) > max_length:
             continue
-        batch = lean_batch(batch, model.vlm, device)
+        batch = lean_batch(chat.batch([encoded]), model.vlm, device)
         labels = batch.pop('labels')
         z = latents([item['images']]) if latents else None
         with autocast:

@@ -200,9 +200,10 @@ def make_batch(pool, step, config):
 # how good it is
 
 def pose_errors(extrinsics, truth):
-    """Over all pairs of views (VGGT, section 4.1): (B, V, 3, 4) twice ->
-    errors of rotation and of the direction of translation, (B, pairs)
-    degrees."""
+    """Over all pairs of views: (B, V, 3, 4) twice -> errors of rotation and
+    of the direction of translation, (B, pairs) degrees. As in VGGT, section
+    4.1, but stricter: to move the opposite way is an error of 180 degrees, not
+    of 0."""
     V = extrinsics.shape[1]
     i, j = torch.triu_indices(V, V, offset=1, device=extrinsics.device)
     ours = relative_pose(extrinsics[:, j], extrinsics[:, i])
@@ -214,7 +215,8 @@ def pose_errors(extrinsics, truth):
 
 
 def area_under_curve(rotation, direction, limit):
-    """AUC@limit: mean over thresholds 1 .. limit of the share of pairs with less (worse) error."""
+    """AUC@limit: the share of pairs whose larger error, of rotation or direction, is below k
+    degrees, averaged over k = 1 .. limit."""
     worst = torch.maximum(rotation, direction).flatten()
     return torch.stack([(worst < k).float().mean() for k in range(1, limit + 1)]).mean().item()
 

@@ -273,12 +273,12 @@ def build_vlm(tokenizer_json, width=128, depth=6, heads=4):
 
 
 class Sight(nn.Module):
-    """Asks the VLM for places in metres on the way to its answers. Only training needs it.
+    """Linear readers of places in metres off the VLM's states. Only training needs them.
 
     tokens   of each image token: what it shows, and where
     words    of each word that names a piece, half-way up the language model: where it stands
     answers  of the token before an answer, two thirds up: where all the pieces stand that the
-             question names, in their order; from there, which of two is left is one step more
+             question names, in their order; the blocks above have only to compare them
     """
     NAMES = 5  # in a question, at most
 
@@ -398,7 +398,7 @@ def ground(model, chat, latents, parts_of, config, autocast, say):
     shows lies, seen from the first camera.
 
     The mini VLM's own tokens say so of their own camera, in a form that its language model has
-    learned to read. VLM and Sight stay as they are. `parts_of(step)`: of its batch."""
+    learned to read. VLM and Sight stay as they are. `parts_of(step)`: its batch, in parts."""
     width = model.vlm.config.get_text_config().hidden_size
     device = next(model.parameters()).device
     sight = load_sight(config.vlm, width).to(device).requires_grad_(False)
@@ -422,7 +422,7 @@ def ground(model, chat, latents, parts_of, config, autocast, say):
 # training
 
 def start(folder):
-    """-> (SpatialVLM, Chat, Sight): those of a checkpoint, or without a folder new ones"""
+    """-> (SpatialVLM, Chat, Sight): of the checkpoint in `folder`; without one, new"""
     if folder:
         vlm, chat = load_vlm(folder)
         return SpatialVLM(vlm), chat, load_sight(folder, vlm.config.text_config.hidden_size)
@@ -466,7 +466,7 @@ def train(config, command):
                f'({reason}) | writing to {config.out}/')
     batches = iter(torch.utils.data.DataLoader(
         range(state['step'], config.steps), batch_size=None, num_workers=config.workers,
-        collate_fn=partial(make_batch, chat, config)))
+        collate_fn=partial(make_batch, chat, config)))  # makes a step's batch out of its number
 
     def losses_of(step):
         losses = losses_on(model, next(batches), None, sight, category_of, autocast)

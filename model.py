@@ -28,10 +28,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-# ImageNet mean and deviation, as DINO and VGGT expect
-IMAGE_STATISTICS = {'mean': [0.485, 0.456, 0.406], 'std': [0.229, 0.224, 0.225]}
-
-
 def full_precision(function):
     """Decorator: no autocast inside. Geometry in bf16 is wrong in the third digit. (A GPU's
     convolutions may still take TF32.)"""
@@ -70,8 +66,8 @@ def relative_pose(extrinsics, reference):
 
 @full_precision
 def look_along(places, forward, down):
-    """Cameras at `places` that look along `forward`, both (..., 3), with `down` (..., 3) as near to
-    their own as can be. -> extrinsics (..., 3, 4)"""
+    """Cameras at `places` that look along the unit vectors `forward`, both (..., 3), and whose own
+    down is as near to `down` (..., 3) as can be. -> extrinsics (..., 3, 4)"""
     right = F.normalize(torch.linalg.cross(down, forward), dim=-1)
     rotation = torch.stack([right, torch.linalg.cross(forward, right), forward], -2)
     return torch.cat([rotation, -rotation @ places[..., None]], -1)
@@ -168,7 +164,7 @@ def take_views(x, index):
 def turn_pairs(x, cos, sin):
     """In either half of x (..., d), channel i turns with channel i + d/4.
 
-    The signs in `sin` (..., d) are -, + in either half to turn anticlockwise, +, - clockwise.
+    `sin` (..., d) has the signs -, +, -, + by quarters to turn anticlockwise, +, -, +, - clockwise.
     """
     a, b, c, d = x.chunk(4, dim=-1)
     return torch.addcmul(x * cos, torch.cat([b, a, d, c], dim=-1), sin)
@@ -268,7 +264,8 @@ class Attention(nn.Module):
     def forward(self, x, position=None, num_context=None, num_kept=None):
         """x (B, tokens, dim) -> (B, tokens, dim), or its last `num_kept` tokens alone.
 
-        The first `num_context` tokens attend only to each other (split_attention).
+        The first `num_context` tokens attend only to each other (split_attention; not together
+        with `num_kept`).
         """
         B, tokens, dim = x.shape
         qkv = self.qkv(x).view(B, tokens, 3, self.num_heads, -1)
@@ -424,9 +421,9 @@ def compile_blocks(model, kind=Block, backend='inductor'):
     with the weights of the original.)"""
     # several kinds of stacks share this code, with and without gradients
     torch._dynamo.config.recompile_limit = 64
-    # what autocast leaves in fp32 (`full_precision`) is so in the backward pass too, as without it
+    # what autocast leaves in fp32 (`full_precision`) stays so in the backward pass, as in eager
     torch._functorch.config.backward_pass_autocast = 'off'
-    # block by block, DDP sends gradients early anyway: no graph need be cut for that
+    # DDP would cut graphs to send gradients early: with a graph a block it can anyway
     torch._dynamo.config.optimize_ddp = False
     # the compiler cannot know the size of the slice `c:`, and SDPA is fused without it. (Not as a
     # decorator: that would import the compiler, which takes a second, into every run.)

@@ -1,5 +1,5 @@
 """
-What training loops step with: the learning rate's course, AdamW, Muon.
+What training loops step with: the learning rate's course, AdamW, Muon; their states; FSDP2.
 """
 import contextlib
 import math
@@ -78,7 +78,7 @@ def make_optimizers(model, config, device, dtype=torch.float32, rate_of=None, fu
     """AdamW and, if config.muon_lr > 0, Muon for the matrices of MUON_PLACES. -> list
 
     `rate_of`: name of a parameter -> its peak learning rate under AdamW (default: config.lr).
-    Weight decay is for matrices only.
+    Vectors (biases, the scales of norms) have no weight decay.
     """
     adam_groups, matrices = {}, []
     for name, p in model.named_parameters():

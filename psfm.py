@@ -309,8 +309,8 @@ class PSFM(nn.Module):
         for the encoder; Views of all views, the targets; depth per patch (B,
         V, N) if asked for, else None.
         """
-        # attend -> {layer: tokens}, -1 is the last; read(tokens) -> Views: features and cameras;
-        # features(tokens) -> features alone
+        # backbone.attend: the tokens of the layers asked for (-1: the last one); read: the features
+        # and cameras of tokens (Views); features: their features alone
         backbone = self.backbone
         patches, grid = backbone.embed(images)  # each view on its own
         index = context_index(view_mask, num_context)  # (B, Vc)

@@ -38,8 +38,8 @@ def corners(rooms, room):
 
 
 def gaps(outlines):
-    """Metres between the outlines of every two pieces, (K, 4, 2) -> (K, K): as none touch, from a
-    corner of one to an edge of the other."""
+    """Metres between the outlines of every two pieces, (K, 4, 2) -> (K, K). They never overlap,
+    so the shortest way is from a corner of one to an edge of the other."""
     a = outlines[:, None, :, None]  # (K, 1, 4, 1, 2)
     b = outlines.roll(-1, dims=1)[:, None, :, None]  # edges go from a to b
     p = outlines[None, :, None]  # (1, K, 1, 4, 2)
@@ -75,7 +75,7 @@ class Triple(NamedTuple):
 
 
 class Scene:
-    """What of one room can be asked about: pieces of categories of which all pieces are seen."""
+    """What can be asked about one room: the categories of which every piece is seen."""
 
     def __init__(self, rooms, room, cells, fewest=3):
         self.fewest = fewest  # options where the closest piece is asked for
@@ -155,7 +155,7 @@ def find_room_sizes(scene):
 
 
 def find_closest(scene):
-    """Which is the closest: of all pieces whose distances can be told apart, up to four."""
+    """Which piece is the closest? Options: up to four whose distances clearly differ."""
     clear = 0.3 if scene.area > 40 else 0.15  # metres between two distances
     for a, i in scene.unique.items():
         others = sorted((scene.gap[i, pieces].min().item(), name)
@@ -197,7 +197,7 @@ def find_directions(level, scene):
         answer = find_sector(sectors, triple.angle, margin=10)
         if answer is None:
             continue
-        # the release's boxes have eight corners, two above each of ours: at most two may stray
+        # VSI-Bench lets two of a box's eight corners stray: two are above each of our four
         strays = sum(find_sector(sectors, corner) != answer for corner in triple.corners)
         if strays <= 1:
             ahead = f'If I am standing by the {triple.a} and facing the {triple.b}, '

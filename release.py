@@ -26,9 +26,11 @@ from safetensors import SafetensorError, safe_open
 
 from adapter import (ENCODER, Adapter, SpatialVLM, load_spatial_vlm, merge_lora,
                      save_spatial_vlm)
+from backbone import ImageNorm
 from chat import load_vlm
-from common import InputError, find_checkpoint, load_strictly, read_weights, without_prefix
-from model import IMAGE_STATISTICS, cast_matrices
+from common import (InputError, count_blocks, find_checkpoint, first_line, load_strictly,
+                    read_weights, without_prefix)
+from model import cast_matrices
 from psfm import PSFM, PSFMConfig, load_psfm, weights_of_run
 from vggt import VGGT, VGGTConfig
 
@@ -110,11 +112,6 @@ def is_released(path):
             return 'config' not in (file.metadata() or {})
     except SafetensorError:           # whoever reads it will say so
         return True
-
-
-def count_blocks(state, prefix):
-    """The number of blocks below `prefix`."""
-    return len({name.split('.')[0] for name in without_prefix(state, prefix)})
 
 
 def released_vggt_config(state):
@@ -273,7 +270,7 @@ def open_spatial_vlm(folder, dtype=torch.float32, max_pixels=None):
     adapter = Adapter(latent_width, hidden, hidden // head_dim)
     load_strictly(adapter, {name: x.float() for name, x in ours.items()}, folder)
     settings = dict(vlm=folder, latents='psfm', encoder=folder, latent_width=latent_width,
-                    num_frames=8)
+                    num_frames=8, max_pixels=max_pixels)
     return SpatialVLM(vlm, adapter), chat, settings
 
 
@@ -313,8 +310,7 @@ class SemanticTeacher(nn.Module):
         self.model = model.requires_grad_(False).eval()
         self.width = width
         cast_matrices(self.model, dtype)
-        for name, value in IMAGE_STATISTICS.items():
-            self.register_buffer(name, torch.tensor(value).view(3, 1, 1), persistent=False)
+        self.image_norm = ImageNorm()
 
     @property
     def feature_dim(self):
@@ -331,7 +327,7 @@ class SemanticTeacher(nn.Module):
         w = self.width // p
         h = max(1, round(w * images.shape[-2] / images.shape[-1]))
         x = F.interpolate(images.flatten(0, 1), (h * p, w * p), mode='bilinear', antialias=True)
-        tokens = self.model((x - self.mean) / self.std).last_hidden_state
+        tokens = self.model(self.image_norm(x)).last_hidden_state
         patches = tokens[:, -h * w:].float()  # the class token and registers come first
         x = patches.transpose(1, 2).unflatten(2, (h, w))  # (B V, S, h, w)
         x = F.interpolate(x, grid, mode='bilinear', antialias=True)
@@ -346,9 +342,9 @@ def load_teacher(source, dtype=torch.float32):
     try:
         model = AutoModel.from_pretrained(source, dtype=torch.float32)  # not that of the file
         return SemanticTeacher(model, dtype=dtype)
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
         raise InputError(
-            f'--teacher {source} could not be loaded ({str(error).splitlines()[0]}): if it is '
+            f'--teacher {source} could not be loaded ({first_line(error)}): if it is '
             'gated, ask for access on its page of the hub and run `hf auth login`; or take an '
             'open one (--teacher facebook/dinov2-with-registers-large), or none (--teacher "")'
         ) from error

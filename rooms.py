@@ -202,7 +202,7 @@ def make_walk(rooms, num_views, seed, style=Style()):
     R = len(rooms.size)
     V = num_views
     tries = 8
-    limit = rooms.size[:, :2] / 2 - 0.35  # (R, 2)
+    limit = rooms.size[:, None, None, :2] / 2 - 0.35  # (R, 1, 1, 2)
 
     # where: along a loop; of a few radii the first that is clear of tall furniture
     start = dice.uniform(R, 1, high=2 * math.pi)
@@ -211,7 +211,6 @@ def make_walk(rooms, num_views, seed, style=Style()):
     angle = start + sign * steps.cumsum(1)  # (R, V)
     direction = torch.stack([angle.cos(), angle.sin()], -1)[:, :, None]  # (R, V, 1, 2)
     radius = dice.uniform(R, V, tries, 1, low=0.5, high=1.0)
-    limit = limit[:, None, None]  # (R, 1, 1, 2)
     spot = direction * radius * 1.1 * limit  # (R, V, tries, 2)
     spot = torch.maximum(torch.minimum(spot, limit), -limit)
     gap = clearance(rooms, spot, style.eye_height)  # (R, V, tries)
@@ -235,7 +234,8 @@ def make_walk(rooms, num_views, seed, style=Style()):
 
 
 def clearance(rooms, xy, eye_height=EYE_HEIGHT):
-    """Metres from places (R, ..., 2) to furniture that reaches 0.4 m below an eye. -> (R, ...)"""
+    """Metres from places (R, ..., 2) to furniture whose top is less than 0.4 m below the lowest
+    eye. -> (R, ...)"""
     tall = rooms.present & (rooms.center[..., 2] + rooms.half[..., 2] > eye_height[0] - 0.4)
     flat = xy.flatten(1, -2)  # (R, places, 2)
     gap = (flat[:, :, None] - rooms.center[:, None, :, :2]).norm(dim=-1)  # (R, places, K)

@@ -21,10 +21,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from backbone import Backbone, DPTHead, patch_grid
+from backbone import Backbone, DPTHead, ImageNorm, patch_grid
 from common import InputError, load_strictly
-from model import (IMAGE_STATISTICS, MLP, Block, RoPE2D, full_precision, init_linear,
-                   pose_encoding_to_cameras)
+from model import MLP, Block, RoPE2D, full_precision, init_linear, pose_encoding_to_cameras
 
 
 @dataclass(frozen=True)
@@ -141,9 +140,7 @@ class Aggregator(nn.Module):
             nn.ModuleList(Block(C, config.num_heads, NORMS[norm], config.layer_scale, eps=1e-5)
                           for _ in range(config.depth))
             for norm in ('layer', config.global_qk_norm)]
-        for name, value in IMAGE_STATISTICS.items():      # on the CPU, even of a model on 'meta'
-            value = torch.tensor(value, device='cpu').view(3, 1, 1)
-            self.register_buffer(name, value, persistent=False)
+        self.image_norm = ImageNorm()
 
     def embed(self, images):
         """Images (B, V, 3, H, W) in [0, 1] -> patch tokens (B, V, N, C), grid (h, w).
@@ -151,7 +148,7 @@ class Aggregator(nn.Module):
         Every view is embedded on its own.
         """
         grid = patch_grid(images, self.patch_size)
-        normalised = (images.flatten(0, 1) - self.mean) / self.std  # (B V, 3, H, W)
+        normalised = self.image_norm(images.flatten(0, 1))  # (B V, 3, H, W)
         patches = self.patch_embed(normalised, grid)  # (B V, N, C)
         return patches.unflatten(0, images.shape[:2]), grid
 
@@ -261,7 +258,7 @@ class VGGT(Backbone):
         if 'camera' in config.heads:
             self.camera_head = CameraHead(config)
         if 'depth' in config.heads:
-            self.depth_head = DPTHead(config, 2)
+            self.depth_head = DPTHead(config)
         if 'cells' in config.heads:
             self.depth_cells = CellHead(dim, 1, config.cells)
             self.class_cells = CellHead(dim, len(config.classes), config.cells)

@@ -191,7 +191,7 @@ class RoomWorld(World):
         seen = render(rooms, camera, intrinsics, self.size)
         image = seen['image']
         middle = slice(CELL // 2, None, CELL)  # of a cell
-        classes = surface_classes(rooms, seen['surface'])[0, 0, middle, middle].long()
+        classes = surface_classes(rooms, seen['surface'])[0, 0, middle, middle]
         depth = seen['depth'][0, 0, middle, middle] / SCENE_UNIT
 
         # what the backbone sees there, beside the context; what the field predicts, with z and

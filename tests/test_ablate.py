@@ -2,6 +2,7 @@
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -325,6 +326,37 @@ def test_every_arm_is_trained_with_every_seed(tiny_vlm, tmp_path, capsys, monkey
     assert len(trained) == 4
     with pytest.raises(InputError, match='was trained with another configuration .lr'):
         main([*arguments, '--lr', '0.5'])
+
+
+def test_a_run_is_as_old_as_its_weights_not_as_its_folder(tmp_path):
+    encoder, out = tmp_path / 'encoder', tmp_path / 'arm'
+    (encoder / 'checkpoint').mkdir(parents=True)
+    out.mkdir()
+    _, config = finetune.parse_config(['--encoder', str(encoder), '--out', str(out)])
+    (out / 'config.json').write_text(json.dumps(vars(config)))
+    (out / 'metrics.json').write_text('{}')
+    finished = os.path.getmtime(out / 'metrics.json')
+    os.utime(encoder / 'checkpoint', (finished - 1, finished - 1))
+    os.utime(encoder, (finished + 1, finished + 1))  # `eval.py field` wrote into it
+    ablate.check_finished(str(out), config)
+    os.utime(encoder / 'checkpoint', (finished + 1, finished + 1))
+    with pytest.raises(InputError, match='arm is older than .*encoder'):
+        ablate.check_finished(str(out), config)
+
+
+def test_all_runs_have_the_dtype_that_is_asked_for_or_fast_on_their_device(monkeypatch):
+    asked = []
+
+    def pick_dtype(name, device):
+        asked.append((name, device.type))
+        return torch.bfloat16 if name == 'auto' else getattr(torch, name), ''
+
+    monkeypatch.setattr(ablate, 'pick_dtype', pick_dtype)
+    for options, dtype in (['--device', 'cpu'], 'bfloat16'), (['--dtype', 'float32'], 'float32'):
+        args = SimpleNamespace(config='small', options=options)
+        ablate.one_dtype(args, train.parse_config)
+        assert train.parse_config(args.options)[1].dtype == dtype
+    assert asked[0] == ('auto', 'cpu') and asked[1][0] == 'float32'
 
 
 @pytest.mark.parametrize('arguments, message', [

@@ -464,10 +464,10 @@ def test_latents_are_kept_and_never_stale(tmp_path):
     assert [len(pooled([PICTURES[:n]])[0]) for n in (1, 2, 3)] == [35, 32, 36]
     imagined = SceneLatents('imagined', psfm, config)
     assert imagined([PICTURES])[0].shape == (36, 256)
-    key = imagined.key
+    origin = imagined.origin
     psfm.decoder.ray_embed.weight.data *= 2       # z is the same, what is decoded from it is not
-    assert SceneLatents('imagined', psfm, config).key != key
-    assert SceneLatents('psfm', psfm, config).key == first.key
+    assert SceneLatents('imagined', psfm, config).origin != origin
+    assert SceneLatents('psfm', psfm, config).origin == first.origin
 
     backbone = SceneLatents('backbone', psfm, config, str(tmp_path))
     assert backbone([PICTURES])[0].shape == (3 * 16, 256)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (AutoModelForImageTextToText, InternVLConfig, PreTrainedTokenizerFast,
                           SmolVLMConfig)
@@ -357,6 +358,7 @@ def test_finetune_from_end_to_end(family, tmp_path):
     (lambda folder: (folder / 'chat_template.json').unlink(), 'has no chat template'),
     (lambda folder: change(folder / 'config.json', model_type='idefics3'), 'knows Qwen2'),
     (lambda folder: (folder / 'model.safetensors').write_bytes(b'1234567890'), 'no VLM at'),
+    (lambda folder: widen(folder / 'model.safetensors'), 'no VLM at'),
     (lambda folder: change_template(folder, "<end_of_utterance>\n", ''), 'nothing after an answer'),
     (lambda folder: change_template(folder, "'<image>'", "'<image><image>'"),
      'puts 2 <image> for 1'),
@@ -383,6 +385,13 @@ def change_template(folder, old, new):
     assert old in SMOLVLM_TEMPLATE
     template = json.dumps(dict(chat_template=SMOLVLM_TEMPLATE.replace(old, new)))
     (folder / 'chat_template.json').write_text(template)
+
+
+def widen(path):
+    """Every vector of the weights is one longer than the configuration says."""
+    state = load_file(path)
+    save_file({name: F.pad(x, (0, 1)) if x.ndim == 1 else x for name, x in state.items()}, path,
+              {'format': 'pt'})
 
 
 def change(path, **values):

@@ -24,6 +24,11 @@ def ids(parameters):
     return {id(p) for p in parameters}
 
 
+def test_a_command_can_be_typed_again():
+    command = common.command_of('train.py', ['--data', 'my photos/', '--steps', '3'])
+    assert command == "python train.py --data 'my photos/' --steps 3"
+
+
 def held_by(optimizer):
     return ids(p for group in optimizer.param_groups for p in group['params'])
 

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -18,7 +19,7 @@ import eval as evaluation
 import finetune
 from adapter import SpatialVLM, answer_loss, load_spatial_vlm, save_spatial_vlm
 from chat import Chat, lean_batch, load_vlm
-from common import InputError, read_json
+from common import InputError, find_file, read_json, read_weights
 from eval import load_answerer
 from finetune import Config, TrueList
 from model import has_compiler
@@ -291,6 +292,25 @@ def test_checkpointing_leaves_the_frozen_vision_tower_alone(vlm, cached, tmp_pat
     assert all(p.grad is not None for p in model.adapter.parameters())
 
 
+def test_a_vlm_is_not_given_the_latents_of_another_encoder(vlm, cached, tmp_path):
+    encoder = tmp_path / 'encoder.safetensors'
+    shutil.copy(find_file(Config.encoder), encoder)
+    more = [*cached, '--ground-steps', '0', '--map-steps', '0', '--encoder', str(encoder)]
+    finetune.main(options(vlm, tmp_path, *more, '--steps', '1'))
+    load_answerer(str(tmp_path / 'run'), 'cpu')
+    more_steps = options(vlm, tmp_path, *more, '--resume', '--steps')
+    finetune.main([*more_steps, '2', '--dtype', 'bfloat16'])  # the same encoder
+
+    # trained again, in the same place
+    state, metadata = read_weights(encoder)
+    state['encoder.queries'] = state['encoder.queries'] + 1
+    save_file(state, encoder, metadata)
+    with pytest.raises(InputError, match='encoder.safetensors holds other weights now'):
+        load_answerer(str(tmp_path / 'run'), 'cpu')
+    with pytest.raises(InputError, match='encoder.safetensors holds other weights now'):
+        finetune.main([*more_steps, '3'])
+
+
 def test_an_older_run_that_lacks_an_option_goes_on(vlm, cached, tmp_path):
     more = [*cached, '--ground-steps', '0', '--map-steps', '0']
     finetune.main(options(vlm, tmp_path, *more, '--steps', '1'))
@@ -379,7 +399,7 @@ def test_files_end_to_end(vlm, media):
     metrics = json.loads((media / 'run' / 'metrics.json').read_text())
     assert math.isfinite(metrics['loss'])
     assert 0 <= metrics['accuracy'] <= 1
-    with pytest.raises(InputError, match='none would be left'):
+    with pytest.raises(InputError, match='holds out all '):
         finetune.main(options(vlm, media, *of_files(media, '--val-scenes', '6')))
 
 

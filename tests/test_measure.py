@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from chat import load_vlm
+from common import InputError
 from data import make_source
 from eval import SHIPPED
 import measure
@@ -213,7 +214,12 @@ def test_the_share_of_right_answers_is_of_whole_answers(rooms, tmp_path):
 
     answers = len(item['conversations']) // 2
     kinds = ['first', *['other'] * (answers - 1)]
-    metrics = held_out_loss(Parrot(), chat, None, [dict(item, kinds=kinds)], NO_AUTOCAST)
+    held_out, length = [dict(item, kinds=kinds)], len(encoded['input_ids'])
+    metrics = held_out_loss(Parrot(), chat, None, held_out, NO_AUTOCAST, max_length=length)
+    with pytest.raises(InputError, match='all held-out records are longer'):
+        held_out_loss(Parrot(), chat, None, held_out, NO_AUTOCAST, max_length=length - 1)
+    assert length % 32  # a batch is padded: that is no length
+    assert metrics['left_out'] == 0
     assert metrics['kinds'] == dict(first=0, other=1)
     assert metrics['accuracy'] == pytest.approx(1 - 1 / answers)
     assert metrics['loss'] > 0

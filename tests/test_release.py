@@ -168,7 +168,7 @@ def test_released_vlm(released, tmp_path):
 
     write()
     model, chat, settings = open_spatial_vlm(str(tmp_path))
-    assert chat.made_of[-1] == 518 * 392  # pixels of a picture, as the release shows them
+    assert settings['max_pixels'] == chat.made_of[-1] == 518 * 392  # as the release shows them
     assert open_spatial_vlm(str(tmp_path), max_pixels=784)[1].made_of[-1] == 784
     pixels = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
     pictures = [Image.fromarray(pixels)]
