@@ -15,7 +15,7 @@ device's dense bf16 peak. Below the table of parts are ratios measured side by
 side in this very run: the split attention of the asymmetric pass against a
 dense mask, rendering against the step, fine-tuning with and without latents on
 disk. The last line is JSON. The report writes each line to out/bench/ as it
-comes, and continues where it was cut off.
+comes, and continues where it was cut off: delete the file to measure anew.
 """
 import contextlib
 import dataclasses
@@ -24,6 +24,7 @@ import os
 import platform
 import statistics
 import tempfile
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -32,13 +33,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import finetune
 import train
-from adapter import answer_loss
-from chat import lean_batch
 from common import (PEAKS, InputError, Parser, autocast_on, count_parameters, number, peak_flops,
                     peak_memory, pick_device, pick_dtype, read_json, run_script)
 from data import RoomPool
 from draw import ACCENT, blank, draw_panel
-from model import compile_blocks, has_compiler
+from model import Block, compile_if_possible, has_compiler
 from psfm import random_view_mask
 from questions import RoomQuestions
 from records import Encoded
@@ -173,21 +172,13 @@ def bench_finetune(clock, dtype):
         config = dataclasses.replace(config, cache=folder)
         spatial_vlm, chat, kept = finetune.open_model(config, {}, device, dtype, print)
         anew = finetune.open_latents(dataclasses.replace(config, cache=''), dtype).to(device)
-        parts = []
-        for batch, items, _ in Encoded(data, chat, config)[0]:
-            batch = lean_batch(batch, spatial_vlm.vlm, device)
-            labels, pictures = batch.pop('labels'), [item['images'] for item in items]
-            parts.append((batch, labels, pictures))
-            kept(pictures)
+        parts = Encoded(data, chat, config)[0]
+        autocast = autocast_on(device, dtype)
 
         def step(latents):
-            for batch, labels, pictures in parts:
-                z = latents(pictures)
-                with autocast_on(device, dtype):
-                    outputs = spatial_vlm(latents=z, use_cache=False, **batch)
-                    loss = answer_loss(outputs.logits, labels)
-                loss.backward()
+            finetune.add_gradients(spatial_vlm, spatial_vlm.vlm, parts, latents, 1, True, autocast)
 
+        step(kept)  # fills the folder
         times = {'kept': [], 'anew': []}
         for _ in range(3 * clock.repeats):        # the times of the steps differ by a fifth
             times['kept'].append(clock.once(step, kept))
@@ -358,11 +349,12 @@ def draw_growth(results, path):
 
 # -----------------------------------------------------------------------------
 
-def small_from_start_to_finish():
+def small_from_start_to_finish(device, dtype):
     """-> dict of seconds and R2 of `python train.py --config small`"""
     out = os.path.join('out', 'bench', 'small')
-    torch.cuda.reset_peak_memory_stats()
-    train.main(['--config', 'small', '--out', out])
+    torch.cuda.reset_peak_memory_stats(device)
+    train.main(['--config', 'small', '--out', out, '--device', str(device),
+                '--dtype', str(dtype).removeprefix('torch.')])
     metrics = read_json(os.path.join(out, 'metrics.json'))
     return dict(ms=1e3 * metrics['seconds'], peak_gb=metrics['peak_memory_gb'], cold_s=0,
                 r2=metrics['psfm']['r2'])
@@ -378,7 +370,8 @@ def full_report(clock, dtype, name):
                          QWEN_3B if is_gpu else TINY_QWEN, can_compile)
     if is_gpu:
         first = {title: part for title, part in parts.items() if title.startswith('base, 8 views')}
-        parts = {**first, 'small, from start to finish': small_from_start_to_finish, **parts}
+        small = partial(small_from_start_to_finish, clock.device, dtype)
+        parts = {**first, 'small, from start to finish': small, **parts}
     file = f'{name}-{dtype}-{torch.__version__}.json'.replace(' ', '-').replace('torch.', '')
     return report(parts, os.path.join('out', 'bench', file), clock)
 
@@ -398,7 +391,8 @@ def make_parser():
                         'named; nothing is computed')
     parser.add_argument('--growth', action='store_true',
                         help='the same for more views, wider pictures, more latents')
-    parser.add_argument('--report', action='store_true', help='the report, on any device')
+    parser.add_argument('--report', action='store_true',
+                        help='the report, on any device (takes --device, --dtype, --repeats)')
     parser.add_argument('--release', metavar='FOLDER', help='a checkout of hustvl/Spa3R')
     parser.add_argument('--profile', metavar='FILE',
                         help='also write a trace of one step, for chrome://tracing')
@@ -422,11 +416,10 @@ def by_parts(args, config, clock, dtype, name):
     torch.manual_seed(0)
     # without the depth probe, which is no part of the method
     psfm = build(dataclasses.replace(config, depth_probe=False), dtype).to(device)
-    if args.compile:
-        compile_blocks(psfm)
+    compile_if_possible(psfm, Block, args.compile, device, print)
     preset = args.config or 'small'
     numbers = dict(config=preset, device=name, torch=torch.__version__, dtype=str(dtype),
-                   compile=args.compile)
+                   compile=args.compile and has_compiler(device.type))
     numbers['runs'] = [bench_step(psfm, config, V, clock, autocast) for V in args.views]
     if args.profile:
         images = torch.rand(batch_shape(config, args.views[0]), device=device)

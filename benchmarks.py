@@ -107,7 +107,8 @@ def mean_of_groups(means, groups):
 
 
 class VSIBench:
-    """As all four: read(root) -> docs; place(doc, i, root) adds `key` and `media` to one; ..."""
+    """Like the three below: read(root) -> docs; place(doc, i, root) adds `key` and `media` to one;
+    prompt(doc), score, aggregate."""
     title = 'VSI-Bench'
     fields = 'dataset', 'scene_name', 'question_type', 'question', 'ground_truth'
     numerical = ('object_counting', 'object_abs_distance', 'object_size_estimation',

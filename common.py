@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -104,7 +105,7 @@ def read_json(path):
 
 
 def write_json(path, content):
-    """Replaces the file in one step: whatever happens, it is the old one or the new one, whole."""
+    """Replaces the file in one step: there is always a whole one, the old or the new."""
     with open(f'{path}.part', 'w', encoding='utf-8') as file:
         json.dump(content, file, indent=1)
     os.replace(f'{path}.part', path)
@@ -230,17 +231,15 @@ def pick_dtype(name, device):
 
 
 # dense bf16 TFLOP/s by device name; the first match wins
-PEAKS = [('H200 NVL', 835), ('H200', 989), ('H100 NVL', 835), ('H100 PCIe', 756), ('H100', 989),
-         ('A100', 312), ('L40S', 362), ('4090', 165), ('3090', 71)]
+PEAKS = [('GH200', 989), ('H200 NVL', 835), ('H200', 989), ('H100 NVL', 835), ('H100 PCIe', 756),
+         ('H100', 989), ('A100', 312), ('L40S', 362), ('4090', 165), ('3090', 71)]
 
 
 def peak_flops(device):
-    """Peak FLOP/s, or None where it is not known."""
+    """Peak FLOP/s, or None where it is not known. (An RTX A1000 is no A100.)"""
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else ''
-    for key, peak in PEAKS:
-        if key in name:
-            return 1e12 * peak
-    return None
+    found = [peak for key, peak in PEAKS if re.search(rf'\b{key}\b', name)]
+    return 1e12 * found[0] if found else None
 
 
 def autocast_on(device, dtype):

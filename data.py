@@ -38,15 +38,16 @@ def rendering(blocks):
 
 
 def stream_of(source, number):
-    """The random numbers of batch `number` of this process. (16 times its rank: never train.py's
-    VIEWS or STATISTICS. Its MASKS have another fourth word.)"""
+    """The random numbers of batch `number` of this process. (These four words are never those of
+    train.py's VIEWS, MASKS or STATISTICS.)"""
     return step_generator(source.seed, number, 16 * source.rank, source.split != 'train')
 
 
 class RoomPool:
     """Rooms rendered into memory: a window that slides over an endless row of them.
 
-    For batch b the pool holds rooms b * new_rooms .. + num_rooms of its split, eight views each.
+    At batch b the pool holds num_rooms rooms of its split, from room b * new_rooms on, eight views
+    each.
     Rendering stays a small part of a step, and no room is seen often enough to be memorised.
     """
     held_out_text = 'rooms that training never shows'
@@ -276,9 +277,10 @@ def make_source(config, split, multiple, device='cpu', rank=0, world_size=1, say
                         device, rank, world_size)
     if config.data == 'rooms':
         return RoomPool(split, 0, config.val_scenes, 0, (width, width), device)
-    return PhotoFolder(config.data, split, config.seed, width, multiple, config.min_views,
-                       (config.min_gap, config.max_gap), rank if split == 'train' else 0, say,
-                       reserved)
+    is_train = split == 'train'  # what is held out is the same for every seed and process
+    return PhotoFolder(config.data, split, config.seed if is_train else 0, width, multiple,
+                       config.min_views, (config.min_gap, config.max_gap), rank if is_train else 0,
+                       say, reserved)
 
 
 def make_sources(config, multiple, device, all_held_out=False):

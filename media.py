@@ -106,7 +106,7 @@ def open_picture(path, width=None):
     """A picture file (or a file object) -> PIL image, upright, RGB.
 
     Any mode will do: grey, palette, alpha (on white), CMYK, 16 bits. `width`: what it will be
-    resized to: a large JPEG is not decoded in full, nor is any of more than 8192 pixels a side.
+    resized to: a large JPEG is then decoded at a half, a quarter or an eighth of its size.
     Raises InputError with the path if it cannot be read to its end.
     """
     try:

@@ -437,6 +437,14 @@ def read_psfm(path):
     return state, metadata, config
 
 
+def check_backbone(backbone, metadata, path, name):
+    """Raises InputError if the weights in `path` were trained on another backbone than this one."""
+    # `endswith`: older files hold the last eight digits alone
+    if not backbone.fingerprint.endswith(metadata.get('backbone', '')):
+        raise InputError(f'{path} was trained on another backbone than the one in {name}: its '
+                         'latents mean nothing there')
+
+
 def load_psfm(run, device='cpu'):
     """A trained PSFM in eval mode, without a teacher, and the options it was trained with.
 
@@ -446,9 +454,6 @@ def load_psfm(run, device='cpu'):
     path = weights_of_run(run)
     state, metadata, config = read_psfm(path)
     psfm = build_psfm(config)
-    # `endswith`: older files hold the last eight digits alone
-    if not psfm.backbone.fingerprint.endswith(metadata.get('backbone', '')):
-        raise InputError(f'{path} was trained on another backbone than the one in '
-                         f'{config.backbone}: its latents mean nothing there')
+    check_backbone(psfm.backbone, metadata, path, config.backbone)
     load_strictly(psfm, state, path, skip=(*FROZEN, 'heads.sem.', 'sem_'))
     return psfm.to(device).eval(), config

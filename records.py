@@ -44,8 +44,8 @@ def read_records(path):
 
 
 def mend_last_line(path):
-    """Before lines are added to a .jsonl file: a last one that was cut off goes, one that is whole
-    gets its end."""
+    """Before lines are added to a .jsonl file: drops a last line that was cut off, ends a whole
+    one."""
     with open(path, 'a+b') as file:
         file.seek(0)
         last = file.read().rpartition(b'\n')[2]
@@ -269,7 +269,7 @@ def epoch_order(n, epoch, seed):
 
 
 class Encoded(torch.utils.data.Dataset):
-    """Item `number` is that batch for the VLM; it depends on nothing that came before it.
+    """Item `number` is batch `number` for the VLM; it depends on nothing that came before it.
     The first `map_steps` steps only ask for maps, of twice as many rooms per batch: the model
     learns where things are before it answers questions about it."""
 

@@ -35,8 +35,8 @@ from measure import evaluate_field, field_line, field_table, knows_rooms
 from media import check_path
 from model import Block, compile_if_possible
 from optim import load_optimizers, make_optimizers, rate_share, set_rates, take_step
-from psfm import (FROZEN, PSFMConfig, build_psfm, check_psfm_config, random_view_mask, read_psfm,
-                  weights_of_run)
+from psfm import (FROZEN, PSFMConfig, build_psfm, check_backbone, check_psfm_config,
+                  random_view_mask, read_psfm, weights_of_run)
 from release import load_teacher
 from rooms import scene_extrinsics
 
@@ -230,7 +230,7 @@ def make_inputs(batch, config, number, rank, device):
 
 def save_checkpoint(psfm, optimizers, step, config, dtype, metrics, reserved):
     """<out>/checkpoint: what is trained, never what is frozen. `reserved`: see PhotoFolder."""
-    settings = dict(dataclasses.asdict(config), kept=reserved)  # its name in the file
+    settings = dict(dataclasses.asdict(config), kept=reserved)  # read again as options.kept
     metadata = {'config': json.dumps(settings), 'step': str(step),
                 'backbone': psfm.backbone.fingerprint,
                 'command': command_of(os.path.basename(sys.argv[0]))}
@@ -314,7 +314,8 @@ def train(name, config):
     elif config.init:
         path = weights_of_run(config.init)
     if path:
-        weights, _, options = read_psfm(path)
+        weights, metadata, options = read_psfm(path)
+        check_backbone(psfm.backbone, metadata, path, config.backbone)
         load_strictly(psfm, weights, path, skip=FROZEN)
         # what these weights never saw stays held out
         if os.path.abspath(options.data) == os.path.abspath(config.data):

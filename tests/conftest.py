@@ -24,7 +24,7 @@ def world():
 
 @pytest.fixture
 def restored_compiler(monkeypatch):
-    """What compile_blocks sets for all is as before after the test, but for Dynamo's options."""
+    """After the test, undoes what compile_blocks sets globally, except Dynamo's options."""
     from torch._functorch import config
     import model
     monkeypatch.setattr(model, 'split_attention', model.split_attention)

@@ -89,9 +89,11 @@ def test_the_report_continues_where_it_was_cut_off(tmp_path, capsys):
         speed.report(dict(a=part('a', 1.0), b=part('b', KeyboardInterrupt), c=part('c', 3.0)),
                      path, clock)
     results = speed.report(dict(a=part('a', 9.0), b=part('b', 2.0), x=part('x', RuntimeError),
-                                c=part('c', 3.0)), path, clock)
-    assert done == ['a', 'b', 'b', 'x', 'c'] and 'x' not in results
-    assert 'failed: RuntimeError: of the kernel\n' in capsys.readouterr().out
+                                y=part('y', InputError), c=part('c', 3.0)), path, clock)
+    assert done == ['a', 'b', 'b', 'x', 'y', 'c'] and not {'x', 'y'} & set(results)
+    said = capsys.readouterr()
+    assert 'failed: RuntimeError: of the kernel\n' in said.out
+    assert 'left out: of the kernel\n' in said.out and 'InputError' not in said.err
     assert [results[name]['ms'] for name in 'abc'] == [1, 2, 3]
     assert json.loads((tmp_path / 'bench' / 'it.json').read_text()) == results
 

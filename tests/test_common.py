@@ -29,6 +29,14 @@ def test_a_command_can_be_typed_again():
     assert command == "python train.py --data 'my photos/' --steps 3"
 
 
+@pytest.mark.parametrize('name, peak', [
+    ('NVIDIA H100 80GB HBM3', 989e12), ('NVIDIA GH200 480GB', 989e12),
+    ('NVIDIA A100-SXM4-80GB', 312e12), ('NVIDIA RTX A1000 Laptop GPU', None)])
+def test_peaks_are_of_the_device_that_is_named(monkeypatch, name, peak):
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: name)
+    assert common.peak_flops(torch.device('cuda')) == peak
+
+
 def held_by(optimizer):
     return ids(p for group in optimizer.param_groups for p in group['params'])
 

@@ -257,6 +257,16 @@ def make_scannet(root, lists=True, inside='scans'):
     return root
 
 
+def test_what_is_held_out_is_looked_at_alike_whatever_the_seed(tmp_path):
+    folder = make_folder(tmp_path / 'photos', scenes=4, frames=12)
+    for split, is_alike in ('val', True), ('train', False):
+        one, other = [make_source(parse_config(['--config', 'photos', '--data', str(folder),
+                                                '--seed', seed])[1], split, 14).batch(0, 4, 4)
+                      for seed in ('0', '1')]
+        is_same_shape = one['images'].shape == other['images'].shape
+        assert (is_same_shape and torch.equal(one['images'], other['images'])) == is_alike
+
+
 @pytest.mark.parametrize('inside', ['scans', 'scans_test', '.'])
 def test_scannet(tmp_path, inside):
     root = make_scannet(tmp_path / 'data', inside=inside)

@@ -242,6 +242,8 @@ def test_latents_are_not_read_beside_another_backbone(tmp_path):
     save_file(ours, path, dict(settings, config=json.dumps(changed)))
     with pytest.raises(InputError, match='was trained on another backbone'):
         load_psfm(tmp_path)
+    with pytest.raises(InputError, match='was trained on another backbone'):
+        main([*TINY, '--out', str(tmp_path / 'b'), '--backbone', str(other), '--init', str(path)])
 
 
 def test_without_latents_the_decoder_knows_the_camera_alone(tmp_path):
