@@ -2,9 +2,9 @@
 A lesson in Predictive Spatial Field Modeling, step by step: three minutes on two cores.
 
 Run it as a script (`python lesson.py`), or open it in an editor that shows `# %%` cells as a
-notebook and step through it. Pictures go to out/lesson/. It needs nothing but the method (model.py,
-vggt.py, psfm.py), its optimizers (optim.py) and the procedural rooms (rooms.py). The exercises are
-at the end.
+notebook and step through it. Pictures go to out/lesson/. It uses the method (model.py, vggt.py,
+psfm.py), its optimizers (optim.py) and the procedural rooms (rooms.py). The exercises are at the
+end.
 """
 # %% Before we start
 import os
@@ -92,7 +92,8 @@ print('3. targets of the first room', mask[0].tolist())
 
 # The backbone's global attention mixes views. If context views could see targets, their features
 # would leak what is to be predicted. So context attends to context alone, and targets to all.
-# A few channels are loud: features are standardised, with the mean and deviation of four rooms.
+# A few channels have a large variance: features are standardised, with the mean and deviation of
+# four rooms.
 psfm = PSFM(backbone, PSFMConfig(mask_ratio=MASK_RATIO))
 psfm.set_statistics('geo', backbone(look_at_rooms(4, room_seed('train', 0, 0))).features)
 context, views, _ = psfm.observe(images, mask, num_context)
@@ -143,9 +144,9 @@ psfm.eval()
 # %% 8. What does it see where it never looked?
 # The unseen views of a room that training never showed. Rows: the picture, what the backbone sees,
 # what we predict from this room's z, and what we predict from *another room's* z. After so few
-# steps the two last rows are much alike: z knows the room as a whole, but no furniture. Most of
-# what we predict follows from where the camera points. The shipped weights are the same model,
-# wider, and trained for 2.6 hours.
+# steps the last two rows look alike: z describes the room, but no furniture. Most of the prediction
+# follows from the direction of the camera. The shipped weights are the same model, wider, trained
+# for 2.6 hours.
 
 
 def show(model, name):
@@ -174,13 +175,12 @@ print('   the shipped weights')
 show(load_psfm('weights/psfm_small.safetensors')[0], '8-unseen-shipped')
 
 # %% Exercises
-# Each is a change of a few lines and a run of `python lesson.py 600`: five minutes on an idle core.
-# Unchanged, it prints R2 0.55 and 0.11. Over four rooms R2 is noisy: trust differences of 0.05 and
-# more.
+# Change a few lines, then run `python lesson.py 600`: five minutes on an idle core. Unchanged, step
+# 8 first prints R2 0.55 and 0.11. R2 of four rooms is noisy: ignore differences below 0.05.
 #
 # 1. Replace PRoPE by a camera token. In psfm.FieldDecoder, give every ray Linear(12 -> D) of its
-#    extrinsics and use no position. The loss ends some 4 % higher and R2 hardly falls: a map from
-#    poses can be learned. (The shipped weights do not fit it: the last line stops.)
+#    extrinsics and use no position. The loss ends some 4 % higher and R2 hardly falls: what PRoPE
+#    computes from poses can be learned. (The shipped weights then do not load: it stops there.)
 # 2. Drop the context mask. In psfm.PSFM.observe, take the context from a pass in which all views
 #    see each other (backbone(images)). Targets could now leak into z. Do they? Here loss and R2
 #    stay as they were: this backbone puts little of one view into another. A larger one may.
@@ -188,7 +188,7 @@ show(load_psfm('weights/psfm_small.safetensors')[0], '8-unseen-shipped')
 #    with six it rises a little. Which unseen views lose most?
 # 4. Another loss term. Drop the cosine in psfm.PSFM.compare: little changes. Then try it with
 #    PSFMConfig(standardised=False): R2 falls by a tenth, with the cosine or without it, because a
-#    few loud channels rule the L1.
+#    few channels of large variance rule the L1.
 # 5. A new category. Add a line to rooms.FURNITURE. The backbone now refuses its weights by name
 #    where categories are read (`eval.py field`), because it never learned this one. Here, where
 #    only features count, it still works: what do the features of the new pieces look like?

@@ -3,16 +3,15 @@ Predictive Spatial Field Modeling: the objective of Spa3R (arXiv 2602.21186).
 
 A scene is a field: a function from a camera to the features that the frozen
 backbone would see from it. Hide some of the views. Squeeze the others into a
-few latents z. Predict from z, for the camera of every view, the hidden ones
-included, the features that are seen there. Latents that
-predict unseen views must hold the scene.
+few latents z. From z and the camera of each view, hidden or not, predict the
+features of that view. Latents that predict unseen views must describe the scene.
 
     mask -> backbone (frozen) -> encode the context -> cast rays -> decode every view -> compare
 
 `PSFM.forward` is these six steps. The pose of a camera enters through
-attention alone: PRoPE (arXiv 2507.10496) multiplies a token's channels by its
-camera's projection matrix, so that ray tokens and latents, which live in the
-world's frame, meet in one space.
+attention alone: PRoPE (arXiv 2507.10496) multiplies half of a token's channels
+by its camera's projection matrix or the inverse. Latents are in the world's
+frame: their matrix is the identity.
 
 Shapes as in model.py. In a view mask (B, V), True is a target: a view to predict.
 """
@@ -309,8 +308,8 @@ class PSFM(nn.Module):
         for the encoder; Views of all views, the targets; depth per patch (B,
         V, N) if asked for, else None.
         """
-        # backbone.attend: the tokens of the layers asked for (-1: the last one); read: the features
-        # and cameras of tokens (Views); features: their features alone
+        # backbone.attend -> tokens of the given layers (-1: the last one); read: tokens -> Views
+        # (features, cameras); features: tokens -> features
         backbone = self.backbone
         patches, grid = backbone.embed(images)  # each view on its own
         index = context_index(view_mask, num_context)  # (B, Vc)
