@@ -150,8 +150,11 @@ def test_a_run_that_was_cut_off_goes_on(tmp_path, monkeypatch):
         patch.setattr(train, 'save_checkpoint', stop)
         with pytest.raises(KeyboardInterrupt):
             main(arguments)
+    log = tmp_path / 'as-it-is-0' / 'log.jsonl'
+    begun = log.read_text()
     main(arguments)
-    assert [step for step, _ in losses(tmp_path / 'as-it-is-0')] == [1, 2, 3]
+    assert log.read_text().startswith(begun)  # with the seconds that it took: not made again
+    assert [step for step, _ in losses(log.parent)] == [1, 2, 3]
 
     # and is kept, like one that was not
     monkeypatch.setattr(train, 'train', lambda name, config: pytest.fail('it was trained again'))

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import pickle
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (AutoModelForImageTextToText, InternVLConfig, PreTrainedTokenizerFast,
-                          SmolVLMConfig)
+                          Qwen2VLConfig, Qwen3VLConfig, SmolVLMConfig)
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
@@ -96,7 +97,24 @@ def save_vlm(folder, config, tokenizer, image_processor):
         part.save_pretrained(folder)
 
 
-SAVE = {'smolvlm': save_smolvlm, 'internvl': save_internvl, 'qwen2.5-vl': save_tiny_vlm}
+def save_qwen(kind, folder, **vision):
+    """Another Qwen, with the tokenizer and the image processor of the tiny Qwen2.5-VL."""
+    _, chat = load_vlm(save_tiny_vlm(folder))
+    mrope = dict(rope_type='default', rope_theta=10000.0, mrope_section=[2, 3, 3])
+    text = dict(TEXT, vocab_size=len(chat.tokenizer), rope_parameters=mrope)
+    ids = {f'{name}_token_id': chat.tokenizer.convert_tokens_to_ids(token) for name, token in (
+        ('vision_start', '<|vision_start|>'), ('vision_end', '<|vision_end|>'),
+        ('image', '<|image_pad|>'), ('video', '<|video_pad|>'))}
+    config = kind(text_config=text, vision_config=dict(
+        depth=2, num_heads=2, patch_size=8, temporal_patch_size=1, **vision), **ids)
+    save_vlm(folder, config, chat.tokenizer, chat.image_processor)
+
+
+SAVE = {'smolvlm': save_smolvlm, 'internvl': save_internvl, 'qwen2.5-vl': save_tiny_vlm,
+        'qwen2-vl': partial(save_qwen, Qwen2VLConfig, embed_dim=32, hidden_size=64),
+        'qwen3-vl': partial(save_qwen, Qwen3VLConfig, hidden_size=32, intermediate_size=64,
+                            out_hidden_size=64, deepstack_visual_indexes=[0],
+                            num_position_embeddings=16)}
 
 
 @pytest.fixture(scope='module', params=list(SAVE))
@@ -144,6 +162,7 @@ def test_labels_are_the_answers_and_their_ends(opened):
     asked = chat.encode(talk(f'<image><image>{COUNT}', images=[SQUARE, WIDE]))['input_ids']
     assert encoded['input_ids'][:len(asked)] == asked
     assert chat.encode(talk(COUNT, '3'))['labels'].count(chat.end_of_turn) == 1
+    assert set(chat.encode(talk(COUNT))['labels']) == {-100}
 
 
 @torch.no_grad()
@@ -179,7 +198,8 @@ def test_what_stands_for_a_picture(opened):
     else:
         tokens = '<|image_pad|>' * 18  # 96 x 48 pixels: the fewest pixels are 64 x 64
         assert f'<|vision_start|>{tokens}<|vision_end|>' in text
-        assert 'You are a helpful assistant.' in text
+        has_prompt = 'You are a helpful assistant.' in text
+        assert has_prompt == (vlm.config.model_type != 'qwen3_vl')
 
 
 def test_fewer_pixels_fewer_tiles(folder):
@@ -198,7 +218,7 @@ def test_special_tokens_in_a_text_are_text(opened):
     plain = chat.encode(talk('<image>x', 'x', images=[SQUARE]))['input_ids']
     special = [token.content for token in chat.tokenizer.added_tokens_decoder.values()
                if token.special]
-    for name in special:
+    for name in (*special, '\ud800'):  # (or half a character)
         item = talk(f'<image>what is {as_text(name)}?', f'{as_text(name)} it is', images=[SQUARE])
         ids = chat.encode(item)['input_ids']
         for token in (chat.image_token_id, chat.end_of_turn):

@@ -15,7 +15,7 @@ from common import InputError, fetch, find_checkpoint, is_hub_id, read_json, wri
 from eval import load_answerer
 from psfm import load_psfm
 from tiny import save_tiny_vlm
-from optim import Muon, make_optimizers, orthogonalise, rate_share, set_rates
+from optim import Muon, make_optimizers, orthogonalise, rate_share, set_rates, take_step
 from psfm import build_psfm
 from train import Config
 
@@ -35,6 +35,13 @@ def test_a_command_can_be_typed_again():
 def test_peaks_are_of_the_device_that_is_named(monkeypatch, name, peak):
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: name)
     assert common.peak_flops(torch.device('cuda')) == peak
+
+
+def test_gradients_are_clipped_and_cleared():
+    p = torch.nn.Parameter(torch.zeros(4))
+    p.grad = torch.full((4,), 10.0)
+    norm = take_step([torch.optim.SGD([p], lr=1.0)], [p], clip=1.0)
+    assert norm.item() == 20 and p.norm().item() == pytest.approx(1) and p.grad is None
 
 
 def held_by(optimizer):

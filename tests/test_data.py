@@ -1,4 +1,5 @@
 """Rooms, photographs, videos, and miniatures of real data sets in exactly their layouts."""
+import itertools
 import os
 import tracemalloc
 
@@ -255,6 +256,13 @@ def make_scannet(root, lists=True, inside='scans'):
         (root / 'scannetv2_train.txt').write_text('scene0000_00\nscene0002_00\nscene0009_00\n')
         (root / 'scannetv2_val.txt').write_text('scene0001_00\n')
     return root
+
+
+def test_of_many_scenes_the_last_and_every_tenth_before_it_are_held_out(tmp_path):
+    for scene, frame in itertools.product(range(12), range(3)):
+        picture(tmp_path / f'scene{scene}' / f'{frame}.jpg')
+    assert source(tmp_path, 'val')[0].held_out_text == 'scene scene11, scene1'
+    assert len(source(tmp_path, 'train')[0].scenes) == 10
 
 
 def test_what_is_held_out_is_looked_at_alike_whatever_the_seed(tmp_path):

@@ -183,6 +183,12 @@ def test_a_run_that_was_begun_anew_is_left_out(tmp_path, capsys):
     assert f'left out, not a finished PSFM run: {tmp_path}/stale' in said
 
 
+def test_backbone_command(capsys):
+    on_cpu('backbone', '--rooms', '4')
+    said = capsys.readouterr().out
+    assert '6 views' in said and 'AUC@5' in said
+
+
 def test_rooms_command(tuned, capsys):
     on_cpu('rooms', '--run', tuned, '--rooms', '2')
     assert 'psfm, 1 seed' in capsys.readouterr().out

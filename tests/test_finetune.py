@@ -232,7 +232,12 @@ def test_lora(vlm, cached, tmp_path):
     _, chat = load_vlm(vlm)
     changed, plain = str(tmp_path / 'changed'), str(tmp_path / 'plain')
     save_spatial_vlm(model, chat, changed, settings, with_vlm=False)
+    card = os.path.join(changed, 'README.md')
+    with open(card, 'w', encoding='utf-8') as file:
+        file.write('# its card')
     evaluation.main(['export', '--run', changed, '--out', plain])
+    with open(os.path.join(plain, 'README.md'), encoding='utf-8') as file:
+        assert file.read() == '# its card'
     batch = chat.batch([chat.encode(dict(images=[], conversations=turns(('human', 'table ball'))))])
     del batch['labels']
     expected = model.eval()(**batch).logits
@@ -273,6 +278,24 @@ def test_what_is_trained_is_fp32_and_what_is_frozen_need_not_be(vlm, cached, tmp
     answer_loss(outputs.logits, labels).backward()
     moved = [p.grad.abs().max() for p in model.parameters() if p.grad is not None]
     assert moved and all(map(math.isfinite, moved)) and max(moved) > 0
+
+
+@pytest.mark.parametrize('rates, moves', [(('0', '1e-3'), True), (('1e-3', '0'), False)])
+def test_the_adapter_has_its_own_learning_rate(vlm, cached, tmp_path, rates, moves):
+    more = '--steps', '1', '--ground-steps', '0', '--map-steps', '0', '--muon-lr', '0'
+    finetune.main(options(vlm, tmp_path, *cached, *more, '--lr', rates[0], '--adapter-lr',
+                          rates[1]))
+    adapter = load_file(tmp_path / 'run' / 'checkpoint' / 'adapter.safetensors')
+    assert bool(adapter['mlp.fc2.weight'].any()) == moves  # it begins at zero
+
+
+def test_checkpointing_is_of_the_language_model(vlm, cached, tmp_path):
+    for given in (), ('--checkpointing',):
+        _, config = finetune.parse_config(options(vlm, tmp_path, *cached, *given))
+        model, _, _ = finetune.open_model(config, {}, torch.device('cpu'), torch.float32, print)
+        are_on = [getattr(module, 'gradient_checkpointing', False)
+                  for module in model.vlm.get_decoder().modules()]
+        assert any(are_on) == bool(given)
 
 
 def test_checkpointing_leaves_the_frozen_vision_tower_alone(vlm, cached, tmp_path):

@@ -1,5 +1,6 @@
 """What is measured: of a field, of answers about rooms, of maps in words."""
 import contextlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from data import make_source
 from eval import SHIPPED
 import measure
 from benchmarks import score
-from measure import (answer_rooms, evaluate_field, held_out_loss, language_prior, map_prior,
+from measure import (Score, answer_rooms, evaluate_field, held_out_loss, language_prior, map_prior,
                      map_score, overall_scores, rooms_table, score_answer)
 from psfm import load_psfm
 from questions import as_prompt, RoomQuestions
@@ -189,6 +190,16 @@ def test_the_table_has_a_row_for_each_arm_and_each_difference():
 
     maps = rooms_table({'psfm': [metrics(0.75, overall=False)]}).splitlines()[-1].split()
     assert maps[3:] == ['-'] * 9 + ['75.0', '(75.0..75.0)']
+
+
+def test_scores_are_in_the_units_of_the_statistics():
+    psfm = SimpleNamespace(geo_mean=torch.ones(4), geo_std=torch.full((4,), 2.0))
+    target = torch.randn(2, 3, 4) + 1
+    score = Score(psfm)
+    score.add(1 + 2 * (target - 1), target)  # the right directions, twice as far from the mean
+    result = score.result()
+    assert result['centred_cos'] == pytest.approx(1) and result['cos'] < 1
+    assert result['r2'] == pytest.approx(0, abs=1e-6)
 
 
 def test_the_share_of_right_answers_is_of_whole_answers(rooms, tmp_path):

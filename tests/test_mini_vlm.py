@@ -196,7 +196,9 @@ def test_training_resumes_with_the_same_losses(from_tiny, tmp_path):
     whole, half = tmp_path / 'whole', tmp_path / 'half'
     mini_vlm.main([*TINY, *level, '--out', str(whole)])
     mini_vlm.main([*TINY, *level, '--steps', '1', '--out', str(half)])
+    begun = (half / 'log.jsonl').read_text()
     mini_vlm.main([*TINY, *level, '--out', str(half), '--resume', '--workers', '1'])
+    assert (half / 'log.jsonl').read_text().startswith(begun)
     assert [step for step, _ in losses(half)] == [step for step, _ in losses(whole)] == [1, 2]
     assert [x for _, x in losses(half)] == pytest.approx([x for _, x in losses(whole)], abs=1e-4)
     assert torch.allclose(weight_of(half / 'mini_vlm'), weight_of(whole / 'mini_vlm'), atol=1e-4)

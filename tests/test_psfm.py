@@ -202,6 +202,8 @@ def test_given_cameras_are_used():
     predicted = psfm(images, view_mask=MASK)
     given = psfm(images, view_mask=MASK, extrinsics=extrinsics, intrinsics=intrinsics)
     assert not torch.allclose(predicted['loss'], given['loss'])
+    wider = psfm(images, view_mask=MASK, extrinsics=extrinsics, intrinsics=intrinsics / 2)
+    assert not torch.allclose(wider['loss'], given['loss'])
 
 
 # -----------------------------------------------------------------------------

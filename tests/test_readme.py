@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
 import ablate
 import bench
@@ -98,6 +99,14 @@ def test_shipped_weights_say_by_which_command_they_were_made():
     made_by.append(read_json(ROOT / 'weights' / 'mini_vlm' / 'config.json')['made_by'])
     for command in made_by:
         assert ('RESULTS.md', command.split()) in COMMANDS
+
+
+def test_latents_come_out_as_the_first_block_of_python_says():
+    code, = [block.split('```')[0] for block in PAGES['README.md'].split('```python')
+             if "load_psfm('out/small')" in block]
+    found = dict(images=torch.rand(1, 2, 3, 64, 64))
+    exec(code.replace("'out/small'", repr(evaluation.SHIPPED)), found)
+    assert found['z'].shape == (1, found['config'].num_latents, found['config'].width)
 
 
 def test_there_are_commands_to_check():

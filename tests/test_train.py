@@ -28,7 +28,9 @@ import train
 from common import InputError, autocast_on, parse_options, read_weights
 from data import RoomPool, make_source
 from draw import draw_field, field_rows
+from optim import rate_share
 from psfm import build_psfm, load_psfm, random_view_mask
+from rooms import scene_extrinsics
 from test_data import make_folder, picture
 from tiny import TINY_PSFM, refuse
 from train import main
@@ -117,6 +119,40 @@ def test_a_run_goes_on_in_its_dtype_or_in_the_one_that_is_asked_for(tmp_path, ca
     assert 'cpu, torch.float32 (as asked' in capsys.readouterr().out
 
 
+def test_every_step_has_its_learning_rate(tmp_path, monkeypatch):
+    shares, take_step = [], train.take_step
+
+    def spy(optimizers, parameters, clip):
+        shares.append({group['lr'] / group['peak']
+                       for optimizer in optimizers for group in optimizer.param_groups})
+        return take_step(optimizers, parameters, clip)
+
+    monkeypatch.setattr(train, 'take_step', spy)
+    options = [*TINY, '--out', str(tmp_path), '--warmup', '2', '--decay-from', '0.5']
+    main(options)
+    _, config = train.parse_config(options)
+    expected = [rate_share(step, config) for step in range(4)]
+    assert len(set(expected)) > 1
+    assert [min(share) for share in shares] == pytest.approx(expected)
+    assert [max(share) for share in shares] == pytest.approx(expected)
+
+
+def test_the_gradient_of_a_step_is_the_mean_over_its_batches(tmp_path, monkeypatch):
+    """Two batches that are alike, in one step: as one."""
+    first = {}
+
+    def make_inputs(batch, config, number, rank, device):
+        return original(first.setdefault('batch', batch), config, 0, rank, device)
+
+    original = train.make_inputs
+    monkeypatch.setattr(train, 'make_inputs', make_inputs)
+    for count in '1', '2':
+        first.clear()
+        main([*TINY, '--out', str(tmp_path / count), '--accumulate', count, '--steps', '1'])
+    once, twice = losses(tmp_path / '1'), losses(tmp_path / '2')
+    assert twice[0] == pytest.approx(once[0], rel=1e-4)
+
+
 def test_a_run_leaves_what_it_promises(tmp_path, capsys):
     main([*TINY, '--out', str(tmp_path), '--steps', '2'])
     assert {path.name for path in tmp_path.iterdir()} \
@@ -131,6 +167,8 @@ def test_a_run_leaves_what_it_promises(tmp_path, capsys):
     assert json.loads((tmp_path / 'config.json').read_text())['width'] == 32
     weights = load_file(tmp_path / 'checkpoint' / 'model.safetensors')
     assert not any(name.startswith('backbone.') for name in weights)
+    card = (tmp_path / 'checkpoint' / 'README.md').read_text()
+    assert '`weights/mini_vggt.safetensors` (MIT)' in card
 
     # what to look at
     field = Image.open(tmp_path / 'field.png')
@@ -153,6 +191,14 @@ def test_given_cameras_separate_context_and_a_probe_train_too(tmp_path):
     main([*TINY, '--out', str(tmp_path), '--cameras', 'given', '--context', 'separate',
           '--depth-probe', '--no-standardised', '--steps', '1', '--accumulate', '2'])
     assert (tmp_path / 'field.png').is_file()
+
+
+def test_given_cameras_are_in_the_first_ones_frame_and_unit():
+    _, config = train.parse_config(['--cameras', 'given'])
+    batch = RoomPool('train', 0, 4).batch(0, 2, 4)
+    inputs = train.make_inputs(batch, config, 0, 0, torch.device('cpu'))
+    assert torch.equal(inputs['extrinsics'], scene_extrinsics(batch['extrinsics']))
+    assert torch.equal(inputs['intrinsics'], batch['intrinsics'])
 
 
 def test_what_is_computed_twice_does_not_count(tmp_path, monkeypatch):
@@ -182,6 +228,21 @@ def test_photographs_of_mixed_kinds_train(tmp_path, capsys):
     assert '2 scenes to train on' in said and 'held out: scene scene2' in said
     assert (tmp_path / 'out' / 'field.png').is_file()
     assert 'read_out' not in json.loads((tmp_path / 'out' / 'metrics.json').read_text())
+
+
+def test_workers_read_photographs_and_say_in_one_sentence_what_they_cannot(
+        tmp_path, monkeypatch, capsys):
+    photos = make_folder(tmp_path / 'photos')
+    options = [*TINY, '--data', str(photos), '--workers', '1', '--out']
+    main([*options, str(tmp_path / 'whole'), '--steps', '2'])
+    main([*options, str(tmp_path / 'here'), '--steps', '2', '--workers', '0'])
+    assert losses(tmp_path / 'whole') == losses(tmp_path / 'here')
+
+    monkeypatch.setattr(data.PhotoFolder, 'CHECKED', 0)  # many pictures: none is opened before
+    for path in photos.rglob('*.jpg'):
+        path.write_text('no picture')
+    begun = ['--init', str(tmp_path / 'whole')]  # else the statistics meet the fault first
+    refuse('cannot be read', main, [*options, str(tmp_path / 'other'), *begun], capsys)
 
 
 def test_of_photographs_the_depth_probe_is_drawn(tmp_path):
