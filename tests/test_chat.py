@@ -1,5 +1,5 @@
-"""Conversations as three families of VLMs read them, from the pictures to the answer: tiny random
-models with the real classes, templates and tiles. (test_adapter.py has more of Qwen2-VL's.)"""
+"""Conversations as every family of VLMs reads them, from the pictures to the answer: tiny random
+models with the real classes, templates and tiles. (test_adapter.py has more of Qwen2.5-VL's.)"""
 import contextlib
 import json
 import math

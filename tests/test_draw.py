@@ -1,4 +1,4 @@
-"""The path of cameras that a film is seen from."""
+"""The path of a film's cameras; what is drawn of a field, and of maps."""
 import contextlib
 import json
 from types import SimpleNamespace

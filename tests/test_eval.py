@@ -93,7 +93,8 @@ def test_another_world(tmp_path, capsys):
     assert f'held out: all of {folder}, none of it trained on' in said
     metrics = json.loads(Path('out/psfm_small/other_world/metrics.json').read_text())
     r2 = {name: value['r2'] for name, value in metrics.items()}
-    assert r2['psfm'] > r2['camera'] + 0.05 > r2['shuffled'] + 0.05
+    assert r2['psfm'] > r2['camera'] + 0.05
+    assert r2['camera'] > r2['shuffled']
     assert r2['context'] > r2['psfm'] > 0.3
 
 

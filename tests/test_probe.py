@@ -1,4 +1,4 @@
-"""The facts that probes are asked for."""
+"""The facts that probes are asked for, and the probes."""
 import contextlib
 import itertools
 import math

@@ -360,11 +360,18 @@ def test_two_processes_average_their_gradients(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_train_together(tmp_path):
+    more = '--num-rooms', '4', '--new-rooms', '0', '--steps', '2'
     code, said = run('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2',
-                     'train.py', *TINY, '--out', str(tmp_path), '--steps', '2',
+                     'train.py', *TINY, *more, '--out', str(tmp_path / 'two'),
                      env={**os.environ, 'OMP_NUM_THREADS': '1'})
     assert code == 0, said
-    assert said.count('step 00001/00002') == 1 and (tmp_path / 'field.png').is_file()
+    assert said.count('step 00001/00002') == 1 and (tmp_path / 'two' / 'field.png').is_file()
+
+    # the first one has the data of a single process; its gradient is the mean of both
+    main([*TINY, *more, '--out', str(tmp_path / 'one')])
+    (_, alone, norm_alone), (_, together, norm) = [
+        losses(tmp_path / name)[0] for name in ('one', 'two')]
+    assert together == pytest.approx(alone, abs=1e-4) and abs(norm - norm_alone) > 1e-3
 
 
 # -----------------------------------------------------------------------------
