@@ -46,9 +46,9 @@ def stream_of(source, number):
 class RoomPool:
     """Rooms rendered into memory: a window that slides over an endless row of them.
 
-    At batch b the pool holds num_rooms rooms of its split, from room b * new_rooms on, eight views
-    each.
-    Rendering stays a small part of a step, and no room is seen often enough to be memorised.
+    At batch b the pool holds num_rooms rooms of its split, from room b * new_rooms on, with eight
+    views each. Rendering stays a small part of a step, and no room is seen often enough to be
+    memorised.
     """
     held_out_text = 'rooms that training never shows'
     reserved = None  # rooms are held out by their seeds

@@ -199,7 +199,7 @@ def frozen_dtype(config, dtype):
 
 
 def open_latents(config, dtype, origin=None):
-    """-> SceneLatents, the true lists, or None. `origin`: of those it was trained with."""
+    """-> SceneLatents, the true lists, or None. `origin`: of those a VLM was trained with."""
     if config.latents == 'none':
         return None
     if config.latents == 'oracle':

@@ -28,6 +28,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+
 def full_precision(function):
     """Decorator: no autocast inside. Geometry in bf16 is wrong in the third digit. (A GPU's
     convolutions may still take TF32.)"""
