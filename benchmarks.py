@@ -325,7 +325,7 @@ def read_benchmark(name, root):
     docs = BENCHMARKS[name].read(root)
     if not docs:
         raise InputError(f'{root}: there are no questions in the files of {name}')
-    keys = set()
+    times = {}
     for i, doc in enumerate(docs):
         lacking = [field for field in BENCHMARKS[name].fields if doc.get(field) is None]
         if lacking:
@@ -343,9 +343,9 @@ def read_benchmark(name, root):
             aggregate(name, [(doc, 0.0)])
         except (TypeError, AttributeError, LookupError, ValueError, ArithmeticError) as error:
             raise InputError(f'{root}: question {i} of {name} is unusable ({error})') from error
-        if doc['key'] in keys:
-            raise InputError(f'{root}: two questions of {name} have the id {doc["key"]}')
-        keys.add(doc['key'])
+        key = doc['key']
+        times[key] = times.get(key, 0) + 1
+        doc['key'] += f' ({times[key]})' * (times[key] > 1)  # not every id is one: "7", "7 (2)"
     return docs
 
 

@@ -147,9 +147,10 @@ class PhotoFolder:
     `reserved` repeats what a run held out before the folder grew: names of scenes, or of the only
     scene's pictures (None: split now; []: nothing was held out). Pictures that cannot be read and
     scenes with fewer than `min_views` pictures are left out, by name. (Beyond CHECKED pictures only
-    names are looked at beforehand.)
+    names are looked at beforehand; where one turns out to be unreadable, other views stand in.)
     """
     CHECKED = 5000
+    DRAWS = 10
 
     def __init__(self, root, split, seed, width, multiple, min_views, gap=(1, 4), rank=0,
                  say=print, reserved=None):
@@ -248,7 +249,19 @@ class PhotoFolder:
         return dict(images=images.unflatten(0, (num_scenes, num_views)).float() / 255)
 
     def sample(self, num_views, g):
-        """Views of one scene: a random start, random gaps. -> list of (H, W, 3) arrays"""
+        """Views of one scene, all readable. -> list of (H, W, 3) arrays"""
+        for _ in range(self.DRAWS):
+            paths = self.draw(num_views, g)
+            try:
+                pictures = [open_picture(path, self.width) for path in paths]
+                return [fit_picture(picture, self.width, self.multiple) for picture in pictures]
+            except InputError as error:
+                fault = error
+                tqdm.write(f'{error}; other views stand in for these')
+        raise InputError(f'{fault}: in {self.DRAWS} draws of views there was always such a picture')
+
+    def draw(self, num_views, g):
+        """A random scene, a random start, random gaps. -> paths"""
         def random(low, high):
             return int(torch.randint(low, high + 1, (1,), generator=g))
 
@@ -258,9 +271,7 @@ class PhotoFolder:
         most = max(1, min(self.gap[1], (len(scene) - 1) // max(1, num_views - 1)))
         gaps = [random(min(self.gap[0], most), most) for _ in range(num_views - 1)]
         frame = random(0, len(scene) - 1 - sum(gaps))
-        frames = itertools.accumulate(gaps, initial=frame)
-        pictures = [open_picture(scene[i], self.width) for i in frames]
-        return [fit_picture(picture, self.width, self.multiple) for picture in pictures]
+        return [scene[i] for i in itertools.accumulate(gaps, initial=frame)]
 
 
 def make_source(config, split, multiple, device='cpu', rank=0, world_size=1, say=print,

@@ -191,12 +191,15 @@ def test_broken_lines_and_second_answers_are_named(tmp_path):
         read_answers(str(path))
 
 
-def test_two_questions_with_one_id_are_refused(tmp_path):
+def test_two_questions_with_one_id_are_two_questions(tmp_path):
     doc = dict(id=7, dataset='x', scene_name='y', question_type='route_planning', question='q',
                options=['A. x'], ground_truth='A')
-    (tmp_path / 'test.jsonl').write_text(json.dumps(doc) + '\n' + json.dumps(doc) + '\n')
-    with pytest.raises(InputError, match='two questions of vsibench have the id 7'):
-        read_benchmark('vsibench', str(tmp_path))
+    other = dict(doc, question='another')
+    lines = [json.dumps(x) + '\n' for x in (doc, other, other)]
+    (tmp_path / 'test.jsonl').write_text(''.join(lines))
+    docs = read_benchmark('vsibench', str(tmp_path))
+    assert [x['key'] for x in docs] == ['7', '7 (2)', '7 (3)']
+    assert [x['question'] for x in docs] == ['q', 'another', 'another']
 
 
 # -----------------------------------------------------------------------------

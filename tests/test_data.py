@@ -160,16 +160,27 @@ def test_few_pictures_cannot_be_held_out_and_it_says_so(tmp_path):
     assert held_out.startswith('nothing, for the one scene has fewer than 12 pictures')
 
 
-def test_unchecked_pictures_stop_the_run_by_name(tmp_path, monkeypatch):
+def test_other_views_stand_in_for_pictures_that_turn_out_to_be_unreadable(
+        tmp_path, monkeypatch, capsys):
     """Large sets are not opened one by one beforehand."""
     monkeypatch.setattr(PhotoFolder, 'CHECKED', 5)
     make_folder(tmp_path, scenes=1)
-    (tmp_path / 'scene0' / '1.jpg').write_text('this is no picture')
+    path = tmp_path / 'scene0' / '1.jpg'
+    whole = source(tmp_path, gap=(1, 1))[0]
+    wanted = [whole.batch(step, 2, 3)['images'] for step in range(8)]
+    path.write_text('this is no picture')
     photos, said = source(tmp_path, gap=(1, 1))
-    with pytest.raises(InputError, match='1.jpg cannot be read: not a picture'):
-        for step in range(20):
-            photos.batch(step, 2, 3)
-    assert said == []
+    batches = [photos.batch(step, 2, 3)['images'] for step in range(8)]
+    assert said == [] and f'{path} cannot be read: not a picture' in capsys.readouterr().out
+    kept = [torch.equal(*pair) for pair in zip(batches, wanted)]
+    assert any(kept) and not all(kept)
+    again = source(tmp_path, gap=(1, 1))[0]  # a resumed run sees the same
+    assert torch.equal(again.batch(7, 2, 3)['images'], batches[7])
+
+    for path in tmp_path.rglob('*.jpg'):
+        path.write_text('this is no picture')
+    with pytest.raises(InputError, match='not a picture.* in 10 draws of views'):
+        photos.batch(0, 2, 3)
 
 
 def test_short_scenes_are_left_out_by_name(tmp_path):
