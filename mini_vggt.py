@@ -226,7 +226,7 @@ def evaluate_backbone(vggt, pool, num_scenes, autocast):
     """The mini VGGT on held-out rooms, 2, 4, 6 and 8 views, beside the trivial answers.
 
     -> {'6 views': {rotation, direction: medians over all pairs, degrees; auc5, auc15, auc30;
-    depth_abs_rel; class_accuracy, furniture_recall; trivial: of no motion and one depth}, ..}
+    depth_abs_rel; class_accuracy, object_recall; trivial: of no motion and one depth}, ..}
     """
     metrics = {}
     for V in (2, 4, 6, 8):
@@ -258,7 +258,7 @@ def evaluate_backbone(vggt, pool, num_scenes, autocast):
         trivial = dict(rotation=still.median().item(), direction=90.0, depth_abs_rel=constant)
         metrics[f'{V} views'] = dict(
             rotation=rotation.median().item(), direction=direction.median().item(), **auc,
-            depth_abs_rel=depth, class_accuracy=accuracy, furniture_recall=recall, trivial=trivial)
+            depth_abs_rel=depth, class_accuracy=accuracy, object_recall=recall, trivial=trivial)
     return metrics
 
 
@@ -266,20 +266,20 @@ def backbone_line(metrics):
     m = metrics['6 views']
     return (f'6 views: rotation {m["rotation"]:.1f} deg, direction {m["direction"]:.1f} deg, '
             f'AUC@30 {m["auc30"]:.3f}, depth abs-rel {m["depth_abs_rel"]:.3f}, '
-            f'furniture {m["furniture_recall"]:.3f} | trivial: {m["trivial"]["rotation"]:.1f}, 90, '
+            f'objects {m["object_recall"]:.3f} | trivial: {m["trivial"]["rotation"]:.1f}, 90, '
             f'0, {m["trivial"]["depth_abs_rel"]:.3f}, 0')
 
 
 def backbone_table(metrics):
     rows = [f'{"held-out rooms":14s}{"rotation":>10s}{"(none)":>8s}{"direction":>11s}{"(none)":>8s}'
             f'{"AUC@5":>8s}{"@15":>7s}{"@30":>7s}{"abs-rel":>9s}{"(const.)":>9s}{"classes":>9s}'
-            f'{"furniture":>11s}']
+            f'{"objects":>11s}']
     for name, m in metrics.items():
         t = m['trivial']
         rows.append(f'{name:14s}{m["rotation"]:10.1f}{t["rotation"]:8.1f}{m["direction"]:11.1f}'
                     f'{t["direction"]:8.1f}{m["auc5"]:8.3f}{m["auc15"]:7.3f}{m["auc30"]:7.3f}'
                     f'{m["depth_abs_rel"]:9.3f}{t["depth_abs_rel"]:9.3f}{m["class_accuracy"]:9.3f}'
-                    f'{m["furniture_recall"]:11.3f}')
+                    f'{m["object_recall"]:11.3f}')
     return '\n'.join(rows)
 
 

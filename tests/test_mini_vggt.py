@@ -141,7 +141,7 @@ def test_the_truth_scores_best_and_what_is_trivial_stands_beside_it():
     assert metrics.keys() == {'2 views', '4 views', '6 views', '8 views'}
     for m in metrics.values():
         assert m['rotation'] < 0.1 and m['direction'] < 0.1 and m['auc5'] == m['auc30'] == 1
-        assert m['depth_abs_rel'] == 0 and m['class_accuracy'] == m['furniture_recall'] == 1
+        assert m['depth_abs_rel'] == 0 and m['class_accuracy'] == m['object_recall'] == 1
         assert m['trivial']['rotation'] > 20
         assert 0.2 < m['trivial']['depth_abs_rel'] < 1
 
