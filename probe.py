@@ -28,8 +28,8 @@ PROBED = {'pooled': 'backbone features, one mean a room',
           'untrained': 'latents of an untrained encoder',
           'latents': 'latents z of the trained encoder',
           'tokens': 'backbone features, means of 2 x 2'}
-FACTS = {'sides': 'side lengths', 'objects': 'objects', 'count': 'counts', 'presence': 'presence',
-         'place': 'places', 'distance': 'distances'}
+FACTS = {'sides': 'side lengths', 'objects': 'number of pieces', 'count': 'counts',
+         'presence': 'presence', 'place': 'places', 'distance': 'distances'}
 
 
 def room_facts(rooms, surface, extrinsics):
