@@ -104,9 +104,9 @@ def check_finished(folder, config):
     there = read_json(os.path.join(folder, 'config.json'))
     check_same(folder, there, config, FREE - {'steps', 'dtype'})
     finished = os.path.getmtime(os.path.join(folder, 'metrics.json'))
-    for name in ('vlm', 'encoder', 'backbone', 'init'):
-        path = getattr(config, name, '') and find_file(getattr(config, name))
-        path = path and (find_checkpoint(path) or path)  # a run's folder is written to later too
+    sources = [getattr(config, name, '') for name in ('vlm', 'encoder', 'backbone', 'init')]
+    for path in map(find_file, filter(None, sources)):
+        path = find_checkpoint(path) or path  # a run's folder is written to later too
         if os.path.exists(path) and os.path.getmtime(path) > finished:
             raise InputError(f'{folder} is older than {path}: take another --out, or delete it')
 

@@ -15,6 +15,7 @@ scene once.
 
     n image tokens of a sample    h width of the VLM    L latents (Q in model.py), D their width
 """
+import contextlib
 import copy
 import functools
 import hashlib
@@ -99,7 +100,7 @@ class SpatialVLM(nn.Module):
     def __init__(self, vlm, adapter=None):
         super().__init__()
         self.vlm, self.adapter = vlm, adapter
-        self.latents = self.counts = None  # of the call under way: see `expect`
+        self.latents = self.counts = None  # of the call under way: see `given`
         self.image_tokens = None  # of the last call, as the LLM read them (for mini_vlm.ground)
         vlm.model.get_image_features = self.with_latents(vlm.model.get_image_features)
         # on a GPU cuDNN's attention plans each new length anew: of batches, of every new token
@@ -133,23 +134,23 @@ class SpatialVLM(nn.Module):
             fused.append(self.adapter(x, z) if z is not None and len(x) else x)
         return torch.cat(fused)
 
-    def expect(self, input_ids, latents):
-        """Sets the latents and image-token counts of the next call; `latents` None clears them."""
-        self.latents = self.counts = None
-        if latents is None or self.adapter is None:
-            return
-        if len(latents) != len(input_ids):
-            raise InputError(f'latents of {len(latents)} samples for a batch of {len(input_ids)}')
-        self.latents = latents
-        self.counts = (input_ids == self.vlm.config.image_token_id).sum(1).tolist()
+    @contextlib.contextmanager
+    def given(self, input_ids, latents):
+        """Inside, image tokens are fused with the latents of their samples, if there are any."""
+        if latents is not None and self.adapter is not None:
+            if len(latents) != len(input_ids):
+                raise InputError(f'latents of {len(latents)} samples, a batch of {len(input_ids)}')
+            self.latents = latents
+            self.counts = (input_ids == self.vlm.config.image_token_id).sum(1).tolist()
+        try:
+            yield
+        finally:
+            self.latents = self.counts = None
 
     def forward(self, input_ids, latents=None, **inputs):
         """The VLM's own forward. `latents`: a list with (L, D), or None, for every sample."""
-        self.expect(input_ids, latents)
-        try:
+        with self.given(input_ids, latents):
             outputs = self.vlm(input_ids=input_ids, **inputs)
-        finally:
-            self.expect(input_ids, None)
         if self.training and self.adapter is not None:
             # DDP waits for every gradient: a batch without pictures gives the adapter zeros
             outputs.logits = outputs.logits + 0 * sum(p.sum() for p in self.adapter.parameters())
@@ -163,11 +164,8 @@ class SpatialVLM(nn.Module):
     @torch.no_grad()
     def generate(self, input_ids, latents=None, **inputs):
         """The VLM's own generate, with `latents` as in `forward`."""
-        self.expect(input_ids, latents)
-        try:
+        with self.given(input_ids, latents):
             return self.vlm.generate(input_ids=input_ids, **inputs)
-        finally:
-            self.expect(input_ids, None)
 
     def train_only(self, what):
         """Freezes all but `what`: 'adapter', 'adapter+llm', or 'lora' (adapter and low-rank parts).
@@ -213,7 +211,7 @@ class Reading:
         del batch['labels']
         batch = lean_batch(batch, model.vlm, self.device)
         known = inspect.signature(model.vlm.forward).parameters
-        # the second: before transformers 5.24
+        # transformers before 5.24 calls it past_key_values
         self.argument = 'cache' if 'cache' in known else 'past_key_values'
         self.cache = DynamicCache(config=model.vlm.config.get_text_config())
         with autocast:
@@ -326,6 +324,8 @@ def load_spatial_vlm(folder, dtype=torch.float32, max_pixels=None):
     if not os.path.isfile(path):
         raise InputError(f'{folder} is not a fine-tuned Spa3-VLM: it has no spatial_vlm.json')
     settings = read_json(path)
+    if not isinstance(settings, dict) or not {'vlm', 'latents', 'encoder'} <= settings.keys():
+        raise InputError(f'{path} does not say what the VLM was made of')
     if settings['encoder'] == ENCODER:    # of an exported folder
         settings['encoder'] = os.path.join(folder, ENCODER)
     source = settings['vlm'] if settings['vlm'] != 'vlm' else os.path.join(folder, 'vlm')

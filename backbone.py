@@ -98,6 +98,17 @@ class ImageNorm(nn.Module):
         return (images - self.mean) / self.std
 
 
+def resize_positions(positions, grid, **how):
+    """Absolute positions (1, G G, C), learned on a square grid, for a grid of h x w patches.
+    `how`: the size or the scale that F.interpolate is given, and whether with antialiasing."""
+    G = math.isqrt(positions.shape[1])
+    if tuple(grid) == (G, G):
+        return positions
+    positions = positions.float().transpose(1, 2).unflatten(2, (G, G))  # (1, C, G, G)
+    positions = F.interpolate(positions, mode='bicubic', **how)
+    return positions.flatten(2).transpose(1, 2)  # (1, N, C)
+
+
 # -----------------------------------------------------------------------------
 # the depth head
 

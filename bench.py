@@ -79,7 +79,7 @@ def time_parts(psfm, images, clock, autocast):
              lambda: psfm.compare('geo', psfm.heads['geo'](decoded), views.features))
 
     def forward():
-        psfm.zero_grad(set_to_none=True)
+        psfm.zero_grad()
         with autocast:
             return (psfm(images, view_mask=mask)['loss'],)
     part('backward', lambda loss: loss.backward(), forward)

@@ -124,7 +124,7 @@ class VSIBench:
             return read_parquet(root, 'test-*.parquet', 'test*.parquet')
         docs, pruned = read_lines(path), os.path.join(root, 'pruned_ids.txt')
         if os.path.isfile(pruned):  # (parquet files say it themselves)
-            with open(pruned, encoding='utf-8') as file:
+            with open(pruned, encoding='utf-8-sig', errors='replace') as file:
                 ids = set(file.read().split())
             docs = [{'pruned': str(doc.get('id')) in ids, **doc} for doc in docs]
         return docs
@@ -175,10 +175,9 @@ class CVBench:
         return docs
 
     def place(self, doc, i, root):
-        picture = doc.pop('image', None)
-        path = os.path.join(root, doc.get('filename', ''))
+        picture = doc.pop('image', None) or doc.get('filename', '')
         doc['key'] = f'{doc.get("type", "")}{doc.get("idx", i)}'
-        doc['media'] = [picture_of(picture, root) if picture else path]
+        doc['media'] = [picture_of(picture, root)]
 
     def prompt(self, doc):
         letters = ', '.join('ABCDEF'[:len(doc['choices'])])
@@ -397,12 +396,11 @@ def leave_out_lost(docs, root):
     there, lost = [], []
     for doc in docs:
         is_video = isinstance(doc['media'], str)
-        media = [doc['media']] if is_video else doc['media']
-        faults = [media_fault(path, is_video, with_header=False) for path in media
-                  if isinstance(path, str)]
-        faults = list(filter(None, faults))
-        if faults:
-            lost.append(faults[0])
+        faults = (media_fault(path, is_video, with_header=False)
+                  for path in as_list(doc['media']) if isinstance(path, str))
+        fault = next(filter(None, faults), None)
+        if fault:
+            lost.append(fault)
         else:
             there.append(doc)
     if lost:

@@ -129,9 +129,7 @@ class Chat:
         self.processor = make_processor(config, tokenizer, image_processor)
         self.image_token = self.processor.image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
-        family = FAMILIES[config.model_type]
-        self.system = family.system
-        self.tile_argument = family.tile_argument
+        self.family = FAMILIES[config.model_type]
         self.has_token_types = config.model_type.startswith('qwen')  # for the positions
         special = [token.content for token in tokenizer.added_tokens_decoder.values()
                    if token.special]
@@ -156,12 +154,12 @@ class Chat:
                              'never learn to end one')
         return end[0]
 
-    def text(self, turns, **options):
+    def text(self, turns, add_generation_prompt):
         """[(role, text with <image>)] -> the chat template's text, the system prompt in front."""
         from jinja2 import TemplateError
         messages = []
-        if self.system:
-            content = [dict(type='text', text=self.system)]
+        if self.family.system:
+            content = [dict(type='text', text=self.family.system)]
             messages.append(dict(role='system', content=content))
         for role, text in turns:
             content = []
@@ -172,7 +170,8 @@ class Chat:
                     content.append(dict(type='text', text=part))
             messages.append(dict(role=role, content=content or [dict(type='text', text='')]))
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
+            return self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt)
         except (TemplateError, TypeError) as error:
             raise InputError(f'the chat template of this VLM cannot lay out a conversation '
                              f'({first_line(error)})') from error
@@ -207,10 +206,6 @@ class Chat:
         text = text.encode('utf-8', 'replace').decode()  # half characters become question marks
         text = text.replace(EDGE, '')
         return self.special.sub(lambda found: found[0][0] + BREAK + found[0][1:], text)
-
-    def fence(self, piece):
-        """EDGEs around a piece of the template that holds a picture."""
-        return f'{EDGE}{piece}{EDGE}' if self.image_token in piece else piece
 
     def look(self, images):
         """PIL images -> pixels as the VLM takes them, and per image the text in its place."""
@@ -248,7 +243,8 @@ class Chat:
             if role == 'assistant':   # of an answer, no template around a picture is learned
                 ending = self.ending if pieces[-1].endswith(self.ending) else ''
                 pieces = [*pieces[:-1], pieces[-1].removesuffix(ending)]
-                pieces = [self.fence(piece) for piece in pieces]
+                pieces = [f'{EDGE}{piece}{EDGE}' if self.image_token in piece else piece
+                          for piece in pieces]
                 pieces[-1] += ending
             pieces = [re.sub(re.escape(self.image_token), lambda _: next(seen), piece)
                       for piece in pieces]
@@ -302,8 +298,9 @@ class Chat:
     def save_pretrained(self, folder):
         for part in (self.tokenizer, self.image_processor):
             part.save_pretrained(folder)
-        if self.tile_argument:        # what transformers' own processor would not know otherwise
-            settings = {self.tile_argument: getattr(self.processor, self.tile_argument)}
+        name = self.family.tile_argument
+        if name:                      # what transformers' own processor would not know otherwise
+            settings = {name: getattr(self.processor, name)}
             write_json(os.path.join(folder, 'processor_config.json'), settings)
 
 

@@ -89,9 +89,8 @@ def fetch(name, file=None, kind='model'):
             return hf_hub_download(name, file, repo_type=kind)
         return snapshot_download(name, repo_type=kind)
     except Exception as error:
-        reason = str(error).strip().split('\n')[0]
         raise InputError(f'{name} is neither a file nor a folder here, and the hub did not give it '
-                         f'({type(error).__name__}: {reason}): check name, network and '
+                         f'({type(error).__name__}: {first_line(error)}): check name, network and '
                          'access') from error
 
 
@@ -447,7 +446,7 @@ def read_state(config):
     if theirs != PROCESSES:  # each draws its own samples
         raise InputError(f'--resume: {config.out} was trained by {theirs} processes, '
                          f'these are {PROCESSES}: start as many')
-    if state['step'] >= (config.steps or state['config']['steps']):
+    if state['step'] >= (config.steps or state['config'].get('steps', 0)):
         raise InputError(f'--resume: {config.out} has had all {state["step"]} steps: '
                          'give a larger --steps')
     asked = dict(dtype=config.dtype) if config.dtype != 'auto' else {}

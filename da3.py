@@ -14,9 +14,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
-from backbone import Backbone, DPTHead, ImageNorm, patch_grid
+from backbone import Backbone, DPTHead, ImageNorm, patch_grid, resize_positions
 from common import InputError, count_blocks, load_strictly, without_prefix
 from model import Block, RoPE2D, init_linear, invert_pose, pose_encoding_to_cameras
 
@@ -34,18 +33,6 @@ class DA3Config:
     dpt_features: int = 64
     dpt_channels: tuple = (48, 96, 192, 384)
     heads: tuple = ('camera', 'depth')
-
-
-def scale_positions(positions, grid):
-    """Absolute positions (1, G G, C) for a grid of h x w patches, as DINOv2 did it first: by the
-    factor (h + 0.1) / G, without antialiasing. VGGT's are resized to the grid itself."""
-    G = round(positions.shape[1] ** 0.5)
-    if tuple(grid) == (G, G):
-        return positions
-    positions = positions.float().transpose(1, 2).unflatten(2, (G, G))  # (1, C, G, G)
-    factor = [(side + 0.1) / G for side in grid]
-    positions = F.interpolate(positions, scale_factor=factor, mode='bicubic')
-    return positions.flatten(2).transpose(1, 2)  # (1, N, C)
 
 
 def places_in_scene(num_views, num_patches, head_dim, device):
@@ -83,7 +70,9 @@ class ViT(nn.Module):
         grid = patch_grid(images, self.config.patch_size)
         x = self.image_norm(images.flatten(0, 1))  # (B V, 3, H, W)
         x = self.patch_embed['proj'](x).flatten(2).transpose(1, 2)  # (B V, N, C)
-        x = x + scale_positions(self.pos_embed[:, 1:], grid)
+        # as DINOv2 did it first; VGGT's positions are resized to the grid itself
+        factor = [(side + 0.1) / self.config.position_grid for side in grid]
+        x = x + resize_positions(self.pos_embed[:, 1:], grid, scale_factor=factor)
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
         x = torch.cat([cls, x], dim=1)  # (B V, 1 + N, C)
         for block in self.blocks[:self.config.alt_start]:

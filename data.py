@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from backbone import fit_picture, to_one_height
-from common import InputError, Parser, run_script, step_generator
+from common import InputError, Parser, quiet, run_script, step_generator
 from media import (even_frames, find_scenes_or_say_why, natural_order, open_file, open_picture,
                    reading_fault)
 from model import full_precision
@@ -67,7 +67,8 @@ class RoomPool:
     @torch.no_grad()
     @full_precision
     def render_block(self, index, num_views=VIEWS):
-        """-> the Rooms of block `index`, and a batch of their views, with `surface` for `classes`.
+        """-> the Rooms of block `index`, and their views: a batch with uint8 images, and `surface`
+        for `classes`.
 
         Always in fp32 without gradients, whatever the context of the caller is.
         """
@@ -268,7 +269,7 @@ class PhotoFolder:
         usable = [scene for scene in self.scenes if len(scene) >= num_views]
         scene = usable[random(0, len(usable) - 1)]
         # differs from the release, where one short scene narrows the gap of all that follow
-        most = max(1, min(self.gap[1], (len(scene) - 1) // max(1, num_views - 1)))
+        most = min(self.gap[1], (len(scene) - 1) // max(1, num_views - 1))
         gaps = [random(min(self.gap[0], most), most) for _ in range(num_views - 1)]
         frame = random(0, len(scene) - 1 - sum(gaps))
         return [scene[i] for i in itertools.accumulate(gaps, initial=frame)]
@@ -300,11 +301,11 @@ def make_sources(config, multiple, device, all_held_out=False):
     reserved = getattr(config, 'kept', None)  # weights may be older than this setting
     splits = 'train', 'val'
     if all_held_out:
-        found = find_scenes_or_say_why(config.data)
+        found = find_scenes_or_say_why(config.data, quiet)
         names = list(found.scenes)
         reserved, splits = names if len(names) > 1 else [], ('val', 'val')
-    sources = [make_source(config, split, multiple, device, reserved=reserved)
-               for split in splits]
+    sources = [make_source(config, split, multiple, device, say=say, reserved=reserved)
+               for split, say in zip(splits, (print, quiet))]
     if all_held_out and not found.splits:
         sources[1].held_out_text = f'all of {config.data}, none of it trained on'
     return sources
@@ -312,7 +313,8 @@ def make_sources(config, multiple, device, all_held_out=False):
 
 def shown_size(path):
     with open_file(path) as picture:
-        is_turned = picture.getexif().get(274, 1) in (5, 6, 7, 8)  # as ImageOps.exif_transpose
+        # as ImageOps.exif_transpose does it; the size of a TIFF is turned already
+        is_turned = picture.format != 'TIFF' and picture.getexif().get(274, 1) in (5, 6, 7, 8)
         return picture.size[::-1] if is_turned else picture.size
 
 

@@ -186,7 +186,7 @@ def draw_panel(pen, font, box, curves, title, low=None, is_log=False):
     points = [(x, y) for xs, ys, _ in curves.values() for x, y in zip(xs, ys)]
     if not points:
         return
-    first, last = min(x for x, _ in points), max(x for x, _ in points) or 1
+    first, last = min(x for x, _ in points), max(x for x, _ in points)
     low = min(y for _, y in points) if low is None else low
     high = max(max(y for _, y in points), low + 1e-6)
 
@@ -415,10 +415,11 @@ def draw_walk(psfm, source, config, autocast, path, tile=150):
     columns = {'nearest picture': images[0, nearest].permute(0, 2, 3, 1),
                'features seen there': to_colors(views.features[0, nearest], basis, views.grid),
                'predicted on the way': to_colors(predicted, basis, views.grid)}
-    for title, x in (('depth seen there', depth), ('read off the field', read)):
-        if x is not None:
-            x = x[0, nearest] if x is depth else x[0]
-            columns[title] = to_grey(1 - x.unflatten(-1, views.grid) / depth.max())
+    depths = {} if depth is None else {'depth seen there': depth[0, nearest]}
+    if read is not None:
+        depths['read off the field'] = read[0]
+    for title, x in depths.items():
+        columns[title] = to_grey(1 - x.unflatten(-1, views.grid) / depth.max())
 
     height = tile * images.shape[-2] // images.shape[-1]
     top = 22
@@ -446,8 +447,7 @@ def draw_map(truth, answer, width):
     """One map in words, from above: circles where things stand, squares where the VLM says so."""
     canvas, pen, font = blank(width, width, 12)
     pieces = read_map(truth)
-    named = read_map(answer)
-    named = [piece for piece in named if piece[0] in FURNITURE]
+    named = [piece for piece in read_map(answer) if piece[0] in FURNITURE]
 
     # everything within 20 metres fits: the scale follows from the farthest place
     reach = max([abs(value) for _, *place in pieces + named for value in place] + [4])

@@ -197,10 +197,10 @@ def runs(args):
             values = [metrics['psfm']['r2'], metrics['camera']['r2'],
                       read_out.get('object_recall', math.nan),
                       read_out.get('depth_abs_rel', math.nan), metrics['seconds'] / 60]
-        except (InputError, KeyError, TypeError):
+            settings = {key: x for key, x in config.items() if key not in OF_NO_MATTER}
+        except (InputError, KeyError, TypeError, AttributeError):
             left_out.append(folder)
             continue
-        settings = {key: x for key, x in config.items() if key not in OF_NO_MATTER}
         groups.setdefault(json.dumps(settings), []).append(values)
     if not groups:
         raise InputError(f'no finished PSFM run among {" ".join(args.folders)}')

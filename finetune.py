@@ -278,16 +278,16 @@ def save(model, chat, latents, optimizers, step, config, dtype, metrics, line, i
 
 
 @torch.no_grad()
-def cost_of(model, z, num_tokens):
+def cost_of(model, z):
     """What the latents of a scene cost, in words: their size, and the adapter's time for them."""
-    x = torch.randn(num_tokens, model.adapter.gate.in_features, device=z.device)
+    x = torch.randn(96, model.adapter.gate.in_features, device=z.device)  # six pictures' tokens
     times = []
     for _ in range(20):
         start = time.perf_counter()
         model.adapter(x, z).sum().item()
         times.append(time.perf_counter() - start)
     return (f'{len(z)} tokens of {z.shape[1]} numbers, adapter {1e3 * np.median(times):.1f} ms a '
-            f'scene of {num_tokens} image tokens')
+            f'scene of {len(x)} image tokens')
 
 
 # -----------------------------------------------------------------------------
@@ -485,7 +485,7 @@ def train(name, config, data=None, held_out=None):
                    peak_memory_gb=peak_memory(device) / 2 ** 30)
     if 'scores' in metrics and latents:
         z = latents([held_out.pictures(0)])[0].to(device)
-        metrics['cost'] = cost_of(model, z, num_tokens=96)  # six pictures of sixteen tokens
+        metrics['cost'] = cost_of(model, z)
     if is_main:
         write_results(name, config, metrics, say)
     return metrics

@@ -51,7 +51,7 @@ def field_batches(psfm, source, config, num_scenes, first=0):
     device = psfm.geo_mean.device
     num_views = (config.min_views + config.max_views) // 2
     at_once = min(num_scenes, 4)  # whatever the training batch: results must not depend on it
-    for number in range(max(1, num_scenes // at_once)):
+    for number in range(num_scenes // at_once):
         batch = source.batch(first + number, at_once, num_views)
         batch = {name: x.to(device) for name, x in batch.items()}
         B, V = batch['images'].shape[:2]

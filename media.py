@@ -79,25 +79,26 @@ def check_shape(picture, path):
 
 def open_file(path):
     """PIL image, of which only the header is read. Raises InputError with the path."""
-    ending = os.path.splitext(path)[1].lower() if isinstance(path, str) else ''
+    name = path if isinstance(path, str) else 'a picture'  # its bytes, out of a parquet file
+    ending = os.path.splitext(name)[1].lower()
     if ending in ('.heic', '.heif'):
         try:
             import pillow_heif
             pillow_heif.register_heif_opener()
         except ImportError as error:
-            raise InputError(f'{path} cannot be read: {NEEDS[ending]}') from error
+            raise InputError(f'{name} cannot be read: {NEEDS[ending]}') from error
     try:
         picture = Image.open(path)
     except Image.UnidentifiedImageError as error:
         can_read = ending != '.avif' or features.check('avif')
         reason = 'not a picture' if can_read else NEEDS[ending]
-        raise InputError(f'{path} cannot be read: {reason}') from error
+        raise InputError(f'{name} cannot be read: {reason}') from error
     except Exception as error:  # of spoiled files, Pillow's readers raise whatever there is
-        raise InputError(f'{path} cannot be read: {error}') from error
-    check_shape(picture, path)
+        raise InputError(f'{name} cannot be read: {error}') from error
+    check_shape(picture, name)
     most = MOST_PIXELS_OF_JPEG if picture.format in ('JPEG', 'MPO') else MOST_PIXELS
     if picture.width * picture.height > most:
-        raise InputError(f'{path} cannot be read: {picture.width} x {picture.height} pixels, more '
+        raise InputError(f'{name} cannot be read: {picture.width} x {picture.height} pixels, more '
                          f'than the {most // 10 ** 6} million that a {picture.format} may have')
     return picture
 
@@ -124,7 +125,8 @@ def open_picture(path, width=None):
     except InputError:
         raise
     except Exception as error:  # as in open_file
-        raise InputError(f'{path} cannot be read: {error}') from error
+        name = path if isinstance(path, str) else 'a picture'
+        raise InputError(f'{name} cannot be read: {error}') from error
 
 
 def stretch(values):
@@ -171,8 +173,7 @@ def media_fault(path, is_video=False, with_header=True):
 
 def even_frames(count, num_frames):
     """Indices of `num_frames` frames spread evenly over `count`, first and last among them."""
-    places = np.linspace(0, count - 1, min(num_frames, count))
-    return sorted(set(places.astype(int).tolist()))
+    return np.linspace(0, count - 1, min(num_frames, count)).astype(int).tolist()
 
 
 def choose_frames(times, num_frames, every):
@@ -355,7 +356,7 @@ class Found:
 
     def say_unused(self):
         kinds = [f'{kind} ({n})' for kind, n in self.unused.most_common(8)]
-        return f'not used: {", ".join(kinds)}' if kinds else ''
+        return f'not used: {", ".join(kinds)}'
 
 
 def photos_inside(folder):
@@ -416,8 +417,8 @@ def find_scenes(root, say=print):
     def cannot_list(error):
         say(f'{error.filename} cannot be listed ({error.strerror}); left out')
 
-    walk = os.walk(root, followlinks=True, onerror=cannot_list)
-    for folder, below, _ in walk if os.path.isdir(root) else ():
+    walk = os.walk(root, followlinks=True, onerror=cannot_list) if os.path.isdir(root) else ()
+    for folder, below, _ in walk:
         if os.path.realpath(folder) in seen:  # links lead back
             below.clear()
             continue

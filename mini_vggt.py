@@ -352,8 +352,7 @@ def train(config, command):
     torch.manual_seed(config.seed)
 
     # model and data
-    model = MiniVGGTTrainer()
-    model.to(device).train()
+    model = MiniVGGTTrainer().to(device).train()
     optimizers = make_optimizers(model, config, device, dtype)
     if config.resume:
         path = os.path.join(state['folder'], 'trainer.safetensors')
@@ -389,7 +388,6 @@ def train(config, command):
     export(model.vggt, path, config, metrics, command)
     tqdm.write(f'{backbone_table(metrics)}\nwrote {path}\n'
                f'next: python train.py --config small --backbone {path}')
-    return metrics
 
 
 def main(argv=None):

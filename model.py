@@ -113,8 +113,7 @@ def camera_rays(intrinsics, size, grid):
     h, w = grid
     x = (torch.arange(w, device=intrinsics.device) + 0.5) * (W / w)
     y = (torch.arange(h, device=intrinsics.device) + 0.5) * (H / h)
-    y, x = torch.meshgrid(y, x, indexing='ij')  # (h, w)
-    pixels = torch.stack([x, y], -1).flatten(0, 1)  # (h w, 2)
+    pixels = torch.cartesian_prod(y, x).flip(-1)  # (h w, 2): x, y
     focal = intrinsics.diagonal(dim1=-2, dim2=-1)[..., None, :2]  # (..., 1, 2)
     center = intrinsics[..., None, :2, 2]  # (..., 1, 2)
     xy = (pixels - center) / focal
@@ -192,8 +191,7 @@ class RoPE2D:
         h, w = grid
         rows = torch.arange(1, h + 1, device=device)
         columns = torch.arange(1, w + 1, device=device)
-        y, x = torch.meshgrid(rows, columns, indexing='ij')
-        place = torch.stack([y, x], -1).flatten(0, 1).float()  # (N, 2)
+        place = torch.cartesian_prod(rows, columns).float()  # (N, 2)
         place = F.pad(place, (0, 0, special_per_view, 0))  # (P, 2)
         place = place.repeat(num_views, 1)  # (V P, 2)
         place = F.pad(place, (0, 0, special_in_front, special_behind))  # (tokens, 2)
@@ -283,9 +281,7 @@ class Attention(nn.Module):
         if position is not None:
             q, k, v = position.rotate(q, k, v)
 
-        q = q.to(dtype)
-        k = k.to(dtype)
-        v = v.to(dtype)
+        q, k, v = [x.to(dtype) for x in (q, k, v)]
         if num_context is None:
             out = attend(q, k, v)
         else:

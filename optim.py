@@ -4,11 +4,10 @@ What training loops step with: the learning rate's course, AdamW, Muon; their st
 import contextlib
 import math
 import os
-import pickle
 
 import torch
 
-from common import InputError
+from common import InputError, first_line
 
 
 def rate_share(step, config):
@@ -113,7 +112,7 @@ def take_step(optimizers, parameters, clip):
     norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
     for optimizer in optimizers:
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
     return norm
 
 
@@ -122,10 +121,9 @@ def errors_of(path):
     """Turns errors inside into one sentence about a file of optimizers."""
     try:
         yield
-    except (OSError, RuntimeError, LookupError, ValueError, TypeError, EOFError,
-            AttributeError, pickle.UnpicklingError) as error:
-        reason = str(error).split('\n')[0] or type(error).__name__
-        raise InputError(f'{path} does not hold the optimizers of this run ({reason})') from error
+    except Exception as error:  # of spoiled files, pickle raises whatever there is
+        raise InputError(f'{path} does not hold the optimizers of this run '
+                         f'({first_line(error)})') from error
 
 
 def load_optimizers(optimizers, folder):

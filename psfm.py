@@ -15,9 +15,10 @@ frame: their matrix is the identity.
 
 Shapes as in model.py. In a view mask (B, V), True is a target: a view to predict.
 """
+import contextlib
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import SimpleNamespace
 
 import torch
@@ -25,7 +26,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from backbone import find_weights
-from common import (InputError, fetch, find_checkpoint, find_file, is_hub_id, load_strictly, opt,
+from common import (InputError, find_checkpoint, find_file, is_hub_id, load_strictly, opt,
                     read_weights)
 from da3 import DA3
 from model import (MLP, Encoder, Transformer, camera_rays, full_precision, init_linear,
@@ -146,8 +147,7 @@ class PRoPE:
         # the angle of every patch, which counts from 0 here: columns, then rows
         rows = torch.arange(h, device=fx.device)
         columns = torch.arange(w, device=fx.device)
-        y, x = torch.meshgrid(rows, columns, indexing='ij')
-        place = torch.stack([x, x, y, y], -1).flatten(0, 1)  # (N, 4)
+        place = torch.cartesian_prod(rows, columns).flip(-1).repeat_interleave(2, -1)  # (N, 4)
         frequency = 100.0 ** (-torch.arange(head_dim // 8, device=fx.device) / (head_dim // 8))
         angle = place[..., None] * frequency  # (N, 4, d/8)
         sin = angle.sin()
@@ -313,9 +313,7 @@ class PSFM(nn.Module):
         backbone = self.backbone
         patches, grid = backbone.embed(images)  # each view on its own
         index = context_index(view_mask, num_context)  # (B, Vc)
-        layers = (-1,)
-        if with_depth:
-            layers = (*backbone.depth_layers, -1)
+        layers = (*backbone.depth_layers, -1) if with_depth else (-1,)
         if self.context == 'asymmetric':
             outputs = backbone.attend(patches, grid, view_mask, num_context, layers)
             views = backbone.read(outputs[-1], grid)
@@ -409,16 +407,12 @@ def untrained_like(psfm, config):
 def weights_of_run(run):
     """A run's folder, a file of weights, or a hub id -> path of the file. InputError if none."""
     path = find_file(os.fspath(run))
-    if os.path.isfile(path):
-        return path
-    if path.endswith('.safetensors'):
-        raise InputError(f'no weights at {path}')
+    if os.path.isfile(path) or path.endswith('.safetensors') or is_hub_id(path):
+        return find_weights(path)
     folder = find_checkpoint(path) or path
     file = os.path.join(folder, 'model.safetensors')
     if os.path.isfile(os.path.join(folder, 'spatial_vlm.json')):
         raise InputError(f'{path} is a run of finetune.py; this takes one of train.py')
-    if not os.path.isdir(path) and is_hub_id(path):
-        return fetch(path, 'model.safetensors')
     if not os.path.isfile(file):
         raise InputError(f'no checkpoint in {path}: train first (python train.py --config small)')
     return file
@@ -427,13 +421,12 @@ def weights_of_run(run):
 def read_psfm(path):
     """Weights of train.py -> state, metadata, the options of the run. InputError if not theirs."""
     state, metadata = read_weights(path)
-    try:
-        config = SimpleNamespace(**json.loads(metadata['config']))
-    except (KeyError, ValueError, TypeError) as error:
-        raise InputError(f'{path} does not hold a PSFM') from error
-    if 'encoder.queries' not in state or not hasattr(config, 'backbone'):
+    options = {field.name: field.default for field in fields(PSFMConfig)}  # those that are younger
+    with contextlib.suppress(KeyError, ValueError, TypeError):
+        options.update(json.loads(metadata['config']))
+    if 'encoder.queries' not in state or 'backbone' not in options:
         raise InputError(f'{path} does not hold a PSFM')
-    return state, metadata, config
+    return state, metadata, SimpleNamespace(**options)
 
 
 def check_backbone(backbone, metadata, path, name):

@@ -74,10 +74,9 @@ class Conversations(torch.utils.data.Dataset):
         self.media, self.num_frames, self.records = media, num_frames, []
         fault_of = functools.lru_cache(maxsize=None)(media_fault)  # many ask about one picture
         for file in files:
-            path, share = file, 1.0
-            if re.fullmatch(r'.*:(\d*\.)?\d+', file):
-                path, _, share = file.rpartition(':')
-            if not 0 < float(share) <= 1:
+            found = re.fullmatch(r'(.*):((?:\d*\.)?\d+)', file)
+            path, share = (found[1], float(found[2])) if found else (file, 1.0)
+            if not 0 < share <= 1:
                 raise InputError(f'{file}: the share after the colon must be above 0 and at most 1')
             faults, kept = [], []
             for number, record, fault in read_records(path):
@@ -94,7 +93,7 @@ class Conversations(torch.utils.data.Dataset):
             if faults:
                 say(f'{path}: {len(faults)} of {total} records left out; the first: {faults[0]}')
             lot = torch.randperm(len(kept), generator=step_generator(0, 8))
-            chosen = sorted(lot[:round(float(share) * len(kept))].tolist())
+            chosen = sorted(lot[:round(share * len(kept))].tolist())
             self.records += [kept[i] for i in chosen]
         if not self.records:
             raise InputError(f'no usable record in {" ".join(files)}')

@@ -96,8 +96,8 @@ def read_released(path):
         state = state.get('state_dict', state)
         return {name.removeprefix('model.'): x for name, x in state.items() if torch.is_tensor(x)}
     except (OSError, RuntimeError, EOFError, AttributeError, pickle.UnpicklingError) as error:
-        reason = str(error).split('\n')[0] or type(error).__name__
-        raise InputError(f'{path} cannot be read as a checkpoint of weights ({reason})') from error
+        raise InputError(f'{path} cannot be read as a checkpoint of weights '
+                         f'({first_line(error)})') from error
 
 
 def is_released(path):
@@ -145,14 +145,15 @@ def open_psfm(path, device='cpu'):
             raise InputError(f'{path} has no latents (--num-latents 0) that a VLM could be given')
         return psfm, config
     state = read_released(path)
-    if 'query_embed.weight' not in state:
-        raise InputError(f'{path} holds no released Spa3R (no query_embed.weight)')
     keep = ('projection.', 'query_embed.', 'encoder.', 'decoder.', 'pose_tokenizer.', 'heads.geo.',
             'aggregator.', 'camera_head.')
     state = {name: x.float() for name, x in state.items() if name.startswith(keep)}
 
-    num_latents, width = state['query_embed.weight'].shape
-    vggt = released_vggt_config(state)
+    try:
+        num_latents, width = state['query_embed.weight'].shape
+        vggt = released_vggt_config(state)
+    except KeyError as error:
+        raise InputError(f'{path} holds no released Spa3R (no {error})') from error
     sizes = PSFMConfig(width, count_blocks(state, 'encoder.blocks.'),
                        count_blocks(state, 'decoder.blocks.'), width // 64, num_latents,
                        standardised=False)
@@ -254,12 +255,9 @@ def open_spatial_vlm(folder, dtype=torch.float32, max_pixels=None):
 
     The release's folder is a Qwen2.5-VL, with the adapter and Spa3R under names of their own.
     """
-    state = {}
-    if not os.path.isfile(os.path.join(folder, 'spatial_vlm.json')):
-        state = read_folder(folder)
-    if not state:
+    if os.path.isfile(os.path.join(folder, 'spatial_vlm.json')):
         return load_spatial_vlm(folder, dtype, max_pixels)
-    ours = released_adapter(state)
+    ours = released_adapter(read_folder(folder))
     if 'attention.q_norm.weight' not in ours:
         raise InputError(f'{folder} is no Spa3-VLM: neither a run of finetune.py '
                          '(spatial_vlm.json) nor the release (weights geom_cross_attention.*)')
@@ -309,12 +307,9 @@ class SemanticTeacher(nn.Module):
         super().__init__()
         self.model = model.requires_grad_(False).eval()
         self.width = width
+        self.patch_size, self.feature_dim = model.config.patch_size, model.config.hidden_size
         cast_matrices(self.model, dtype)
         self.image_norm = ImageNorm()
-
-    @property
-    def feature_dim(self):
-        return self.model.config.hidden_size
 
     def train(self, mode=True):
         return super().train(False)
@@ -322,7 +317,7 @@ class SemanticTeacher(nn.Module):
     @torch.no_grad()
     def forward(self, images, grid):
         """Images (B, V, 3, H, W) in [0, 1] -> features (B, V, N, S) on the backbone's grid."""
-        p = self.model.config.patch_size
+        p = self.patch_size
         B, V = images.shape[:2]
         w = self.width // p
         h = max(1, round(w * images.shape[-2] / images.shape[-1]))
@@ -342,7 +337,7 @@ def load_teacher(source, dtype=torch.float32):
     try:
         model = AutoModel.from_pretrained(source, dtype=torch.float32)  # not that of the file
         return SemanticTeacher(model, dtype=dtype)
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, AttributeError) as error:
         raise InputError(
             f'--teacher {source} could not be loaded ({first_line(error)}): if it is '
             'gated, ask for access on its page of the hub and run `hf auth login`; or take an '

@@ -17,7 +17,7 @@ S = 6 + K surfaces of a room: walls at x-, x+, y-, y+, floor, ceiling, furniture
 """
 import math
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -76,7 +76,7 @@ class Rooms:
     light: torch.Tensor       # (R, 3) unit vector towards the light
 
     def to(self, device):
-        return Rooms(*(getattr(self, f.name).to(device) for f in fields(self)))
+        return Rooms(**{name: x.to(device) for name, x in vars(self).items()})
 
     def objects(self, room):
         """The furniture of one room: a list of {category, center, size, yaw}, metres, radians."""

@@ -128,7 +128,7 @@ class Step:
         loss = self.forward()
         loss.backward()
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         return loss.detach()
 
 
@@ -136,7 +136,7 @@ def count_flops(step):
     """FLOPs of a step, and the kernels that its attention ran on."""
     with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
         step.forward().backward()
-    step.optimizer.zero_grad(set_to_none=True)
+    step.optimizer.zero_grad()
     names = [str(op) for op in counter.get_flop_counts()['Global'] if 'attention' in str(op)]
     kernels = {name.split('.')[1].removeprefix('_scaled_dot_product_') for name in names
                if 'backward' not in name}
@@ -163,7 +163,7 @@ def bytes_kept(step):
     """What one forward pass keeps for the backward pass."""
     with storages_kept(step.parameters) as kept:
         step.forward().backward()
-    step.optimizer.zero_grad(set_to_none=True)
+    step.optimizer.zero_grad()
     return sum(kept.values())
 
 

@@ -145,7 +145,7 @@ def flops_per_view(psfm, images, autocast):
         with autocast:
             loss = psfm(images)['loss']
         loss.backward()
-    psfm.zero_grad(set_to_none=True)
+    psfm.zero_grad()
     return counter.get_total_flops() / images.shape[0] / images.shape[1]
 
 
@@ -166,13 +166,13 @@ def build_model(config, dtype, device):
 
 
 @torch.no_grad()
-def measure_statistics(psfm, source, config, autocast, num_batches=8):
-    """Mean and deviation of every feature channel, from a few training batches."""
+def measure_statistics(psfm, source, config, autocast):
+    """Mean and deviation of every feature channel, from eight training batches."""
     device = psfm.geo_mean.device
     geo = []
     sem = []
     batches = Batches(source, config)
-    for number in range(num_batches):
+    for number in range(8):
         images = batches[number]['images'].to(device)
         B, V = images.shape[:2]
         g = step_generator(config.seed, number, STATISTICS)

@@ -21,7 +21,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from backbone import Backbone, DPTHead, ImageNorm, patch_grid
+from backbone import Backbone, DPTHead, ImageNorm, patch_grid, resize_positions
 from common import InputError, load_strictly
 from model import MLP, Block, RoPE2D, full_precision, init_linear, pose_encoding_to_cameras
 
@@ -57,16 +57,6 @@ NORMS = {'layer': nn.LayerNorm, 'rms': nn.RMSNorm}    # of queries and keys in g
 # -----------------------------------------------------------------------------
 # patch embeds: normalised images (n, 3, H, W) -> patch tokens (n, N, C)
 
-def resize_positions(positions, grid):
-    """Absolute positions (1, G G, C), learned on a square grid, for a grid of h x w patches."""
-    G = math.isqrt(positions.shape[1])
-    if tuple(grid) == (G, G):
-        return positions
-    positions = positions.float().transpose(1, 2).unflatten(2, (G, G))  # (1, C, G, G)
-    positions = F.interpolate(positions, grid, mode='bicubic', antialias=True)
-    return positions.flatten(2).transpose(1, 2)  # (1, N, C)
-
-
 class DINOv2(nn.Module):
     """ViT with registers (arXiv 2304.07193, 2309.16588). Returns the patch tokens."""
 
@@ -86,7 +76,7 @@ class DINOv2(nn.Module):
     def forward(self, images, grid):
         n = len(images)
         patches = self.patch_embed['proj'](images).flatten(2).transpose(1, 2)  # (n, N, C)
-        patches = patches + resize_positions(self.pos_embed[:, 1:], grid)
+        patches = patches + resize_positions(self.pos_embed[:, 1:], grid, size=grid, antialias=True)
         cls = self.cls_token + self.pos_embed[:, :1]
         special = torch.cat([cls, self.register_tokens], dim=1).expand(n, -1, -1)
         x = torch.cat([special, patches], dim=1)  # (n, 1 + 4 + N, C)
@@ -120,7 +110,7 @@ class ConvStem(nn.Module):
 
     def forward(self, images, grid):
         x = self.convs(images).flatten(2).transpose(1, 2)  # (n, N, C)
-        return self.norm(x) + resize_positions(self.pos_embed, grid)
+        return self.norm(x) + resize_positions(self.pos_embed, grid, size=grid, antialias=True)
 
 
 # -----------------------------------------------------------------------------
@@ -306,11 +296,15 @@ class VGGT(Backbone):
 
 def read_config(text, path):
     """VGGTConfig from the JSON in a file's metadata. InputError if it is not that of a VGGT."""
-    settings = json.loads(text)
-    if 'mask_ratio' in settings:
-        raise InputError(f'{path} holds the checkpoint of a PSFM run, not a VGGT')
-    if 'cells' in settings['heads'] and not settings.get('classes'):
+    try:
+        settings = {key: tuple(value) if isinstance(value, list) else value
+                    for key, value in json.loads(text).items()}
+        if 'mask_ratio' in settings:
+            raise InputError(f'{path} holds the checkpoint of a PSFM run, not a VGGT')
+        config = VGGTConfig(**settings)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputError(f'{path}: its config is not that of a VGGT ({error})') from error
+    if 'cells' in config.heads and not config.classes:
         raise InputError(f'{path} does not name the categories that it tells apart; '
                          'python mini_vggt.py makes a backbone that does')
-    return VGGTConfig(**{key: tuple(value) if isinstance(value, list) else value
-                         for key, value in settings.items()})
+    return config

@@ -5,9 +5,9 @@ what the backbone sees there, and what a trained field predicts from its latents
     RoomWorld      held-out rooms
     PhotoWorld     one scene of photographs
 
-Both answer `room` (the plan and the pictures), `view` (one camera: one pass of the decoder) and,
-with a fine-tuned VLM, `ask`, as dicts that are sent as they are: pictures are data URIs, tiles and
-shares are bytes in base64.
+Both answer `room` (the plan and the pictures) and `view` (one camera: one pass of the decoder),
+RoomWorld also `ask`, if it has a fine-tuned VLM: as dicts that are sent as they are. Pictures are
+data URIs, tiles and shares are bytes in base64.
 """
 import base64
 import functools

@@ -345,7 +345,7 @@ def test_questions_without_their_pictures_are_left_out(run, tmp_path, capsys):
         assert f'VSI-Bench, {count} questions' in capsys.readouterr().out
     path.write_text(whole.replace(', "pruned": false', ''))  # the hub's: a file of ids beside
     assert '"pruned"' not in path.read_text()
-    (tmp_path / 'bench' / 'pruned_ids.txt').write_text('2\n')
+    (tmp_path / 'bench' / 'pruned_ids.txt').write_bytes('\ufeff2\n'.encode() + b'\xff\n')
     for subset, count in (('debiased', 1), ('pruned', 1)):
         evaluation.main([*command, '--subset', subset])
         assert f'VSI-Bench, {count} questions' in capsys.readouterr().out
@@ -365,6 +365,7 @@ def test_questions_that_cannot_be_scored_or_seen(run, tmp_path):
         return read_benchmark('cvbench', str(tmp_path / 'cv[1]'))
 
     assert len(rows()) == 1                                 # a folder's name is no pattern
+    assert len(rows(filename=None)) == 1                    # the picture itself is there
     for changes in (dict(source='foo'), dict(task=5), dict(image=dict(bytes=None, path=None))):
         with pytest.raises(InputError, match='question 0 of cvbench is unusable'):
             rows(**changes)

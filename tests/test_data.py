@@ -190,12 +190,13 @@ def test_short_scenes_are_left_out_by_name(tmp_path):
     assert said == [f'scene lonely of {tmp_path} is left out: 1 picture, --min-views asks for 3']
 
 
-def test_all_of_a_folder_is_held_out_where_one_scene_is_long_enough(tmp_path):
+def test_all_of_a_folder_is_held_out_where_one_scene_is_long_enough(tmp_path, capsys):
     make_folder(tmp_path, scenes=1, frames=16)
     picture(tmp_path / 'lonely' / '0.jpg')
     _, config = parse_config(['--config', 'small', '--data', str(tmp_path)])
     for photos in data.make_sources(config, 8, 'cpu', all_held_out=True):
         assert [len(scene) for scene in photos.scenes] == [16]
+    assert capsys.readouterr().out.count('lonely') == 1  # both sources look, one of them says it
 
 
 def test_bad_pictures_are_named_and_left_out(tmp_path):
@@ -497,6 +498,15 @@ def test_check_prints_the_report(tmp_path, capsys):
     said = capsys.readouterr().out
     assert 'layout folders, 3 scenes, 18 pictures (6 to 6 a scene, median 6)' in said
     assert 'sizes: 80 x 60 (18 of those looked at)' in said and 'unreadable: 0 of 18' in said
+
+
+@pytest.mark.parametrize('name', ['a.jpg', 'a.tif', 'a.png'])
+def test_sizes_are_those_of_upright_pictures(tmp_path, name):
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.new('RGB', (40, 20)).save(tmp_path / name, exif=exif)
+    path = str(tmp_path / name)
+    assert data.shown_size(path) == data.open_picture(path).size == (20, 40)
 
 
 # -----------------------------------------------------------------------------

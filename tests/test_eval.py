@@ -159,10 +159,13 @@ def test_runs_of_one_configuration_share_a_row(tmp_path, capsys):
     assert rows[1].split()[:5] == ['(the', 'first)', '2', '0.650', '±0.050']
     assert rows[2].split()[:3] == ['num_latents=8', '1', '0.500']
 
-    (tmp_path / 'a' / 'metrics.json').unlink()
-    main(['runs', a, b])
-    rows = capsys.readouterr().out.splitlines()
-    assert rows[-1] == f'left out, not a finished PSFM run: {a}'
+    found = tmp_path / 'a' / 'metrics.json'
+    whole = json.loads(found.read_text())
+    for metrics in (None, [], dict(whole, read_out=None)):
+        found.write_text(json.dumps(metrics)) if metrics is not None else found.unlink()
+        main(['runs', a, b])
+        rows = capsys.readouterr().out.splitlines()
+        assert rows[-1] == f'left out, not a finished PSFM run: {a}'
     with pytest.raises(InputError, match='no finished PSFM run among'):
         main(['runs', a])
 

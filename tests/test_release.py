@@ -55,6 +55,20 @@ def test_an_empty_checkpoint_is_one_sentence(tmp_path):
         open_psfm(str(tmp_path / 'spa3r.ckpt'))
 
 
+def test_what_is_no_release_is_one_sentence(tmp_path):
+    for state in ({}, {'query_embed.weight': torch.zeros(6, 128)}):
+        torch.save(state, tmp_path / 'spa3r.ckpt')
+        with pytest.raises(InputError, match='holds no released Spa3R'):
+            open_psfm(str(tmp_path / 'spa3r.ckpt'))
+
+
+def test_a_teacher_that_sees_no_patches_is_refused(tmp_path):
+    config = transformers.GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=8)
+    transformers.GPT2Model(config).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="could not be loaded .*no attribute 'patch_size'"):
+        load_teacher(str(tmp_path))
+
+
 def test_no_name_is_no_teacher():
     assert load_teacher('') is None
 

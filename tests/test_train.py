@@ -280,6 +280,19 @@ def test_init_begins_with_the_weights_of_another_run(tmp_path, capsys):
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
+    # options that are younger than a file have their defaults; a config of another kind is refused
+    old, metadata = read_weights(weights)
+    settings = json.loads(metadata['config'])
+    del settings['mask_ratio']
+    save_file(old, tmp_path / 'old.safetensors', {**metadata, 'config': json.dumps(settings)})
+    assert load_psfm(tmp_path / 'old.safetensors')[1].mask_ratio == 0.5
+    for text in ('{}', '[]', '{"size": 3}', 'no JSON'):
+        other = tmp_path / 'other.safetensors'
+        save_file(old, other, {'config': text})
+        with pytest.raises(InputError, match='does not hold a PSFM'):
+            load_psfm(other)
+        refuse('other.safetensors', main, [*TINY, '--backbone', str(other)], capsys)
+
     # a file of weights is as good as its run's folder
     psfm, config = load_psfm(weights)
     assert config.width == 32 and torch.equal(psfm.encoder.queries, before['encoder.queries'])
