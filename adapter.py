@@ -138,8 +138,8 @@ class SpatialVLM(nn.Module):
     def given(self, input_ids, latents):
         """Inside, image tokens are fused with the latents of their samples, if there are any."""
         if latents is not None and self.adapter is not None:
-            if len(latents) != len(input_ids):
-                raise InputError(f'latents of {len(latents)} samples, a batch of {len(input_ids)}')
+            if (n := len(latents)) != (B := len(input_ids)):
+                raise InputError(f'latents of {n} samples for a batch of {B}')
             self.latents = latents
             self.counts = (input_ids == self.vlm.config.image_token_id).sum(1).tolist()
         try:

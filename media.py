@@ -77,9 +77,14 @@ def check_shape(picture, path):
                          f'thinner than 1 : {THINNEST}')
 
 
+def name_of(path):
+    """A file is called by its path; a file object holds a picture out of a parquet file."""
+    return path if isinstance(path, str) else 'a picture'
+
+
 def open_file(path):
     """PIL image, of which only the header is read. Raises InputError with the path."""
-    name = path if isinstance(path, str) else 'a picture'  # its bytes, out of a parquet file
+    name = name_of(path)
     ending = os.path.splitext(name)[1].lower()
     if ending in ('.heic', '.heif'):
         try:
@@ -125,8 +130,7 @@ def open_picture(path, width=None):
     except InputError:
         raise
     except Exception as error:  # as in open_file
-        name = path if isinstance(path, str) else 'a picture'
-        raise InputError(f'{name} cannot be read: {error}') from error
+        raise InputError(f'{name_of(path)} cannot be read: {error}') from error
 
 
 def stretch(values):

@@ -243,7 +243,7 @@ def test_without_a_picture_the_adapter_has_gradients_of_zero():
 
 def test_wrong_numbers_of_latents_are_refused():
     model, batch = with_adapter('qwen2.5-vl'), make_batch('qwen2.5-vl', [2, 1])
-    with pytest.raises(InputError, match='latents of 1 samples, a batch of 2'):
+    with pytest.raises(InputError, match='latents of 1 samples for a batch of 2'):
         model(latents=make_latents([2]), **batch)
 
 
