@@ -22,6 +22,7 @@ import dataclasses
 import json
 import os
 import platform
+import re
 import statistics
 import tempfile
 from functools import partial
@@ -372,7 +373,10 @@ def full_report(clock, dtype, name):
         first = {title: part for title, part in parts.items() if title.startswith('base, 8 views')}
         small = partial(small_from_start_to_finish, clock.device, dtype)
         parts = {**first, 'small, from start to finish': small, **parts}
-    file = f'{name}-{dtype}-{torch.__version__}.json'.replace(' ', '-').replace('torch.', '')
+        if not can_compile:
+            print('without compiled rows: torch.compile needs a C compiler, headers and Triton')
+    file = f'{name}-{dtype}-{torch.__version__}'.replace('torch.', '')
+    file = re.sub('[^A-Za-z0-9._-]+', '-', file) + '.json'
     return report(parts, os.path.join('out', 'bench', file), clock)
 
 

@@ -328,7 +328,7 @@ def report_parts(presets, clock, dtype, views, sizes, can_compile):
     parts = {}
 
     def add(name, config, V):
-        for compiled in (True, False) if can_compile else (False,):
+        for compiled in (False, True) if can_compile else (False,):
             title = f'{name}, {V} views, {"compiled" if compiled else "eager"}'
             parts[title] = partial(step_cost, config, V, clock, dtype, compiled)
 

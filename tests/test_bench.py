@@ -3,6 +3,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import sys
 
 import pytest
@@ -123,6 +124,14 @@ def test_parts_of_the_report():
     flops = [x['tflops'] * x['ms'] for x in (plain, again)]     # what is computed twice counts once
     assert flops[0] == pytest.approx(flops[1])
     assert parts['VLM, adapter, latents computed']()['tokens'] == 8 * (4 + 2) + 200
+
+
+def test_the_file_of_the_report_has_a_plain_name(monkeypatch):
+    monkeypatch.setattr(bench, 'report', lambda parts, path, clock: path)
+    path = bench.full_report(speed.Clock(torch.device('cpu'), 1), torch.bfloat16, 'A GPU (R) + 1')
+    folder, file = os.path.split(path)
+    assert folder == os.path.join('out', 'bench')
+    assert re.fullmatch(r'A-GPU-R-1-bfloat16-[A-Za-z0-9._-]+\.json', file)
 
 
 @pytest.mark.skipif('SPA3R' not in os.environ, reason='SPA3R=folder: a checkout of hustvl/Spa3R')
