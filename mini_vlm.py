@@ -3,11 +3,10 @@ Makes weights/mini_vlm/: a real Qwen2.5-VL with small numbers, pre-trained on pi
 
     python mini_vlm.py                    # --help for the options; --resume goes on
 
-It stands in for an open VLM: it sees pictures, alone or unrelated ones in a row, and no scene. Two
-things make so small a model reason: half of the choices are answered in words, and places in metres
-are asked for on the way (`Sight`). `ground` is how finetune.py begins with such a VLM.
-
-h width of the VLM    T tokens of a conversation    C categories    NAMES names in a question
+It stands in for an open VLM: it sees pictures, alone or unrelated ones in a row, and no scene.
+Three things make so small a model reason: it learns to read lists of options before it sees a
+picture, half of the choices are answered in words, and places in metres are asked for on the way
+(`probe.Sight`). `ground` is how finetune.py begins with such a VLM.
 """
 import collections
 import dataclasses
@@ -21,36 +20,38 @@ from functools import partial
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 from tqdm import tqdm
 
 from adapter import SpatialVLM, answer_loss
 from chat import ASSISTANT, Chat, attend_in_fp32, lean_batch, load_vlm, states_kept
-from common import (InputError, autocast_on, command_of, find_file, load_strictly, opt,
-                    parse_options, pick_device, pick_dtype, read_state, read_weights, run_script,
-                    step_generator, write_checkpoint)
+from common import (autocast_on, command_of, opt, parse_options, pick_device, pick_dtype,
+                    read_state, run_script, step_generator, write_checkpoint)
 from measure import held_out_loss
 from mini_vggt import LoopConfig, fit
 from model import compile_if_possible
 from optim import load_optimizers, make_optimizers, rate_share, set_rates, take_step
+from probe import Sight, load_sight, token_categories, truth_of
 from questions import (ANSWER_WORDS, RoomQuestions, as_prompt, as_record, ask, ask_map, ask_order,
                        in_map_frame, in_words, pick, shuffled, to_turns, view_rooms,
                        where_categories_stand)
-from rooms import CATEGORIES, CLASSES, SEEN, K, check_classes
+from rooms import CATEGORIES, CLASSES, SEEN, K
 
 
 @dataclass(frozen=True)
 class Config(LoopConfig):
     batch: int = opt(4, 'rooms per batch, in fours, of seven conversations each', low=1,
                      group='mini VLM')
+    letter_steps: int = opt(500, 'steps of texts alone, before any picture', low=0)
     workers: int = opt(0, 'processes that make the batches, for a GPU that would wait', low=0)
     compile: bool = opt(None, "torch.compile the language model's blocks; None: on a CUDA GPU only")
 
 
 PRESETS = {'mini': dict(steps=4000, lr=2e-3, muon_lr=4e-3, decay_from=0.5, clip=1.0, val_scenes=48,
                         eval_every=1000, log_every=100, out='out/mini-vlm')}
+
+LISTS = 48  # of options, in a step of learn_to_read
 
 
 # -----------------------------------------------------------------------------
@@ -68,8 +69,8 @@ def list_numbers(name, middles, sizes):
 
 
 def ask_2d(rooms, room, surface, g):
-    """What is there, how many, where in the picture, how large in it; how to read a list of
-    options. surface (h, w): ids of cells. -> list of records, as questions.as_record makes them"""
+    """What is there, how many, where in the picture, how large in it; and `ask_letter`.
+    surface (h, w): ids of cells. -> list of records, as questions.as_record makes them"""
     # the pieces that are seen: middle of their columns, width and area, as shares of the picture
     w = surface.shape[1]
     columns = ((torch.arange(w) + 0.5) / w).expand_as(surface)
@@ -107,12 +108,14 @@ def ask_2d(rooms, room, surface, g):
         question = f'In the picture, is the {a} to the left or the right of the {b}?'
         found.append(('left or right', question, shuffled(['left', 'right'], g),
                       'left' if unique[a] < unique[b] else 'right'))
+    return [*[as_record(*question) for question in found], ask_letter(g)]
 
-    # how to read a list of options: nothing is seen in the picture, other VLMs know how
-    options = shuffled(pick([CATEGORIES, CATEGORIES, ANSWER_WORDS], g), g)[:4]
+
+def ask_letter(g):
+    """How to read a list of options: no picture is needed. Larger VLMs know it from texts."""
+    options = shuffled(pick([CATEGORIES, ANSWER_WORDS], g), g)[:4]
     word = pick(options, g)
-    found.append(('letter', f'Which of these is {word}?', options, word))
-    return [as_record(*question) for question in found]
+    return as_record('letter', f'Which of these is {word}?', options, word)
 
 
 def ask_slides(shown, g, used):
@@ -223,17 +226,18 @@ def build_tokenizer(texts, content, frequent=20):
 
     Questions are made from templates. Whatever stands between two words that carry the meaning
     (those of `content`, and digits) `frequent` times in `texts` becomes one token, which makes
-    the questions several times shorter.
+    the questions several times shorter. A word of `content` is the same token wherever it stands,
+    in a question, a list of options or an answer, so that the VLM can compare them from the start.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    meaning = re.compile(rf' ?\b(?:{"|".join(content)})\b|[0-9]|\n[A-D]\. ')
+    meaning = re.compile(rf'\b(?:{"|".join(content)})\b|[0-9]|\n[A-D]\. ')
     pieces = collections.Counter(piece for text in texts for piece in meaning.split(text))
     phrases = [piece for piece, count in pieces.items() if count >= frequent and len(piece) > 1]
     phrases = [re.escape(phrase) for phrase in sorted(phrases, key=len, reverse=True)]
-    pattern = Regex('|'.join([*phrases, meaning.pattern, r' ?[A-Za-z]+|\s|.']))
+    pattern = Regex('|'.join([*phrases, meaning.pattern, r'[A-Za-z]+|\s|.']))
     split = pre_tokenizers.Split(pattern, behavior='isolated')
     texts = [*texts, '0123456789.', 'system\n', 'user\n', 'assistant\n', '\n', ASSISTANT,
-             *content, *(f' {word}' for word in content), 'A', 'B', 'C', 'D']
+             *content, 'A', 'B', 'C', 'D']
     words = sorted({word for text in texts for word, _ in split.pre_tokenize_str(text)})
     vocabulary = {word: i for i, word in enumerate(SPECIAL + words)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token='<|unk|>'))
@@ -256,75 +260,22 @@ def build_vlm(tokenizer_json, width=128, depth=6, heads=4):
     ids = {f'{name}_token_id': tokenizer.convert_tokens_to_ids(token) for name, token in
            zip(('vision_start', 'vision_end', 'image', 'video'), SPECIAL[3:7])}
     pad, eos, d = tokenizer.pad_token_id, tokenizer.eos_token_id, width // heads
+    std = width ** -0.5  # the usual 0.02 is too small here: no list of options would be learned
     rope = dict(rope_type='default', rope_theta=10000.0,
                 mrope_section=[d // 8, d * 3 // 16, d * 3 // 16])
     text = dict(hidden_size=width, intermediate_size=3 * width, num_hidden_layers=depth,
                 num_attention_heads=heads, num_key_value_heads=heads, vocab_size=len(tokenizer),
                 max_position_embeddings=4096, tie_word_embeddings=True, pad_token_id=pad,
-                bos_token_id=pad, eos_token_id=eos, rope_parameters=rope)
+                bos_token_id=pad, eos_token_id=eos, rope_parameters=rope, initializer_range=std)
     vision = dict(depth=2, hidden_size=width, intermediate_size=2 * width, num_heads=heads,
                   patch_size=8, temporal_patch_size=1, spatial_merge_size=2, window_size=64,
-                  fullatt_block_indexes=[0, 1], out_hidden_size=width, in_channels=3)
+                  fullatt_block_indexes=[0, 1], out_hidden_size=width, in_channels=3,
+                  initializer_range=std)
     vlm = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(
         text_config=text, vision_config=vision, tie_word_embeddings=True, **ids))
     vlm.config.classes = CLASSES
     vlm.generation_config.eos_token_id, vlm.generation_config.pad_token_id = eos, pad
     return vlm, Chat(vlm.config, tokenizer, image_processor)
-
-
-class Sight(nn.Module):
-    """Linear readers of places in metres off the VLM's states. Only training needs them.
-
-    tokens   of each image token: what it shows, and where
-    words    of each word that names a piece, half-way up the language model: where it stands
-    answers  of the token before an answer, two thirds up: where all the pieces stand that the
-             question names, in their order; the blocks above have only to compare them
-    """
-    NAMES = 5  # in a question, at most
-
-    def __init__(self, width):
-        super().__init__()
-        self.tokens, self.words = self.reader(width, len(CLASSES) + 3), self.reader(width, 3)
-        self.answers = self.reader(width, 3 * self.NAMES)
-
-    @staticmethod
-    def reader(width, outputs):
-        return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, outputs))
-
-    def losses(self, image_tokens, states, truth):
-        """image_tokens (n, h); states: of every block, (B, T, h); truth as `truth_of` gives it."""
-        half, two_thirds = states[len(states) // 2 - 1], states[2 * len(states) // 3 - 1]
-        named = self.answers(two_thirds).unflatten(-1, (self.NAMES, 3))
-        return dict(tokens=self.token_loss(image_tokens, truth['seen']),
-                    words=self.place_loss(self.words(half), truth['words']),
-                    questions=self.place_loss(named, truth['questions']))
-
-    def token_loss(self, tokens, seen):
-        """tokens (n, h), seen (..., classes + 3): shares of the classes, and the place."""
-        sizes = len(CLASSES), 3
-        said, place = self.tokens(tokens).float().split(sizes, -1)
-        shares, true_place = seen.flatten(0, -2).float().split(sizes, -1)
-        return F.cross_entropy(said, shares) + F.smooth_l1_loss(place, true_place)
-
-    @staticmethod
-    def place_loss(said, true):
-        """Smooth L1 between places (..., 3), where the true one is not NaN."""
-        known = ~true.isnan()
-        error = F.smooth_l1_loss(said.float(), true.nan_to_num(), reduction='none')
-        return (error * known).sum() / known.sum().clamp(min=1)
-
-
-def load_sight(folder, width):
-    """The Sight in the folder of a mini VLM. InputError if it has none, or of other categories."""
-    path = os.path.join(find_file(folder), 'sight.safetensors')
-    if not os.path.isfile(path):
-        raise InputError(f'{folder} has no sight.safetensors, by which the adapter is grounded: '
-                         'take a mini VLM, or --ground-steps 0')
-    state, metadata = read_weights(path)
-    check_classes(json.loads(metadata.get('classes', '[]')), path, 'python mini_vlm.py')
-    sight = Sight(width)
-    load_strictly(sight, {name: x.float() for name, x in state.items()}, path)
-    return sight
 
 
 def save_mini_vlm(vlm, chat, sight, folder, command='', dtype=torch.float16):
@@ -338,42 +289,7 @@ def save_mini_vlm(vlm, chat, sight, folder, command='', dtype=torch.float16):
 
 
 # -----------------------------------------------------------------------------
-# truths about words and image tokens
-
-def token_categories(tokenizer):
-    """For every token, the index of the category that it names, or C. -> (vocabulary,)"""
-    category_of = torch.full((len(tokenizer),), len(CATEGORIES))
-    for i, name in enumerate(CATEGORIES):
-        category_of[tokenizer.convert_tokens_to_ids([name, f' {name}'])] = i
-    return category_of
-
-
-def truth_of(items, batch, category_of):
-    """What `Sight` is asked about a batch of items. NaN where there is nothing to say.
-
-    -> seen (images, 16, classes + 3); words (B, T, 3): the place of the piece that a token names;
-    questions (B, T, NAMES, 3): at the token before an answer, the places of the pieces that the
-    question names.
-    """
-    category = category_of[batch['input_ids']]  # (B, T)
-    stand = torch.stack([item['stand'] for item in items])  # (B, C, 3)
-    stand = F.pad(stand, (0, 0, 0, 1), value=math.nan)  # words that name none
-    words = stand.gather(1, category[..., None].expand(-1, -1, 3))  # (B, T, 3)
-    asked = words.new_full((*category.shape, Sight.NAMES, 3), math.nan)
-    is_name = (category < len(CATEGORIES)).tolist()
-    is_answer = (batch['labels'] != -100).tolist()
-    for i in range(len(items)):
-        names = []  # tokens that name a piece, since the last answer
-        for t in range(len(is_name[i]) - 1):
-            if is_answer[i][t]:
-                names = []
-            elif is_name[i][t]:
-                names.append(t)
-            if is_answer[i][t + 1] and not is_answer[i][t]:
-                named = names[:Sight.NAMES]
-                asked[i, t, :len(named)] = words[i, named]
-    return dict(seen=torch.cat([item['seen'] for item in items]), words=words, questions=asked)
-
+# losses, and how fine-tuning begins
 
 def losses_on(model, parts, latents, sight, category_of, autocast):
     """Losses of a batch in parts (Chat.batches), each by its share of the answers' tokens.
@@ -442,6 +358,29 @@ def make_batch(chat, config, step):
     return chat.batches([(chat.encode(item), item) for item in items], 4)
 
 
+def learn_to_read(vlm, chat, config, dtype, autocast):
+    """Before any picture, the language model alone learns to read a list of options, one list a
+    text. Beside pictures, with many questions a conversation, it would learn some by heart.
+    -> loss of the last step"""
+    language_model = vlm.get_decoder()
+    plan = dataclasses.replace(config, steps=config.letter_steps)
+    optimizers = make_optimizers(language_model, plan, vlm.device, dtype)
+    for step in tqdm(range(plan.steps), 'learning to read', leave=False, disable=None):
+        g = step_generator(config.seed, step, 13)
+        items = []
+        for record in [ask_letter(g) for _ in range(LISTS)]:
+            turns = to_turns('', [(as_prompt(record), record['ground_truth'])])
+            items.append(chat.encode(dict(images=[], conversations=turns)))
+        batch = lean_batch(chat.batch(items), vlm, vlm.device)
+        labels = batch.pop('labels')
+        set_rates(optimizers, rate_share(step, plan))
+        with autocast:
+            loss = answer_loss(vlm(use_cache=False, **batch).logits, labels)
+        loss.backward()
+        take_step(optimizers, language_model.parameters(), config.clip)
+    return loss.item()
+
+
 def train(config, command):
     device = pick_device(config.device)
     state = read_state(config)
@@ -464,6 +403,9 @@ def train(config, command):
     count = sum(p.numel() for p in model.parameters()) / 1e6  # without Sight
     tqdm.write(f'mini VLM: {config.steps} steps, {count:.2f} M parameters | {device}, {dtype} '
                f'({reason}) | writing to {config.out}/')
+    if config.letter_steps and not config.resume:
+        loss = learn_to_read(model.vlm, chat, config, dtype, autocast)
+        tqdm.write(f'{config.letter_steps} steps of {LISTS} lists of options | loss {loss:.4f}')
     batches = iter(torch.utils.data.DataLoader(
         range(state['step'], config.steps), batch_size=None, num_workers=config.workers,
         collate_fn=partial(make_batch, chat, config)))  # makes a step's batch out of its number
@@ -480,9 +422,9 @@ def train(config, command):
         write = partial(save_mini_vlm, model.vlm, chat, sight, command=command, dtype=torch.float32)
         write_checkpoint(config.out, done, optimizers, config, dtype, metrics, write)
 
-    # Sight's readers are stepped too, but neither clipped nor checked
-    metrics = fit('mini VLM', config, state['step'], optimizers, list(model.parameters()),
-                  losses_of, evaluate, save)
+    parameters = [*model.parameters(), *sight.parameters()]
+    metrics = fit('mini VLM', config, state['step'], optimizers, parameters, losses_of, evaluate,
+                  save)
     folder = os.path.join(config.out, 'mini_vlm')
     save_mini_vlm(model.vlm, chat, sight, folder, command)
     for kind, share in metrics['kinds'].items():

@@ -9,20 +9,25 @@ about rooms that neither met, and both are also given what z should be better
 than: the backbone's features as one mean and as means over 2 x 2 patches, and
 the latents of an untrained encoder.
 
+`Sight`, at the end, reads places off the states of the mini VLM, which is trained by it.
+
 n rooms    m held-out rooms    L tokens a room    C channels of a token, or categories
+h width of the VLM    B conversations of T tokens    NAMES names in a question
 """
+import json
 import math
+import os
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import step_generator
+from common import InputError, find_file, load_strictly, read_weights, step_generator
 from data import RoomPool
 from model import MLP
 from psfm import untrained_like
-from rooms import CATEGORIES, SEEN, K
+from rooms import CATEGORIES, CLASSES, SEEN, K, check_classes
 
 PROBED = {'pooled': 'backbone features, one mean a room',
           'untrained': 'latents of an untrained encoder',
@@ -287,3 +292,96 @@ def probe_table(scores):
             line += f'{round(value, 2) + 0.0:.2f}{interval}'.rjust(20)  # + 0.0: no -0.00
         rows.append(line.rstrip())
     return '\n'.join(rows)
+
+
+# -----------------------------------------------------------------------------
+# Sight: what the states of the mini VLM say of places
+
+class Sight(nn.Module):
+    """Linear readers of places in metres off the VLM's states. Only training needs them.
+
+    tokens   of each image token: what it shows, and where
+    words    of each word that names a piece, half-way up the language model: where it stands
+    answers  of the token before an answer, two thirds up: where all the pieces stand that the
+             question names, in their order; the blocks above have only to compare them
+    """
+    NAMES = 5  # in a question, at most
+
+    def __init__(self, width):
+        super().__init__()
+        self.tokens, self.words = self.reader(width, len(CLASSES) + 3), self.reader(width, 3)
+        self.answers = self.reader(width, 3 * self.NAMES)
+
+    @staticmethod
+    def reader(width, outputs):
+        return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, outputs))
+
+    def losses(self, image_tokens, states, truth):
+        """image_tokens (images x 16, h); states: of every block, (B, T, h); truth: of `truth_of`"""
+        half, two_thirds = states[len(states) // 2 - 1], states[2 * len(states) // 3 - 1]
+        named = self.answers(two_thirds).unflatten(-1, (self.NAMES, 3))
+        return dict(tokens=self.token_loss(image_tokens, truth['seen']),
+                    words=self.place_loss(self.words(half), truth['words']),
+                    questions=self.place_loss(named, truth['questions']))
+
+    def token_loss(self, tokens, seen):
+        """tokens (images x 16, h); seen (images, 16, classes + 3): shares of classes, place"""
+        sizes = len(CLASSES), 3
+        said, place = self.tokens(tokens).float().split(sizes, -1)
+        shares, true_place = seen.flatten(0, -2).float().split(sizes, -1)
+        return F.cross_entropy(said, shares) + F.smooth_l1_loss(place, true_place)
+
+    @staticmethod
+    def place_loss(said, true):
+        """Smooth L1 between places (..., 3), where the true one is not NaN."""
+        known = ~true.isnan()
+        error = F.smooth_l1_loss(said.float(), true.nan_to_num(), reduction='none')
+        return (error * known).sum() / known.sum().clamp(min=1)
+
+
+def load_sight(folder, width):
+    """The Sight in the folder of a mini VLM. InputError if it has none, or of other categories."""
+    path = os.path.join(find_file(folder), 'sight.safetensors')
+    if not os.path.isfile(path):
+        raise InputError(f'{folder} has no sight.safetensors, by which the adapter is grounded: '
+                         'take a mini VLM, or --ground-steps 0')
+    state, metadata = read_weights(path)
+    check_classes(json.loads(metadata.get('classes', '[]')), path, 'python mini_vlm.py')
+    sight = Sight(width)
+    load_strictly(sight, {name: x.float() for name, x in state.items()}, path)
+    return sight
+
+
+def token_categories(tokenizer):
+    """For every token, the index of the category that it names, or C. -> (vocabulary,)"""
+    category_of = torch.full((len(tokenizer),), len(CATEGORIES))
+    for i, name in enumerate(CATEGORIES):
+        category_of[tokenizer.convert_tokens_to_ids(name)] = i
+    return category_of
+
+
+def truth_of(items, batch, category_of):
+    """What `Sight` is asked about a batch of items. NaN where there is nothing to say.
+
+    -> seen (images, 16, classes + 3); words (B, T, 3): the place of the piece that a token names;
+    questions (B, T, NAMES, 3): at the token before an answer, the places of the pieces that the
+    question names.
+    """
+    category = category_of[batch['input_ids']]  # (B, T)
+    stand = torch.stack([item['stand'] for item in items])  # (B, C, 3)
+    stand = F.pad(stand, (0, 0, 0, 1), value=math.nan)  # words that name none
+    words = stand.gather(1, category[..., None].expand(-1, -1, 3))  # (B, T, 3)
+    asked = words.new_full((*category.shape, Sight.NAMES, 3), math.nan)
+    is_name = (category < len(CATEGORIES)).tolist()
+    is_answer = (batch['labels'] != -100).tolist()
+    for i in range(len(items)):
+        names = []  # tokens that name a piece, since the last answer
+        for t in range(len(is_name[i]) - 1):
+            if is_answer[i][t]:
+                names = []
+            elif is_name[i][t]:
+                names.append(t)
+            if is_answer[i][t + 1] and not is_answer[i][t]:
+                named = names[:Sight.NAMES]
+                asked[i, t, :len(named)] = words[i, named]
+    return dict(seen=torch.cat([item['seen'] for item in items]), words=words, questions=asked)

@@ -24,9 +24,12 @@ def world():
 
 @pytest.fixture
 def restored_compiler(monkeypatch):
-    """After the test, undoes what compile_blocks sets globally, except Dynamo's options."""
+    """Nothing is compiled yet. After the test, undoes what compile_blocks sets globally, except
+    Dynamo's options."""
+    from torch import _dynamo
     from torch._functorch import config
     import model
+    _dynamo.reset()
     monkeypatch.setattr(model, 'split_attention', model.split_attention)
     with config.patch(backward_pass_autocast=config.backward_pass_autocast):
         yield

@@ -15,8 +15,9 @@ from adapter import (Reading, SceneLatents, SpatialVLM, answer_loss, build_adapt
 from benchmarks import generate
 from chat import Chat, lean_batch, load_vlm, states_kept
 from common import InputError
-from mini_vlm import Sight, build_tokenizer, build_vlm, save_mini_vlm
+from mini_vlm import build_tokenizer, build_vlm, save_mini_vlm
 from model import compile_blocks, invert_pose
+from probe import Sight
 from psfm import load_psfm
 
 IMAGE, VOCABULARY = 90, 100     # the placeholder's id

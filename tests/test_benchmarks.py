@@ -16,7 +16,8 @@ from benchmarks import (BENCHMARKS, aggregate, open_media, prompt, read_answers,
                         relative_accuracy, results_table, score)
 from common import InputError
 from media import read_video
-from mini_vlm import Sight, build_tokenizer, build_vlm, save_mini_vlm
+from mini_vlm import build_tokenizer, build_vlm, save_mini_vlm
+from probe import Sight
 from records import mend_last_line
 from test_data import make_video, picture
 

@@ -332,7 +332,7 @@ def test_one_step_save_load_and_generate(opened, folder, tmp_path):
     z = [torch.randn(5, 24)] * 2
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
     found = []
-    for _ in range(60):
+    for _ in range(90):
         batch = lean_batch(chat.batch([chat.encode(item) for item in items]), vlm, 'cpu')
         labels = batch.pop('labels')
         loss = answer_loss(model(latents=z, use_cache=False, **batch).logits, labels)

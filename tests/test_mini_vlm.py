@@ -1,7 +1,8 @@
-"""The mini VLM: its tokenizer, the pictures that it is pre-trained on, its Sight, its training, and
-how the adapter is grounded on it."""
+"""The mini VLM: its tokenizer, the pictures that it is pre-trained on, its Sight (of probe.py), its
+training, and how the adapter is grounded on it."""
 import contextlib
 import itertools
+import math
 import re
 
 import pytest
@@ -15,10 +16,11 @@ from chat import lean_batch, load_vlm
 from common import InputError
 from eval import load_answerer
 from finetune import build_model
-from mini_vlm import (RoomPictures, Sight, build_tokenizer, build_vlm, ground, load_sight,
-                      save_mini_vlm, token_categories, truth_of)
+from mini_vlm import (RoomPictures, ask_letter, build_tokenizer, build_vlm, ground,
+                      learn_to_read, save_mini_vlm)
 from model import has_compiler
-from questions import RoomQuestions
+from probe import Sight, load_sight, token_categories, truth_of
+from questions import ANSWER_WORDS, RoomQuestions, as_prompt
 from records import Encoded
 from rooms import CATEGORIES, CLASSES
 from tiny import WIDTH, losses, options, save_tiny_vlm
@@ -38,6 +40,21 @@ def test_stock_phrases_are_single_tokens():
     ids = chat.tokenizer(count, add_special_tokens=False).input_ids
     assert len(ids) == 3
     assert chat.tokenizer.decode(ids) == count
+
+
+def test_weights_begin_large_enough_to_learn_to_read(vlm):
+    embeddings = load_vlm(vlm)[0].get_input_embeddings().weight
+    assert embeddings.std().item() == pytest.approx(WIDTH ** -0.5, rel=0.05)
+
+
+def test_a_word_that_carries_meaning_is_one_token_wherever_it_stands(vlm):
+    _, chat = load_vlm(vlm)
+    for word in CATEGORIES + ANSWER_WORDS:
+        token = chat.tokenizer.convert_tokens_to_ids(word)
+        assert token != chat.tokenizer.unk_token_id
+        for text in (word, f'Which of these is {word}?\nOptions:\nA. sofa\nB. {word}', f'{word} 3'):
+            ids = chat.tokenizer(text, add_special_tokens=False).input_ids
+            assert ids.count(token) == text.count(word)
 
 
 def test_save_and_load(vlm, tmp_path):
@@ -135,7 +152,7 @@ def test_truths_about_words_and_image_tokens(pictures, vlm):
     assert len(batch['input_ids']) == 56
     assert truth['seen'].shape == (images, 16, len(CLASSES) + 3)
     named = batch['input_ids'][~truth['words'].isnan().any(-1)]
-    assert {chat.tokenizer.decode(token).strip() for token in named} == set(CATEGORIES)
+    assert {chat.tokenizer.decode(token) for token in named} == set(CATEGORIES)
 
 
 def test_truths_about_answers(pictures, vlm):
@@ -164,7 +181,8 @@ def test_batches_for_training_change_no_logits(pictures, vlm):
 # -----------------------------------------------------------------------------
 # training
 
-TINY = ['--val-scenes', '4', '--batch', '1', '--steps', '2', '--device', 'cpu', '--log-every', '1']
+TINY = ['--val-scenes', '4', '--batch', '1', '--steps', '2', '--letter-steps', '1',
+        '--device', 'cpu', '--log-every', '1']
 
 
 def weight_of(folder):
@@ -189,6 +207,36 @@ def test_training(vlm, from_tiny, tmp_path, capsys):
     assert 'step 00002/00002 | held-out loss' in said
     assert '% right' in said
     assert [step for step, _ in losses(tmp_path)] == [1, 2]
+
+
+def test_before_any_picture_the_language_model_alone_learns_to_answer_by_a_letter(vlm):
+    model, chat = load_vlm(vlm)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    config = mini_vlm.Config(**dict(mini_vlm.PRESETS['mini'], letter_steps=30))
+    loss = learn_to_read(model, chat, config, torch.float32, contextlib.nullcontext())
+    assert loss < 1.2 * math.log(4) / 2  # the letter by chance, and the end of the answer
+    changed = [name for name, x in model.state_dict().items() if not torch.equal(x, before[name])]
+    assert any('layers.0' in name for name in changed)
+
+
+def test_the_letter_that_is_asked_for_is_that_of_the_word():
+    for seed in range(20):
+        record = ask_letter(torch.Generator().manual_seed(seed))
+        text = as_prompt(record)
+        word, = re.findall(r'Which of these is (.*)\?', text)
+        assert f'{record["ground_truth"]}. {word}' in text.split('\n')
+
+
+def test_all_that_is_trained_is_clipped_and_checked(from_tiny, monkeypatch, tmp_path):
+    def look(name, config, first, optimizers, parameters, *rest):
+        stepped = {id(p) for optimizer in optimizers for group in optimizer.param_groups
+                   for p in group['params']}
+        assert stepped == {id(p) for p in parameters}
+        raise StopIteration
+
+    monkeypatch.setattr(mini_vlm, 'fit', look)
+    with pytest.raises(StopIteration):
+        mini_vlm.main([*TINY, '--out', str(tmp_path)])
 
 
 def test_training_resumes_with_the_same_losses(from_tiny, tmp_path):

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from common import run_script
-from mini_vlm import Sight, build_tokenizer, build_vlm, save_mini_vlm
+from mini_vlm import build_tokenizer, build_vlm, save_mini_vlm
+from probe import Sight
 from questions import ANSWER_WORDS, RoomQuestions
 from rooms import CATEGORIES
 
