@@ -13,6 +13,7 @@ runs are kept, and two commands may share the work (`--seeds 0`, `--seeds 1 2`).
 script does not know are those of train.py (field, scaling) or finetune.py (vlm), for all runs.
 """
 import functools
+import glob
 import itertools
 import math
 import os
@@ -107,7 +108,8 @@ def check_finished(folder, config):
     sources = [getattr(config, name, '') for name in ('vlm', 'encoder', 'backbone', 'init')]
     for path in map(find_file, filter(None, sources)):
         path = find_checkpoint(path) or path  # a run's folder is written to later too
-        if os.path.exists(path) and os.path.getmtime(path) > finished:
+        files = filter(os.path.exists, [path, *glob.glob(os.path.join(glob.escape(path), '*'))])
+        if any(os.path.getmtime(file) > finished for file in files):
             raise InputError(f'{folder} is older than {path}: take another --out, or delete it')
 
 
@@ -116,7 +118,8 @@ def kept_or_made(config, make):
     if config.data != 'rooms':
         raise InputError('ablate compares on rooms: leave --data out')
     path = os.path.join(config.out, 'metrics.json')
-    if os.path.isfile(path):
+    # `eval.py field` leaves metrics without a step beside a run that was cut off
+    if os.path.isfile(path) and 'step' in read_json(path):
         check_finished(config.out, config)
     else:
         make()
@@ -226,12 +229,10 @@ def scaling(args):
     one_dtype(args, train.parse_config)
     rows = {}
     for seed in args.seeds:
-        for width in WIDTHS:
-            for steps in STEPS:
-                name = f'{width} wide {steps} steps'
-                changes = ['--width', str(width), '--num-heads', str(width // 64), '--steps',
-                           str(steps)]
-                rows.setdefault(name, []).append(trained(args, name, seed, changes))
+        for width, steps in itertools.product(WIDTHS, STEPS):
+            name = f'{width} wide {steps} steps'
+            changes = f'--width {width} --num-heads {width // 64} --steps {steps}'.split()
+            rows.setdefault(name, []).append(trained(args, name, seed, changes))
     print(comparison(rows))
     path = os.path.join(args.out, 'scaling.png')
     draw_scaling(rows, path)
@@ -478,8 +479,7 @@ def make_parser():
         c.add_argument('--run', default=SHIPPED, help=f'a run, or a file ({SHIPPED})')
         c.add_argument('--rooms', type=number(int, 4), default=192, help='held-out rooms (192)')
         c.add_argument('--device', default='auto', help='auto | cpu | cuda | mps (auto)')
-    c = command(vlm, 'do the latents help? every kind of them, from the same start',
-                'out/ablate-vlm')
+    c = command(vlm, 'do the latents help? every kind, from the same start', 'out/ablate-vlm')
     c.add_argument('--arms', nargs='+', default=LATENTS, choices=LATENTS, help='(all)')
     return parser
 

@@ -282,12 +282,6 @@ def merge_lora(vlm):
             vlm.set_submodule(name, module.base_layer)
 
 
-def answer_loss(logits, labels):
-    """Cross entropy over the answers' tokens: logits (B, K, vocabulary) of the places before them,
-    labels (B, K), -100 where there is none."""
-    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100)
-
-
 # -----------------------------------------------------------------------------
 # save and load
 
@@ -403,6 +397,9 @@ class SceneLatents:
         self.backbone = config.backbone  # its name, for model cards
         self.width = config.width if kind in ('psfm', 'random') else psfm.backbone.feature_dim
         self.found = self.computed = 0
+        # a scene's pictures as they are encoded: processes that read them do this ahead of time
+        self.fit = functools.partial(fit_pictures, width=config.image_width,
+                                     multiple=psfm.backbone.config.patch_size)
         self.device = psfm.geo_mean.device
         if kind == 'random':
             psfm = untrained_like(psfm, config)
@@ -446,15 +443,14 @@ class SceneLatents:
         return rows, math.ceil(wanted / rows)
 
     def __call__(self, scenes):
-        """A list of scenes, each a list of PIL images -> a list of (L, D), fp32.
-
-        None stands for a scene without images.
+        """A list of scenes, each a list of PIL images or what `fit` made of it -> a list of (L, D),
+        fp32. None stands for a scene without images.
         """
         latents, due = [None] * len(scenes), {}  # due: {shape: {name: (images, places)}}
         for i, pictures in enumerate(scenes):
-            if not pictures:
+            if len(pictures) == 0:
                 continue
-            images = fit_pictures(pictures, self.image_width, self.psfm.backbone.config.patch_size)
+            images = pictures if torch.is_tensor(pictures) else self.fit(pictures)
             content = f'{self.origin} {self.dtype} {tuple(images.shape)}'.encode()
             content += images.numpy().tobytes()
             name = hashlib.sha256(content).hexdigest()[:32]

@@ -4,7 +4,8 @@ What PSFM asks of a frozen geometry backbone, and what all of them share.
     views = backbone(images)    # images (B, V, 3, H, W) in [0, 1] -> Views
 
 Two are here: VGGT (vggt.py) and Depth Anything 3 (da3.py). A third is a subclass of Backbone with
-the members that its docstring names; tests/test_backbone.py says what must hold.
+the members that its docstring names, and a line in psfm.open_backbone, which tells files apart;
+tests/test_backbone.py says what must hold.
 """
 import functools
 import math
@@ -18,7 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 
-from common import InputError, fetch, find_file, is_hub_id, read_weights
+from common import InputError, fetch, find_file, is_hub_id, read_weights, without_prefix
 from model import cast_matrices, full_precision, take_views
 
 
@@ -195,6 +196,11 @@ class DPTHead(nn.Module):
         size = h * self.patch_size, w * self.patch_size
         x = F.interpolate(x, size, mode='bilinear', align_corners=True)
         return s.output_conv2(self.add_positions(x, aspect)).unflatten(0, (B, V))
+
+
+def count_blocks(state, prefix):
+    """The number of blocks below `prefix`, from the names of a state."""
+    return len({name.split('.')[0] for name in without_prefix(state, prefix)})
 
 
 # -----------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 
 from common import InputError, find_file, first_line, is_hub_id, some, write_json
@@ -396,3 +397,9 @@ def lean_batch(batch, vlm, device):
         names = ('input_ids', 'mm_token_type_ids', 'image_grid_thw', 'attention_mask')
         batch['position_ids'], _ = vlm.model.get_rope_index(**{name: batch[name] for name in names})
     return {name: x.to(device) for name, x in batch.items() if name != 'attention_mask'}
+
+
+def answer_loss(logits, labels):
+    """Cross entropy over the answers' tokens: logits (B, K, vocabulary) of the places before them,
+    labels (B, K), -100 where there is none."""
+    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100)

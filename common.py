@@ -40,21 +40,24 @@ def run_script(main):
     except BrokenPipeError:           # nobody reads on; Python must not complain at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (InputError, OSError) as error:
+    except (InputError, OSError, SafetensorError) as error:
         # the error of a data worker arrives with the worker's traceback in front of it
         sentence = str(error).split('common.InputError: ')[-1]
         sys.exit('error: ' + ' '.join(sentence.split()))
-    except torch.OutOfMemoryError:
-        sys.exit('error: the GPU has too little memory: take a smaller batch (--images-per-batch, '
-                 '--batch, --images), or --checkpointing')
+    except (RuntimeError, MemoryError) as error:
+        if not re.search("out of memory|can't allocate memory|Unable to allocate", str(error)):
+            raise                     # our bug; only the GPU's memory has an error of its own
+        sys.exit('error: too little memory: take a smaller batch (--images-per-batch, --batch, '
+                 '--images), fewer rooms (--num-rooms), or --checkpointing')
     except KeyboardInterrupt:
         print('stopped; a training goes on from its last checkpoint with --resume', file=sys.stderr)
         sys.exit(130)
 
 
 def command_of(script, argv=None):
-    """The command line that made something: `script` with `argv`, or with this process's own."""
-    return shlex.join(['python', script, *(sys.argv[1:] if argv is None else argv)])
+    """The command line that makes something from its beginning: `argv`, or this process's own."""
+    argv = sys.argv[1:] if argv is None else argv
+    return shlex.join(['python', script, *(word for word in argv if word != '--resume')])
 
 
 def first_line(error):
@@ -315,11 +318,6 @@ def without_prefix(state, prefix):
     return {name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)}
 
 
-def count_blocks(state, prefix):
-    """The number of blocks below `prefix`."""
-    return len({name.split('.')[0] for name in without_prefix(state, prefix)})
-
-
 def some(names):
     """A few of many names, for a message."""
     shown = ', '.join(sorted(names)[:4])
@@ -351,7 +349,7 @@ def flush_to_disk(folder):
     """Waits until every file below `folder` is on the disk."""
     for path, _, names in os.walk(folder):
         for name in names:
-            with open(os.path.join(path, name), 'rb') as file:
+            with open(os.path.join(path, name), 'r+b') as file:  # Windows flushes no other
                 os.fsync(file.fileno())
 
 
@@ -412,7 +410,7 @@ def find_checkpoint(run):
 
 # options that may change between a run and its continuation
 FREE = {'resume', 'out', 'device', 'eval_every', 'log_every', 'compile', 'steps', 'dtype',
-        'workers', 'cache', 'checkpointing'}
+        'workers', 'cache', 'checkpointing', 'skip_bad'}
 
 
 def check_same(folder, theirs, config, free):

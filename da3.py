@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 
-from backbone import Backbone, DPTHead, ImageNorm, patch_grid, resize_positions
-from common import InputError, count_blocks, load_strictly, without_prefix
+from backbone import (Backbone, DPTHead, ImageNorm, count_blocks, patch_grid,
+                      resize_positions)
+from common import InputError, load_strictly, without_prefix
 from model import Block, RoPE2D, init_linear, invert_pose, pose_encoding_to_cameras
 
 

@@ -79,11 +79,11 @@ def field(args):
                                           all_held_out=bool(args.data))
     autocast = autocast_on(device, torch.float32)
     batches = config.steps * config.accumulate  # of its training
+    path = os.path.join(out, 'metrics.json')
+    known = read_json(path) if os.path.isfile(path) else {}
     metrics = evaluate_field(psfm, train_source, held_out, batches, config, autocast)
     print(field_table(metrics, held_out.held_out_text))
 
-    path = os.path.join(out, 'metrics.json')
-    known = read_json(path) if os.path.isfile(path) else {}
     write_json(path, {**known, **metrics})
     draw_field(psfm, held_out, config, autocast, os.path.join(out, 'field.png'))
     print(f'wrote {out}/metrics.json and {out}/field.png')
@@ -192,7 +192,7 @@ def runs(args):
             files = [os.path.join(folder, name) for name in ('config.json', 'metrics.json')]
             config, metrics = [read_json(path) for path in files]
             if os.path.getmtime(files[0]) > os.path.getmtime(files[1]):
-                raise InputError('a later run began in this folder, and is not finished')
+                raise InputError      # a later run began here, and is not finished
             read_out = metrics.get('read_out', {}).get('psfm', {})
             values = [metrics['psfm']['r2'], metrics['camera']['r2'],
                       read_out.get('object_recall', math.nan),

@@ -25,9 +25,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from adapter import (LATENTS, SceneLatents, SpatialVLM, add_lora, answer_loss, build_adapter,
-                     load_spatial_vlm, save_spatial_vlm)
-from chat import NAMES, attend_in_fp32, lean_batch, load_vlm
+from adapter import (LATENTS, SceneLatents, SpatialVLM, add_lora, build_adapter, load_spatial_vlm,
+                     save_spatial_vlm)
+from chat import NAMES, answer_loss, attend_in_fp32, lean_batch, load_vlm
 from common import (InputError, autocast_on, check_finite, count_parameters, join_processes,
                     leave_processes, open_run, opt, parse_options, peak_memory, pick_dtype, quiet,
                     read_state, run_script, step_generator, with_licence, write_card,
@@ -96,7 +96,7 @@ class Config:
     eval_every: int = opt(500, 'steps between evaluations and checkpoints', low=1)
     log_every: int = opt(50, 'steps between log lines', low=1)
     out: str = opt('', 'folder for everything that is written; empty: out/vlm-<config>')
-    seed: int = opt(0, 'of weights and of the order of the data', low=0)
+    seed: int = opt(0, 'of weights and of the order of the data', low=0, high=10 ** 12)
     device: str = opt('auto', 'auto | cpu | cuda | mps')
     dtype: str = opt('auto', 'auto | float32 | bfloat16 (autocast)',
                      choices=('auto', 'float32', 'bfloat16'))
@@ -387,7 +387,8 @@ def train(name, config, data=None, held_out=None):
 
     # the machine
     rank, world_size, device = join_processes(config.device)
-    is_main, sharded = rank == 0, config.shard and world_size > 1
+    config = dataclasses.replace(config, shard=config.shard and world_size > 1)
+    is_main, sharded = rank == 0, config.shard
     say = tqdm.write if is_main else quiet
     state = read_state(config)
     first = state['step']
@@ -398,7 +399,7 @@ def train(name, config, data=None, held_out=None):
 
     # data and model
     if data is None:
-        data, held_out = make_data(config, rendering, say)
+        data, held_out = make_data(config, rendering if is_main else iter, say)
     stamp = check_data(config, state, data)
     model, chat, latents = open_model(config, state, device, dtype, say)
     check_lengths(config, chat, held_out)
@@ -410,7 +411,7 @@ def train(name, config, data=None, held_out=None):
     # first the adapter alone, on every rank: where in the room is what each image token shows?
     if config.ground_steps and latents and not config.resume:
         doubled = dataclasses.replace(config, batch=2 * config.batch, map_steps=0)
-        parts_of = Encoded(data, chat, doubled).__getitem__
+        parts_of = Encoded(data, chat, doubled, say=say).__getitem__
         ground(model, chat, latents, parts_of, config, autocast, say)
 
     # processes, compiler, optimizers
@@ -427,9 +428,9 @@ def train(name, config, data=None, held_out=None):
     elif config.resume:
         load_optimizers(optimizers, state['folder'])
     numbers = range(first * config.accumulate, config.steps * config.accumulate)
+    encoded = Encoded(data, chat, config, rank, world_size, say, getattr(latents, 'fit', None))
     loader = iter(torch.utils.data.DataLoader(
-        Encoded(data, chat, config, rank, world_size, say), batch_size=None, sampler=numbers,
-        num_workers=config.workers))
+        encoded, batch_size=None, sampler=numbers, num_workers=config.workers))
     is_ddp = world_size > 1 and not sharded
     wrapped = nn.parallel.DistributedDataParallel(model) if is_ddp else model
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -484,8 +485,7 @@ def train(name, config, data=None, held_out=None):
     metrics.update(step=config.steps, seconds=time.time() - began,
                    peak_memory_gb=peak_memory(device) / 2 ** 30)
     if 'scores' in metrics and latents:
-        z = latents([held_out.pictures(0)])[0].to(device)
-        metrics['cost'] = cost_of(model, z)
+        metrics['cost'] = cost_of(model, latents([held_out.pictures(0)])[0].to(device))
     if is_main:
         write_results(name, config, metrics, say)
     return metrics

@@ -25,9 +25,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from adapter import Reading, answer_loss
+from adapter import Reading
 from benchmarks import BENCHMARKS, aggregate, relative_accuracy, score
-from chat import lean_batch
+from chat import answer_loss, lean_batch
 from common import InputError, step_generator
 from model import take_views
 from psfm import context_index, random_view_mask

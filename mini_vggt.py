@@ -58,7 +58,7 @@ class LoopConfig:
     eval_every: int = opt(2000, 'steps between evaluations and checkpoints', low=1)
     log_every: int = opt(50, 'steps between log lines', low=1)
     out: str = opt('out/mini-vggt', 'folder for everything that is written')
-    seed: int = opt(0, 'of weights and data', low=0)
+    seed: int = opt(0, 'of weights and data', low=0, high=10 ** 12)
     device: str = opt('auto', 'auto | cpu | cuda | mps')
     dtype: str = opt('auto', 'auto | float32 | bfloat16 (autocast)',
                      choices=('auto', 'float32', 'bfloat16'))
@@ -295,15 +295,15 @@ def export(vggt, path, config, metrics, command):
     save_file(state, path, dict(metadata, command=command))
 
 
-def fit(name, config, first, optimizers, parameters, losses_of, evaluate, save):
-    """The loop that both minis share. -> metrics of the last evaluation
+def fit(name, config, state, optimizers, parameters, losses_of, evaluate, save):
+    """The loop that both minis share. -> metrics of the last evaluation, with `seconds`
 
-    `losses_of(step)` -> losses, with 'loss'; `evaluate()` -> metrics, a line
-    about them; `save(steps done, metrics)` writes a checkpoint.
+    `state`: where it begins (read_state); `losses_of(step)` -> losses, with 'loss'; `evaluate()`
+    -> metrics, a line about them; `save(steps done, metrics)` writes a checkpoint.
     """
-    began = time.time()
+    first = logged = state['step']
+    began = time.time() - state['metrics'].get('seconds', 0)  # of the sessions before
     busy = 0.0
-    logged = first
     metrics = {}
     log = open_run(config, first, is_main=True)
     for step in tqdm(range(first, config.steps), name, initial=first, total=config.steps,
@@ -337,6 +337,7 @@ def fit(name, config, first, optimizers, parameters, losses_of, evaluate, save):
         # evaluate and save
         if is_evaluated:
             metrics, line = evaluate()
+            metrics['seconds'] = time.time() - began
             tqdm.write(f'{progress} | {line}')
             log.write(json.dumps(dict(step=done, metrics=metrics)) + '\n')
             save(done, metrics)
@@ -382,7 +383,7 @@ def train(config, command):
             save_file(weights, os.path.join(folder, 'trainer.safetensors'))
         write_checkpoint(config.out, done, optimizers, config, dtype, metrics, save_model)
 
-    metrics = fit('mini VGGT', config, state['step'], optimizers, list(model.parameters()),
+    metrics = fit('mini VGGT', config, state, optimizers, list(model.parameters()),
                   losses_of, evaluate, save)
     path = os.path.join(config.out, 'mini_vggt.safetensors')
     export(model.vggt, path, config, metrics, command)

@@ -24,8 +24,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from adapter import SpatialVLM, answer_loss
-from chat import ASSISTANT, Chat, attend_in_fp32, lean_batch, load_vlm, states_kept
+from adapter import SpatialVLM
+from chat import (ASSISTANT, Chat, answer_loss, attend_in_fp32, lean_batch, load_vlm,
+                  states_kept)
 from common import (autocast_on, command_of, opt, parse_options, pick_device, pick_dtype,
                     read_state, run_script, step_generator, write_checkpoint)
 from measure import held_out_loss
@@ -184,7 +185,7 @@ class RoomPictures(torch.utils.data.Dataset):
         cells = block.cells[room, view:view + 1]  # (1, K)
         rooms = block.rooms
         only = dataclasses.replace(rooms, present=rooms.present & (cells >= SEEN))
-        records = ask(only, room, cells, '', g, self.used, per_kind=4, fewest=2)
+        records = ask(only, room, cells, g, self.used, per_kind=4, fewest=2)
         records = [x for x in records if x['question_type'] != 'room_size_estimation']
         records = ask_2d(rooms, room, block.surface[room, view], g) + records
         records = shuffled(records, g)[:self.QUESTIONS]
@@ -423,7 +424,7 @@ def train(config, command):
         write_checkpoint(config.out, done, optimizers, config, dtype, metrics, write)
 
     parameters = [*model.parameters(), *sight.parameters()]
-    metrics = fit('mini VLM', config, state['step'], optimizers, parameters, losses_of, evaluate,
+    metrics = fit('mini VLM', config, state, optimizers, parameters, losses_of, evaluate,
                   save)
     folder = os.path.join(config.out, 'mini_vlm')
     save_mini_vlm(model.vlm, chat, sight, folder, command)

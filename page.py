@@ -10,6 +10,7 @@ shown a few pictures of it believes is there.
 The page is page.html. It asks for /room, /view and /ask, which walk.py computes, and fetches
 nothing from elsewhere.
 """
+import contextlib
 import itertools
 import json
 import math
@@ -122,6 +123,10 @@ def make_handler(page, hosts):
     class Handler(BaseHTTPRequestHandler):
         timeout = 30
 
+        def handle(self):
+            with contextlib.suppress(ConnectionError):  # nobody is waiting any more
+                super().handle()
+
         def reply(self, status, text, kind='text/plain'):
             body = text.encode()
             self.send_response(status)
@@ -152,7 +157,7 @@ def make_handler(page, hosts):
                 self.reply(200, json.dumps(answer), 'application/json')
             except InputError as error:
                 self.reply(400, str(error))
-            except (ConnectionError, TimeoutError):   # nobody is waiting any more
+            except (ConnectionError, TimeoutError):
                 pass
             except Exception:         # our fault: said here, and the server goes on
                 traceback.print_exc()
@@ -169,7 +174,7 @@ def make_handler(page, hosts):
 
 def export(page, path, room=5, context=(0, 2, 4, 6), places=5, turns=12):
     """Writes the page with a grid of views of one room: places x places x turns, for every z."""
-    open(path, 'w').close()           # if it cannot be written, now and not in minutes
+    open(path, 'a').close()           # if it cannot be written, now and not in minutes
     world = page.world
     shown = world.room(room)
     grid = [[side * ((i + 0.5) / places - 0.5) for i in range(places)] for side in shown['sides']]

@@ -326,6 +326,9 @@ class Sight(nn.Module):
 
     def token_loss(self, tokens, seen):
         """tokens (images x 16, h); seen (images, 16, classes + 3): shares of classes, place"""
+        if len(tokens) != len(seen.flatten(0, 1)):
+            raise InputError(f'{len(tokens)} image tokens for {len(seen)} pictures: places are '
+                             'read off 16 each; give a larger --max-pixels, or --ground-steps 0')
         sizes = len(CLASSES), 3
         said, place = self.tokens(tokens).float().split(sizes, -1)
         shares, true_place = seen.flatten(0, -2).float().split(sizes, -1)

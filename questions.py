@@ -299,7 +299,7 @@ def ask_order(first, g, used):
     return question, [answer, *sorted(orders)], answer
 
 
-def ask(rooms, room, cells, name, g, used, per_kind=1, fewest=3):
+def ask(rooms, room, cells, g, used, per_kind=1, fewest=3):
     """Questions about one room: up to `per_kind` of every kind, the rarest answers first.
 
     `used`: Counter of the classes of answers so far, over the whole data set, by which no answer
@@ -312,9 +312,10 @@ def ask(rooms, room, cells, name, g, used, per_kind=1, fewest=3):
         for _ in range(min(per_kind, len(choices))):
             # the class of answers that was used least
             least = min(used[kind, choice.answer_class] for choice in choices)
-            asked = sum(n for key, n in used.items() if key[0] == kind)
-            if kind == 'object_counting' and least > 2 + asked / 2:
-                break  # most rooms have nothing but pairs: 'two' is at most half of all answers
+            if kind == 'object_counting':
+                asked = sum(n for key, n in used.items() if key[0] == kind)
+                if least > 2 + asked / 2:
+                    break  # most rooms have only pairs: 'two' is at most half of all answers
             rarest = [choice for choice in choices if used[kind, choice.answer_class] == least]
             chosen = pick(rarest, g)
             choices.remove(chosen)
@@ -327,8 +328,7 @@ def ask(rooms, room, cells, name, g, used, per_kind=1, fewest=3):
             if options is not None:
                 options = shuffled(options, g)
                 question = question.replace('{options}', ', '.join(options))
-            record = as_record(kind, question, options, answer)
-            records.append(dict(dataset='rooms', scene_name=name, **record))
+            records.append(as_record(kind, question, options, answer))
     return records
 
 
@@ -464,8 +464,7 @@ class RoomQuestions(torch.utils.data.Dataset):
             for room, cells in enumerate(block.cells):
                 number, camera = block.start + room, block.extrinsics[room, 0]
                 g = step_generator(seed, number, 5, split != 'train')
-                name = f'room-{split}-{seed}-{number}'
-                self.questions.append(ask(block.rooms, room, cells, name, g, used))
+                self.questions.append(ask(block.rooms, room, cells, g, used))
                 self.maps.append(ask_map(block.rooms, room, cells, camera))
                 stand.append(where_categories_stand(block.rooms, room, camera))
                 for record in self.questions[-1]:

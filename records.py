@@ -270,10 +270,10 @@ def epoch_order(n, epoch, seed):
 class Encoded(torch.utils.data.Dataset):
     """Item `number` is batch `number` for the VLM; it depends on nothing that came before it.
     The first `map_steps` steps only ask for maps, of twice as many rooms per batch: the model
-    learns where things are before it answers questions about it."""
+    learns where things are before it answers questions about it. `fit`: SceneLatents.fit."""
 
-    def __init__(self, data, chat, config, rank=0, world_size=1, say=print):
-        self.data, self.chat, self.config, self.say = data, chat, config, say
+    def __init__(self, data, chat, config, rank=0, world_size=1, say=print, fit=None):
+        self.data, self.chat, self.config, self.say, self.fit = data, chat, config, say, fit
         self.rank, self.world_size = rank, world_size
         self.too_long = set()
         self.num_maps = config.map_steps * config.accumulate  # batches
@@ -296,6 +296,8 @@ class Encoded(torch.utils.data.Dataset):
             encoded = self.chat.encode(item)
             length = len(encoded['input_ids'])
             if length <= limit:
+                if self.fit and item['images']:
+                    item = dict(item, images=self.fit(item['images']))
                 return encoded, item
             if i % n not in self.too_long:
                 self.too_long.add(i % n)

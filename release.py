@@ -26,10 +26,9 @@ from safetensors import SafetensorError, safe_open
 
 from adapter import (ENCODER, Adapter, SpatialVLM, load_spatial_vlm, merge_lora,
                      save_spatial_vlm)
-from backbone import ImageNorm
+from backbone import ImageNorm, count_blocks
 from chat import load_vlm
-from common import (InputError, count_blocks, find_checkpoint, first_line, load_strictly,
-                    read_weights, without_prefix)
+from common import InputError, find_checkpoint, first_line, load_strictly, read_weights
 from model import cast_matrices
 from psfm import PSFM, PSFMConfig, load_psfm, weights_of_run
 from vggt import VGGT, VGGTConfig
@@ -80,7 +79,7 @@ def load_released(psfm, state, source, assign=False):
 def read_folder(folder):
     """The weights of all .safetensors files of a folder."""
     state = {}
-    for path in sorted(glob.glob(os.path.join(folder, '*.safetensors'))):
+    for path in sorted(glob.glob(os.path.join(glob.escape(folder), '*.safetensors'))):
         state.update(read_weights(path)[0])
     return state
 
@@ -104,7 +103,7 @@ def is_released(path):
     """Whether a file or a folder is of the release: train.py's weights hold their options."""
     if not os.path.isdir(path):
         return path.endswith(('.ckpt', '.pt'))
-    files = glob.glob(os.path.join(path, '*.safetensors'))
+    files = glob.glob(os.path.join(glob.escape(path), '*.safetensors'))
     if not files or find_checkpoint(path):
         return False
     try:

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from common import InputError, run_script
+from common import InputError, Parser, run_script
 from model import camera_rays, full_precision, look_along, relative_pose
 
 # name: (shape, half sizes in metres (x, y, z) from .. to, colour). None: as x, the piece is round.
@@ -91,7 +91,7 @@ class Rooms:
 
 def room_seed(split, seed, index):
     """The seed for block `index` of rooms: even for training, odd for validation."""
-    return 2 * (seed * 1_000_003 + index) + (split != 'train')
+    return (2 * (seed * 1_000_003 + index) + (split != 'train')) % 2 ** 63
 
 
 class Dice:
@@ -477,8 +477,9 @@ def check_classes(classes, source, command='python mini_vggt.py'):
                          f'make it anew with {command}')
 
 
-def main():
+def main(argv=None):
     """Draws five rooms, eight views each; of the first, six views alone, and its furniture."""
+    Parser(description=__doc__).parse_args(argv)  # --help
     rooms = make_rooms(5, seed=room_seed('val', 0, 0))
     size = 128, 128
     views = render(rooms, make_walk(rooms, 8, seed=1), make_intrinsics(size, 5, 8), size)

@@ -26,8 +26,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import model
-from adapter import SpatialVLM, add_lora, answer_loss, build_adapter
-from chat import lean_batch
+from adapter import SpatialVLM, add_lora, build_adapter
+from chat import answer_loss, lean_batch
 from common import (InputError, autocast_on, count_parameters, peak_flops, read_json,
                     write_json)
 from da3 import DA3, DA3Config

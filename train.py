@@ -81,7 +81,7 @@ class Config(PSFMConfig):
                           group='running')
     log_every: int = opt(20, 'steps between log lines', low=1)
     out: str = opt('', 'folder for everything that is written; empty: out/<config>')
-    seed: int = opt(0, 'of weights, data and masks', low=0)
+    seed: int = opt(0, 'of weights, data and masks', low=0, high=10 ** 12)
     device: str = opt('auto', 'auto | cpu | cuda | mps')
     dtype: str = opt('auto', 'auto | float32 | bfloat16 (autocast)',
                      choices=('auto', 'float32', 'bfloat16'))
@@ -328,7 +328,7 @@ def train(name, config):
         load_optimizers(optimizers, state['folder'])
     say(banner(name, config, psfm, source, held_out, device, dtype, reason))
     # the rooms of the first batch are rendered now (of photographs, nothing is prepared)
-    source.advance(first * config.accumulate, rendering)
+    source.advance(first * config.accumulate, rendering if is_main else iter)
     if not config.resume and not config.init:
         measure_statistics(psfm, source, config, autocast)
     loader = make_loader(source, config, device, first * config.accumulate)
@@ -395,14 +395,13 @@ def train(name, config):
             logged = done
 
         # evaluate (the baselines' averages come from `source`) and save
-        if is_evaluated:
+        if is_evaluated and is_main:
             metrics = evaluate_field(psfm, source, held_out, done * config.accumulate, config,
                                      autocast)
             metrics['seconds'] = time.time() - began
             say(f'step {done:05d}/{config.steps:05d} | {field_line(metrics)}')
             log.write(json.dumps(dict(step=done, metrics=metrics)) + '\n')
-            if is_main:
-                save_checkpoint(psfm, optimizers, done, config, dtype, metrics, held_out.reserved)
+            save_checkpoint(psfm, optimizers, done, config, dtype, metrics, held_out.reserved)
 
     # results
     if is_main:

@@ -268,7 +268,7 @@ class VGGT(Backbone):
     def patch_depth(self, layers, grid):
         if 'cells' not in self.config.heads:
             return super().patch_depth(layers, grid)
-        depth, _ = self.read_out(self.features(layers[-1]), grid)
+        depth = self.depth_cells(self.features(layers[-1]), grid)[..., 0].exp()
         return F.adaptive_avg_pool2d(depth, grid).flatten(2)
 
     def read_out(self, features, grid):

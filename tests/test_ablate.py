@@ -1,4 +1,5 @@
 """Experiments of many runs: what is trained, what is kept, what the tables say."""
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -293,7 +294,7 @@ def test_every_arm_is_trained_with_every_seed(tiny_vlm, tmp_path, capsys, monkey
     def answers(value):
         prior = dict(object_counting=10.0, overall=10.0)
         return dict(scores=[['object_counting', 0, value]], prior=prior, commonest=prior, maps=[],
-                    seconds=60)
+                    step=600, seconds=60)
 
     def train(name, config, data, held_out):
         assert (data, held_out) == ('train', 'held out')
@@ -345,6 +346,26 @@ def test_a_run_is_as_old_as_its_weights_not_as_its_folder(tmp_path):
     os.utime(encoder / 'checkpoint', (finished + 1, finished + 1))
     with pytest.raises(InputError, match='arm is older than .*encoder'):
         ablate.check_finished(str(out), config)
+
+    # a file in a folder that was there before
+    os.utime(encoder / 'checkpoint', (finished - 1, finished - 1))
+    for age, error in ((-1, contextlib.nullcontext()),
+                       (1, pytest.raises(InputError, match='arm is older than .*encoder'))):
+        weights = encoder / 'checkpoint' / 'psfm.safetensors'
+        weights.write_text('')
+        os.utime(encoder / 'checkpoint', (finished - 1, finished - 1))
+        os.utime(weights, (finished + age, finished + age))
+        with error:
+            ablate.check_finished(str(out), config)
+
+
+def test_metrics_of_a_run_that_was_cut_off_do_not_make_it_a_finished_one(tmp_path):
+    """`eval.py field` leaves some beside any checkpoint."""
+    (tmp_path / 'metrics.json').write_text('{"psfm": {"r2": 0.5}}')
+    made = []
+    _, config = train.parse_config(['--out', str(tmp_path)])
+    ablate.kept_or_made(config, lambda: made.append(config))
+    assert made == [config]
 
 
 def test_all_runs_have_the_dtype_that_is_asked_for_or_fast_on_their_device(monkeypatch):

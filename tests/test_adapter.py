@@ -10,10 +10,10 @@ from torch._dynamo.utils import counters
 from transformers import (AutoModelForImageTextToText, InternVLConfig, LlavaOnevisionConfig,
                           Qwen2_5_VLConfig, Qwen3VLConfig, SmolVLMConfig)
 
-from adapter import (Reading, SceneLatents, SpatialVLM, answer_loss, build_adapter, cameras_around,
+from adapter import (Reading, SceneLatents, SpatialVLM, build_adapter, cameras_around,
                      load_spatial_vlm, save_spatial_vlm)
 from benchmarks import generate
-from chat import Chat, lean_batch, load_vlm, states_kept
+from chat import Chat, answer_loss, lean_batch, load_vlm, states_kept
 from common import InputError
 from mini_vlm import build_tokenizer, build_vlm, save_mini_vlm
 from model import compile_blocks, invert_pose
@@ -407,6 +407,8 @@ def test_latents_are_kept_and_never_stale(tmp_path):
     assert torch.equal(a[0], b[0])
     assert torch.equal(a[2], b[2])
     assert torch.equal(SceneLatents('psfm', psfm, config)([PICTURES])[0], a[0])
+    again([again.fit(PICTURES)])       # as the processes that read pictures hand them over
+    assert (again.computed, again.found) == (0, 3)
 
     # other pictures, another kind, other weights: none is found
     again([[PICTURES[1], PICTURES[0], PICTURES[2]]])

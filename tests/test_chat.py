@@ -19,10 +19,10 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2Im
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 import finetune
-from adapter import (Reading, SpatialVLM, answer_loss, build_adapter, load_spatial_vlm,
+from adapter import (Reading, SpatialVLM, build_adapter, load_spatial_vlm,
                      save_spatial_vlm)
 from benchmarks import generate
-from chat import as_text, attend_in_fp32, lean_batch, load_vlm
+from chat import answer_loss, as_text, attend_in_fp32, lean_batch, load_vlm
 from common import InputError, read_json
 from tiny import losses, picture, save_tiny_vlm, turns
 

@@ -7,8 +7,10 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import common
 from common import InputError, fetch, find_checkpoint, is_hub_id, read_json, write_checkpoint
@@ -25,7 +27,7 @@ def ids(parameters):
 
 
 def test_a_command_can_be_typed_again():
-    command = common.command_of('train.py', ['--data', 'my photos/', '--steps', '3'])
+    command = common.command_of('train.py', ['--data', 'my photos/', '--resume', '--steps', '3'])
     assert command == "python train.py --data 'my photos/' --steps 3"
 
 
@@ -244,12 +246,34 @@ def test_freed_memory_is_kept_for_the_next_step():
     assert faults_of_a_step() < 0.1 * pages
 
 
-def test_too_little_memory_is_said_in_one_sentence():
-    def main():
-        raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB ...')
+def out_of_gpu_memory():
+    raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB ...')
 
-    with pytest.raises(SystemExit, match='error: the GPU has too little memory: take a smaller'):
-        common.run_script(main)
+
+@pytest.mark.parametrize('ask', [lambda: torch.empty(2 ** 50), lambda: np.empty(2 ** 50),
+                                 out_of_gpu_memory])
+def test_too_little_memory_is_said_in_one_sentence(ask):
+    with pytest.raises(SystemExit, match='error: too little memory: take a smaller batch'):
+        common.run_script(ask)
+
+
+def test_other_errors_of_torch_are_our_bugs():
+    with pytest.raises(RuntimeError, match='shapes cannot be multiplied'):
+        common.run_script(lambda: torch.ones(2, 3) @ torch.ones(2, 3))
+
+
+def test_what_cannot_be_written_is_said_in_one_sentence(tmp_path):
+    with pytest.raises(SystemExit, match='error: '):
+        common.run_script(lambda: save_file({}, tmp_path / 'nowhere' / 'file.safetensors'))
+
+
+def test_files_are_flushed_as_every_system_can(tmp_path, monkeypatch):
+    """Windows flushes no file that was opened to be read."""
+    flushed = []
+    monkeypatch.setattr(os, 'fsync', lambda file: flushed.append(os.write(file, b'')))
+    (tmp_path / 'file').write_text('whole')
+    common.flush_to_disk(tmp_path)
+    assert flushed == [0] and (tmp_path / 'file').read_text() == 'whole'
 
 
 def test_under_torchrun_a_process_touches_no_gpu_but_its_own(monkeypatch):

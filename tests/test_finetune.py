@@ -17,8 +17,8 @@ from transformers import AutoModelForImageTextToText
 
 import eval as evaluation
 import finetune
-from adapter import SpatialVLM, answer_loss, load_spatial_vlm, save_spatial_vlm
-from chat import Chat, lean_batch, load_vlm
+from adapter import SpatialVLM, load_spatial_vlm, save_spatial_vlm
+from chat import Chat, answer_loss, lean_batch, load_vlm
 from common import InputError, find_file, read_json, read_weights
 from eval import load_answerer
 from finetune import Config, TrueList
@@ -358,6 +358,9 @@ def test_the_first_steps_hold_maps_alone(vlm):
     (batch, items, _), = dealt[1]
     assert len(batch['input_ids']) == len(items) == 2
     assert all(len(item['conversations']) > 2 for item in items)
+    (again, fitted, _), = Encoded(data, chat, config, fit=len)[1]
+    assert torch.equal(again['pixel_values'], batch['pixel_values'])   # the VLM's are as before
+    assert [item['images'] for item in fitted] == [len(item['images']) for item in items]
     assert sorted(dealt.samples(0) + dealt.samples(1) + dealt.samples(2)) == list(range(8))
 
     # ... nor on two processes

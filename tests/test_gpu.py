@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import train
-from adapter import SpatialVLM, answer_loss, build_adapter
-from chat import lean_batch, load_vlm
+from adapter import SpatialVLM, build_adapter
+from chat import answer_loss, lean_batch, load_vlm
 from common import autocast_on
 from data import RoomPool
 from model import compile_blocks

@@ -183,8 +183,13 @@ def test_resume_continues_with_the_same_losses(tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             mini_vggt.main(options(parts, *more))
     begun = (parts / 'log.jsonl').read_text()
+    state = json.loads((parts / 'checkpoint' / 'state.json').read_text())
+    state['metrics']['seconds'] += 1000
+    (parts / 'checkpoint' / 'state.json').write_text(json.dumps(state))
     mini_vggt.main(options(parts, *more, '--resume'))
     assert (parts / 'log.jsonl').read_text().startswith(begun)
     assert losses(parts) == losses(whole) and len(losses(whole)) == 2
+    *_, record, _ = map(json.loads, (parts / 'log.jsonl').read_text().splitlines())
+    assert 1000 < record['seconds'] < 1100               # those of both sessions
     one, two = [load_file(out / 'mini_vggt.safetensors') for out in (whole, parts)]
     assert all(torch.equal(one[name], two[name]) for name in one)

@@ -155,6 +155,13 @@ def test_truths_about_words_and_image_tokens(pictures, vlm):
     assert {chat.tokenizer.decode(token) for token in named} == set(CATEGORIES)
 
 
+def test_pictures_of_other_sizes_are_refused(pictures, vlm):
+    _, _, _, truth = encoded(pictures, vlm)
+    tokens = torch.zeros(4 * len(truth['seen']), 128)       # as of --max-pixels 1024
+    with pytest.raises(InputError, match='places are read off 16 each; give a larger --max-pix'):
+        Sight(128).token_loss(tokens, truth['seen'])
+
+
 def test_truths_about_answers(pictures, vlm):
     """Where the pieces of each question stand, worked out beforehand, question by question."""
     _, _, batch, truth = encoded(pictures, vlm)

@@ -4,8 +4,11 @@ import json
 import math
 import os
 import shutil
+import socket
 import statistics
+import struct
 import threading
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -204,6 +207,20 @@ def test_a_crash_stops_one_request(server, monkeypatch, capsys):
     assert 'ZeroDivisionError' in capsys.readouterr().err
     monkeypatch.undo()
     assert get(address + '/view', **VIEW)[0] == 200
+
+
+def test_whoever_leaves_in_the_middle_is_not_spoken_of(server, capsys):
+    _, address = server
+    where = urllib.parse.urlsplit(address)
+    for request in (b'GET / HTTP/1.1', b'GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n',
+                    b'GET /nowhere HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n'):
+        visitor = socket.create_connection((where.hostname, where.port))
+        visitor.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
+        visitor.sendall(request)
+        visitor.close()                # at once, which resets the connection
+    assert get(address + '/')[0] == 200
+    time.sleep(0.2)
+    assert capsys.readouterr().err == ''
 
 
 def memory_now():

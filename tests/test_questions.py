@@ -165,7 +165,7 @@ def test_answers_are_true(world):
         cells = count_cells(views, room)
         truth = Room(rooms, room, cells)
         g = torch.Generator().manual_seed(room)
-        for record in ask(rooms, room, cells, 'x', g, used, per_kind=4):
+        for record in ask(rooms, room, cells, g, used, per_kind=4):
             kind, said = record['question_type'], record['ground_truth']
             kinds[kind] += 1
             if record['options']:

@@ -13,7 +13,8 @@ from adapter import build_adapter, SceneLatents, SpatialVLM
 from common import InputError
 from mini_vlm import build_tokenizer, build_vlm
 from psfm import PSFM, PSFMConfig
-from release import load_teacher, open_psfm, open_spatial_vlm, released_adapter, SemanticTeacher
+from release import (SemanticTeacher, load_teacher, open_psfm, open_spatial_vlm, read_folder,
+                     released_adapter)
 from vggt import VGGT, VGGTConfig
 
 
@@ -25,6 +26,14 @@ def test_semantic_teacher_from_transformers():
     assert features.shape == (2, 3, 6, 24) and teacher.feature_dim == 24
     assert not features.requires_grad
     assert not teacher.model.training
+
+
+def test_a_folder_is_read_whatever_its_name(tmp_path):
+    """Brackets are a pattern's: rel[1] would also be rel1."""
+    for name, value in (('rel1', 1.0), ('rel[1]', 2.0)):
+        (tmp_path / name).mkdir()
+        save_file({'x': torch.tensor(value)}, tmp_path / name / 'model.safetensors')
+    assert read_folder(str(tmp_path / 'rel[1]'))['x'] == 2
 
 
 def test_a_gated_teacher_says_how_to_get_it(monkeypatch):

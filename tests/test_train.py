@@ -371,6 +371,13 @@ def test_two_processes_average_their_gradients(tmp_path):
             assert torch.allclose(one[name], p.grad, rtol=1e-3, atol=1e-4), name
 
 
+def test_one_process_evaluates(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, 'join_processes', lambda device: (1, 1, torch.device('cpu')))
+    monkeypatch.setattr(train, 'evaluate_field', lambda *_: pytest.fail('the second one did'))
+    main([*TINY, '--out', str(tmp_path / 'second'), '--steps', '2', '--eval-every', '1'])
+    assert not (tmp_path / 'second').exists()
+
+
 @pytest.mark.slow
 def test_two_processes_train_together(tmp_path):
     more = '--num-rooms', '4', '--new-rooms', '0', '--steps', '2'
@@ -429,6 +436,7 @@ def test_every_number_has_a_range(script, name, capsys):
     (['--steps', 'many'], "argument --steps: invalid int value: 'many'"),
     (['--steps', '0'], '--steps must be at least 1, not 0'),
     (['--context', 'both'], '--context takes asymmetric or separate, not both'),
+    (['--seed', '10000000000000'], '--seed must be at most 1000000000000, not 10000000000000'),
     (['--mask-ratio', '1'], '--mask-ratio must be at most 0.99, not 1.0'),
     (['--image-width', '60'], '--image-width 60 is not a multiple of the patch size 8: take 56 or'),
     (['--width', '100', '--num-heads', '3'], 'a head needs a multiple of 8 channels'),
