@@ -296,7 +296,7 @@ def export(vggt, path, config, metrics, command):
 
 
 def fit(name, config, state, optimizers, parameters, losses_of, evaluate, save):
-    """The loop that both minis share. -> metrics of the last evaluation, with `seconds`
+    """The loop that both minis share. -> metrics of the last evaluation
 
     `state`: where it begins (read_state); `losses_of(step)` -> losses, with 'loss'; `evaluate()`
     -> metrics, a line about them; `save(steps done, metrics)` writes a checkpoint.
@@ -337,10 +337,9 @@ def fit(name, config, state, optimizers, parameters, losses_of, evaluate, save):
         # evaluate and save
         if is_evaluated:
             metrics, line = evaluate()
-            metrics['seconds'] = time.time() - began
             tqdm.write(f'{progress} | {line}')
             log.write(json.dumps(dict(step=done, metrics=metrics)) + '\n')
-            save(done, metrics)
+            save(done, dict(metrics, seconds=time.time() - began))
     tqdm.write(f'\n{name} took {(time.time() - began) / 60:.1f} minutes')
     return metrics
 
