@@ -8,7 +8,7 @@ that make and ask one run each: train.py, finetune.py and eval.py. Rooms only.
     python ablate.py limits     # where a trained field is wrong
     python ablate.py vlm        # do the latents help a VLM? all kinds of them
 
-What is trained is trained with three seeds. The same command goes on where it was cut off: finished
+Every training is repeated with three seeds. The same command goes on where it was cut off: finished
 runs are kept, and two commands may share the work (`--seeds 0`, `--seeds 1 2`). Options that this
 script does not know are those of train.py (field, scaling) or finetune.py (vlm), for all runs.
 """
@@ -33,8 +33,7 @@ from common import (FREE, InputError, Parser, autocast_on, check_same, find_chec
 from data import RoomPool, make_sources, rendering
 from draw import ACCENT, blank, draw_panel
 from eval import SHIPPED, folder_beside, load_answerer
-from measure import (Score, answer_rooms, evaluate_field, field_batches, knows_rooms, look,
-                     rooms_table)
+from measure import Score, answer_rooms, evaluate_field, field_batches, knows_rooms, rooms_table
 from mini_vggt import pose_errors
 from model import (MLP, RoPE2D, camera_rays, full_precision, init_linear, points_in_world,
                    take_views, to_4x4)
@@ -355,7 +354,7 @@ def limits(args):
     for number, (batch, mask, num_context) in enumerate(batches):
         size, V = batch['images'].shape[-2:], mask.shape[1]
         seen, unseen = context_index(mask, num_context), context_index(~mask, V - num_context)
-        context, views = look(psfm, batch, mask, num_context, config)
+        context, views, _ = psfm.observe(batch['images'], mask, num_context)
         z = psfm.encode(context, views.grid)
 
         def ask(extrinsics, intrinsics):
@@ -428,10 +427,11 @@ def vlm(args):
     """Fine-tunes every arm with every seed: the same start, the same data in the same order."""
     one_dtype(args, finetune.parse_config)
     args.options = ['--val-scenes', '768', '--eval-every', '1000000', *args.options]
+    _, shared = finetune.parse_config(['--config', args.config, *args.options])
 
     @functools.cache
     def data():  # the same for all arms; rendered only if something is to be trained or asked
-        return finetune.make_data(config, rendering)
+        return finetune.make_data(shared, rendering)
 
     for seed in args.seeds:
         for arm in args.arms:
@@ -490,7 +490,7 @@ def main(argv=None):
     if options and args.command in ('worlds', 'limits'):
         parser.error(f'unrecognized arguments: {" ".join(options)}')
     args.options = options
-    for given in (getattr(args, name, ()) for name in ('seeds', 'arms')):
+    for given in (getattr(args, 'seeds', ()), getattr(args, 'arms', ())):
         if len(set(given)) < len(given):
             parser.error(f'{" ".join(map(str, given))}: each of them once')
     args.function(args)

@@ -103,7 +103,7 @@ class SpatialVLM(nn.Module):
         self.latents = self.counts = None  # of the call under way: see `given`
         self.image_tokens = None  # of the last call, as the LLM read them (for mini_vlm.ground)
         vlm.model.get_image_features = self.with_latents(vlm.model.get_image_features)
-        # on a GPU cuDNN's attention plans each new length anew: of batches, of every new token
+        # cuDNN's attention makes a new plan for every new length: each batch, each new token
         torch.backends.cuda.enable_cudnn_sdp(False)
 
     def with_latents(self, plain):
@@ -138,8 +138,9 @@ class SpatialVLM(nn.Module):
     def given(self, input_ids, latents):
         """Inside, image tokens are fused with the latents of their samples, if there are any."""
         if latents is not None and self.adapter is not None:
-            if (n := len(latents)) != (B := len(input_ids)):
-                raise InputError(f'latents of {n} samples for a batch of {B}')
+            if len(latents) != len(input_ids):
+                raise InputError(f'latents of {len(latents)} samples for a batch of '
+                                 f'{len(input_ids)}')
             self.latents = latents
             self.counts = (input_ids == self.vlm.config.image_token_id).sum(1).tolist()
         try:
@@ -188,8 +189,8 @@ class Reading:
     """Scenes that a SpatialVLM has read once, to be asked about as often as one likes.
 
     All questions about a scene begin with its pictures. Their keys and values are computed once and
-    shared (a KV cache): greedy answers in a fraction of the time. They are those of `generate`,
-    unless the VLM's generation config asks for more (penalties)."""
+    shared (a KV cache): greedy answers in a fraction of the time. They equal those of `generate`,
+    unless the VLM's generation config sets penalties."""
 
     @torch.no_grad()
     def __init__(self, model, chat, scenes, z, autocast):

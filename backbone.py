@@ -3,7 +3,7 @@ What PSFM asks of a frozen geometry backbone, and what all of them share.
 
     views = backbone(images)    # images (B, V, 3, H, W) in [0, 1] -> Views
 
-Two are here: VGGT (vggt.py) and Depth Anything 3 (da3.py). A third is a subclass of Backbone with
+There are two: VGGT (vggt.py) and Depth Anything 3 (da3.py). A third is a subclass of Backbone with
 the members that its docstring names, and a line in psfm.open_backbone, which tells files apart;
 tests/test_backbone.py says what must hold.
 """
@@ -210,8 +210,7 @@ class Backbone(nn.Module):
     """Sees unposed views; never trained with PSFM. A subclass has
 
         config          patch_size, width C, heads (names of those that are built), dpt_layers
-        transformer     embeds and mixes (see below), and has camera_token, a parameter that no two
-                        backbones share; `freeze` casts its matrices
+        transformer     embeds and mixes (see below); `freeze` casts its matrices
         num_special     tokens of a view in front of its patches; the first is its camera's
         cameras(tokens, size)  camera tokens (B, V, 2C) -> extrinsics, intrinsics
         depth_head      if 'depth' is among its heads: a DPTHead
@@ -316,15 +315,13 @@ class Backbone(nn.Module):
 
     @functools.cached_property
     def fingerprint(self):
-        """Sixteen hex digits that tell frozen backbones apart: eight of all weights, as bf16
-        numbers (so that a cast changes nothing), and eight of the camera token alone (older files
-        hold only these)."""
+        """Eight hex digits that tell frozen backbones apart: of all weights, as bf16 numbers, so
+        that a cast changes nothing."""
         whole = 0
         for name, x in sorted(self.state_dict().items()):
             numbers = x.detach().to('cpu', torch.bfloat16).contiguous().view(torch.int16).numpy()
             whole = zlib.crc32(numbers.data, zlib.crc32(name.encode(), whole))
-        token = zlib.crc32(self.transformer.camera_token.detach().cpu().float().numpy().tobytes())
-        return f'{whole:08x}{token:08x}'
+        return f'{whole:08x}'
 
 
 # -----------------------------------------------------------------------------

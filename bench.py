@@ -8,7 +8,7 @@ Where does the time of a PSFM step go, and what is a whole step worth?
     python bench.py --config base --growth     # the same, with more views, pixels, latents
     python bench.py --release Spa3R/      # beside the release: your checkout, with einops and VGGT
 
-Every part of its forward and backward pass is timed alone, after a warm-up, as
+Each part of the forward and backward pass is timed alone, after a warm-up, as
 the median of several runs.
 FLOPs are counted, not guessed (a multiply-add is two). MFU is TFLOP/s over the
 device's dense bf16 peak. Below the table of parts are ratios measured side by
@@ -200,9 +200,9 @@ GROWTH = {'views': (2, 4, 8, 16, 32), 'image_width': (224, 378, 518, 742),
 
 
 def count_step(psfm, config, V):
-    """Tensors that hold no numbers pass through the real code. What the
-    backward pass needs is counted as autograd keeps it, each storage once. ->
-    list of (part, FLOPs, bytes kept), FLOPs of attention
+    """FLOPs and kept memory of each part of a training step, from shapes alone: tensors that hold
+    no numbers pass through the real code. What the backward pass needs is counted as autograd
+    keeps it, each storage once. -> list of (part, FLOPs, bytes kept), FLOPs of attention
     """
     backbone = psfm.backbone
     size = batch_shape(config, V)[-2:]

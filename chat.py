@@ -265,7 +265,7 @@ class Chat:
         """Encoded items -> tensors, padded on the right to a multiple of 32, or for generation on
         the `left` to the longest."""
         longest = max(len(item['input_ids']) for item in items)
-        if not left:  # few lengths: whatever is planned or compiled for each of them is found again
+        if not left:  # few different lengths, so that compiled code and plans are reused
             longest = math.ceil(longest / 32) * 32
 
         def pad(row, value):

@@ -66,7 +66,8 @@ def first_line(error):
 
 
 def step_generator(*numbers):
-    """A CPU generator that is a pure function of a few whole numbers (seed, step, rank, ...)."""
+    """A CPU generator that is a pure function of a few whole numbers (seed, step, rank, ...).
+    Zeros at the end do not count: (1, 5) and (1, 5, 0, 0) are the same stream."""
     seed = np.random.SeedSequence(numbers).generate_state(1)[0]
     return torch.Generator().manual_seed(int(seed))
 
@@ -380,28 +381,6 @@ def write_checkpoint(run, step, optimizers, config, dtype, metrics, save_model):
     shutil.rmtree(old, ignore_errors=True)
 
 
-LICENCES = {'weights/mini_v': 'MIT', 'weights/psfm_small': 'MIT',
-            'facebook/VGGT-1B-Commercial': 'VGGT licence, commercial use allowed',
-            'facebook/VGGT': 'non-commercial', 'depth-anything/DA3-SMALL': 'Apache 2.0',
-            'depth-anything/DA3-BASE': 'Apache 2.0', 'facebook/dinov3': 'DINOv3 licence',
-            'facebook/dinov2': 'Apache 2.0', 'Qwen/Qwen2.5-VL-3B': 'Qwen research licence',
-            'Qwen/Qwen2.5-VL-7B': 'Apache 2.0', 'HuggingFaceTB/SmolVLM': 'Apache 2.0'}
-
-
-def with_licence(source):
-    """A name of weights, and the licence that they came under, as far as it is known here."""
-    known = [licence for name, licence in LICENCES.items() if source.startswith(name)]
-    return f'`{source}` ({known[0] if known else "see there for its licence"})' if source else ''
-
-
-def write_card(folder, title, usage, rows):
-    """README.md beside weights, as the hub shows it. rows: {fact: text}; empty ones are left out"""
-    lines = [f'# {title}', '', f'From Spa3R, arXiv 2602.21186. {usage}', '', '| | |', '|---|---|']
-    lines += [f'| {fact} | {text} |' for fact, text in rows.items() if text]
-    with open(os.path.join(folder, 'README.md'), 'w', encoding='utf-8') as file:
-        file.write('\n'.join(lines) + '\n')
-
-
 def find_checkpoint(run):
     """The newest whole checkpoint of a run's folder, or None."""
     paths = [os.path.join(run, name) for name in ('checkpoint', 'checkpoint.old')]
@@ -416,7 +395,7 @@ FREE = {'resume', 'out', 'device', 'eval_every', 'log_every', 'compile', 'steps'
 def check_same(folder, theirs, config, free):
     """Raises InputError if what is in `folder` had other options; `free` ones may differ."""
     default = {field.name: field.default for field in dataclasses.fields(config)}
-    theirs = {**default, **theirs}    # options that are younger than the run
+    theirs = {**default, **theirs}    # defaults of options that were added after the run
     differs = [f'{key} {theirs[key]} there, {ours} here'
                for key, ours in dataclasses.asdict(config).items()
                if key not in free and theirs[key] != ours]
@@ -449,6 +428,31 @@ def read_state(config):
                          'give a larger --steps')
     asked = dict(dtype=config.dtype) if config.dtype != 'auto' else {}
     return {**state, **asked, 'folder': folder}
+
+
+# -----------------------------------------------------------------------------
+# model cards
+
+LICENCES = {'weights/mini_v': 'MIT', 'weights/psfm_small': 'MIT',
+            'facebook/VGGT-1B-Commercial': 'VGGT licence, commercial use allowed',
+            'facebook/VGGT': 'non-commercial', 'depth-anything/DA3-SMALL': 'Apache 2.0',
+            'depth-anything/DA3-BASE': 'Apache 2.0', 'facebook/dinov3': 'DINOv3 licence',
+            'facebook/dinov2': 'Apache 2.0', 'Qwen/Qwen2.5-VL-3B': 'Qwen research licence',
+            'Qwen/Qwen2.5-VL-7B': 'Apache 2.0', 'HuggingFaceTB/SmolVLM': 'Apache 2.0'}
+
+
+def with_licence(source):
+    """A name of weights, and the licence that they came under, as far as it is known here."""
+    known = [licence for name, licence in LICENCES.items() if source.startswith(name)]
+    return f'`{source}` ({known[0] if known else "see there for its licence"})' if source else ''
+
+
+def write_card(folder, title, usage, rows):
+    """README.md beside weights, as the hub shows it. rows: {fact: text}; empty ones are left out"""
+    lines = [f'# {title}', '', f'From Spa3R, arXiv 2602.21186. {usage}', '', '| | |', '|---|---|']
+    lines += [f'| {fact} | {text} |' for fact, text in rows.items() if text]
+    with open(os.path.join(folder, 'README.md'), 'w', encoding='utf-8') as file:
+        file.write('\n'.join(lines) + '\n')
 
 
 # -----------------------------------------------------------------------------

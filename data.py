@@ -225,7 +225,8 @@ class PhotoFolder:
 
     def split_pictures(self, pictures, min_views):
         last = pictures[len(pictures) * 3 // 4:]
-        if len(pictures) < 4 * min_views or self.reserved == []:
+        # what a run held out stays so, however few pictures are left
+        if not self.reserved and (self.reserved == [] or len(pictures) < 4 * min_views):
             self.reserved = []
             self.held_out_text = (f'nothing, for the one scene has fewer than {4 * min_views} '
                                   'pictures: this is measured on training views')
@@ -303,7 +304,8 @@ def make_sources(config, multiple, device, all_held_out=False):
     if all_held_out:
         found = find_scenes_or_say_why(config.data, quiet)
         names = list(found.scenes)
-        reserved, splits = names if len(names) > 1 else [], ('val', 'val')
+        reserved = names if len(names) > 1 else []
+        splits = 'val', 'val'
     sources = [make_source(config, split, multiple, device, say=say, reserved=reserved)
                for split, say in zip(splits, (print, quiet))]
     if all_held_out and not found.splits:

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 from data import RoomPool
-from measure import field_batches, knows_rooms, look, map_score, read_map
+from measure import field_batches, knows_rooms, map_score, read_map
 from model import invert_pose, path_through, take_views
 from questions import corners
-from rooms import (CLASSES, EYE_HEIGHT, FURNITURE, SCENE_UNIT, STRUCTURE, cameras_at, clearance,
-                   make_intrinsics, render, scene_extrinsics)
+from rooms import (CLASSES, EYE_HEIGHT, FURNITURE, SCENE_UNIT, STRUCTURE, Rooms, cameras_at,
+                   clearance, make_intrinsics, render, scene_extrinsics)
 
 # floor, ceiling, wall, and the furniture as it is painted
 PAINT = [(0.75, 0.70, 0.65), (0.95, 0.95, 0.95), (0.45, 0.45, 0.45)]
@@ -100,7 +100,7 @@ def field_rows(psfm, source, config, autocast, num_scenes):
     size = batch['images'].shape[-2:]
     scale = None
     with autocast:
-        context, views = look(psfm, batch, mask, num_context, config)
+        context, views, _ = psfm.observe(batch['images'], mask, num_context)
         cameras = views.extrinsics, views.intrinsics, size, views.grid
         z = psfm.encode(context, views.grid)
         predicted = take_views(psfm.decode(z, *cameras), order)
@@ -152,6 +152,9 @@ def draw_field(psfm, source, config, autocast, path, num_scenes=2, tile=88):
     footer = 52 if any('categories' in title for title, _ in rows) else 0
     canvas, pen, font = blank(margin + V * (tile + gap) + 80, B * block + footer)
 
+    def left(v):  # of view v; the unseen ones stand a little apart
+        return margin + v * (tile + gap) + (12 if v >= num_context else 0)
+
     for b in range(B):
         y0 = b * block
         name = 'held-out room' if config.data == 'rooms' else 'held-out sample'
@@ -160,13 +163,12 @@ def draw_field(psfm, source, config, autocast, path, num_scenes=2, tile=88):
             y = y0 + top + r * (height + gap)
             pen.multiline_text((8, y + height // 2), title, 'black', font, anchor='lm')
             for v in range(V):
-                x = margin + v * (tile + gap) + (12 if v >= num_context else 0)
-                canvas.paste(to_tile(tiles[b, v], (tile, height)), (x, y))
+                canvas.paste(to_tile(tiles[b, v], (tile, height)), (left(v), y))
             if 'depth' in title and scale:
                 x = margin + V * (tile + gap) + 16
                 draw_depth_bar(canvas, pen, font, x, y, height, *scale)
         for v in range(V):
-            x = margin + v * (tile + gap) + (12 if v >= num_context else 0) + tile // 2
+            x = left(v) + tile // 2
             label, colour = ('context', 'black') if v < num_context else ('unseen', ACCENT)
             pen.text((x, y0 + 14), label, colour, font, anchor='mm')
             pen.text((x, y0 + 32), f'R2 {r2[b, v]:.2f}', 'black', font, anchor='mm')
@@ -226,12 +228,11 @@ def draw_curve(log, path):
     draw_panel(pen, font, (60, 40, 470, 290), {'training loss': loss}, 'loss, over steps')
 
     steps = [step for step, _ in measured]
-    curves = {'R2, unseen views': ([m['psfm']['r2'] for _, m in measured], ACCENT),
-              'average latents': ([m['camera']['r2'] for _, m in measured], 'grey')}
+    curves = {'R2, unseen views': (steps, [m['psfm']['r2'] for _, m in measured], ACCENT),
+              'average latents': (steps, [m['camera']['r2'] for _, m in measured], 'grey')}
     if measured and 'read_out' in measured[0][1]:
         found = [m['read_out']['psfm']['object_recall'] for _, m in measured]
-        curves['objects found'] = found, 'steelblue'
-    curves = {name: (steps, values, colour) for name, (values, colour) in curves.items()}
+        curves['objects found'] = steps, found, 'steelblue'
     draw_panel(pen, font, (550, 40, 970, 290), curves, 'held-out scenes, over steps', low=0)
     canvas.save(path)
 
@@ -319,7 +320,9 @@ def draw_film(psfm, config, autocast, path, num_rooms=2, tile=112):
     """A film: held-out rooms from cameras where no picture was taken, beside the truth."""
     device = psfm.geo_mean.device
     size = config.image_width, config.image_width
-    rooms, block = RoomPool('val', 0, num_rooms, image_size=size, device=device).render_block(0)
+    pool = RoomPool('val', 0, RoomPool.BLOCK, image_size=size, device=device)
+    rooms, block = pool.render_block(0)
+    rooms = Rooms(**{name: x[:num_rooms] for name, x in vars(rooms).items()})
     walk = block['extrinsics']
     chosen = torch.arange(FILM_CONTEXT) * RoomPool.VIEWS // FILM_CONTEXT  # spread over the walk
     on_cpu = rooms.to('cpu')
@@ -346,9 +349,7 @@ def draw_film(psfm, config, autocast, path, num_rooms=2, tile=112):
 
     titles = ['four context pictures', 'from above', 'a new camera', 'backbone features',
               'predicted from z', 'true depth', 'read off prediction']
-    gap = 4
-    top = 22
-    half = tile // 2 - 1
+    gap, top, half = 4, 22, tile // 2 - 1
     film = []
     for f in range(FILM_FRAMES):
         canvas, pen, font = blank(len(titles) * (tile + gap), top + num_rooms * (tile + gap), 11)
@@ -436,7 +437,7 @@ def draw_walk(psfm, source, config, autocast, path, tile=150):
         label = 'the encoder never saw it' if mask[0, i] else 'context'
         pen.text((tile + 4 + tile // 2, top + height + 10), label, 'black', font, anchor='mm')
         film.append(canvas.quantize(256))
-    film += film[-2:0:-1]                      # and back again
+    film += film[-2:0:-1]  # and back again
     film[0].save(path, save_all=True, append_images=film[1:], duration=120, loop=0)
 
 
@@ -464,9 +465,8 @@ def draw_map(truth, answer, width):
         pen.line((*place(k, -reach), *place(k, reach)), 'gainsboro')
         pen.line((*place(-reach, k), *place(reach, k)), 'gainsboro')
     x, y = place(0, 0)
-    size = 6
-    pen.line((x - size, y, x + size, y), 'black', 2)
-    pen.line((x, y - 2 * size, x, y + size), 'black', 2)
+    pen.line((x - 6, y, x + 6, y), 'black', 2)
+    pen.line((x, y - 12, x, y + 6), 'black', 2)
     taken = {}  # places with several things fan out
     for shape, things in (('square', named), ('circle', pieces)):
         for name, *where in things:

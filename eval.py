@@ -66,8 +66,8 @@ def folder_beside(run):
 def field(args):
     device = pick_device(args.device)
     psfm, config = load_psfm(args.run, device)
-    if args.data:                           # another world
-        config.data, config.cameras = args.data, 'predicted'
+    if args.data:  # another world
+        config.data = args.data
     if args.path and config.data == 'rooms' and 'cells' not in psfm.backbone.config.heads:
         raise InputError(f'--path: the backbone of {args.run}, {config.backbone}, has no head that '
                          'reads depth off predicted features; in rooms it takes the mini VGGT')
@@ -192,7 +192,8 @@ def runs(args):
             files = [os.path.join(folder, name) for name in ('config.json', 'metrics.json')]
             config, metrics = [read_json(path) for path in files]
             if os.path.getmtime(files[0]) > os.path.getmtime(files[1]):
-                raise InputError      # a later run began here, and is not finished
+                left_out.append(folder)  # a later run began here, and is not finished
+                continue
             read_out = metrics.get('read_out', {}).get('psfm', {})
             values = [metrics['psfm']['r2'], metrics['camera']['r2'],
                       read_out.get('object_recall', math.nan),
@@ -234,7 +235,7 @@ def local(run):
 
 
 def load_answerer(run, device, max_pixels=None, num_rooms=192, dtype=None):
-    """-> (SpatialVLM, Chat, SceneLatents or None), settings; ready to answer.
+    """-> (SpatialVLM, Chat, latents as of finetune.open_latents), settings; ready to answer.
 
     `run`: a run of finetune.py or mini_vlm.py, a mini VLM, a Spa3-VLM folder of the release, or a
     hub id. `dtype` of the VLM: None is bf16 on a CUDA GPU, fp32 elsewhere.
@@ -434,7 +435,7 @@ def make_parser():
                    help='runs of finetune.py; those with the same latents count as seeds')
     c.add_argument('--shuffled', action='store_true', help="with another room's latents")
     c.add_argument('--maps', action='store_true', help='ask for the maps alone')
-    c.add_argument('--rooms', type=number(int, 2), default=96, help='held-out rooms (96)')
+    c.add_argument('--rooms', type=number(int, 2), default=96, help='held-out ones, in fours (96)')
 
     c = command(ask, 'a question about your own pictures')
     c.add_argument('--run', default='out/vlm-small', help='a run of finetune.py')

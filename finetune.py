@@ -71,7 +71,7 @@ class Config:
     num_rooms: int = opt(3000, 'rooms to train on, in fours', low=1)
     ground_steps: int = opt(0, 'rooms: first steps, of the adapter alone; twice --batch', low=0)
     map_steps: int = opt(0, 'rooms: the first steps ask only for the map; twice --batch', low=0)
-    val_scenes: int = opt(96, 'held-out rooms, or records', low=1)
+    val_scenes: int = opt(96, 'held-out rooms, in fours, or records', low=1)
     cache: str = opt('out/latents', "folder for the scenes' latents; empty: computed anew")
     workers: int = opt(0, 'processes that read pictures', low=0)
     # optimisation
@@ -199,7 +199,7 @@ def frozen_dtype(config, dtype):
 
 
 def open_latents(config, dtype, origin=None):
-    """-> SceneLatents, the true lists, or None. `origin`: of those a VLM was trained with."""
+    """-> SceneLatents, a TrueList, or None. `origin`: of those a VLM was trained with."""
     if config.latents == 'none':
         return None
     if config.latents == 'oracle':
@@ -213,8 +213,8 @@ def open_latents(config, dtype, origin=None):
 
 
 def build_model(config, dtype=torch.float32):
-    """-> (SpatialVLM, Chat, SceneLatents or None), all as at step 0. `dtype`: of the latents, and
-    of what is frozen."""
+    """-> (SpatialVLM, Chat, latents as of `open_latents`), all as at step 0. `dtype`: of the
+    latents, and of what is frozen."""
     vlm, chat = load_vlm(config.vlm, frozen_dtype(config, dtype), config.max_pixels)
     latents = open_latents(config, dtype)
     adapter = None
@@ -233,9 +233,9 @@ def absolute(path):
     return os.path.abspath(path) if os.path.exists(path) and not is_shipped else path
 
 
-def evaluate(model, chat, latents, held_out, data, config, autocast, is_main, sharded, is_final):
+def evaluate(model, chat, latents, held_out, data, config, autocast, is_main, is_final):
     """-> metrics, a line about them. Before the end: of rooms only the maps, of a quarter."""
-    if config.data != 'rooms' or sharded:  # a sharded model does not generate
+    if config.data != 'rooms' or config.shard:  # a sharded model does not generate
         metrics = held_out_loss(model, chat, latents, held_out, autocast, config.max_length)
         return metrics, (f'held-out loss {metrics["loss"]:.4f}, answers right '
                          f'{metrics["accuracy"]:.3f}, too long {metrics["left_out"]}')
@@ -255,10 +255,10 @@ def card_of(config, latents, step, line):
             'trained on': f'{config.data}, {step} steps', 'held out': line}
 
 
-def save(model, chat, latents, optimizers, step, config, dtype, metrics, line, is_main, sharded):
+def save(model, chat, latents, optimizers, step, config, dtype, metrics, line, is_main):
     """<out>/checkpoint: what eval.py loads (save_spatial_vlm), and what --resume needs."""
     state = None
-    if sharded:                                     # every process takes part
+    if config.shard:  # every process takes part
         state, optimizers = gather(model, optimizers)
     if not is_main:
         return
@@ -294,7 +294,8 @@ def cost_of(model, z):
 # the loop
 
 def check_data(config, state, data):
-    """Raises InputError if a run would go on with other records than it began with."""
+    """-> a checksum of the records; None of rooms. Raises InputError if a run would go on with
+    other records than it began with."""
     stamp = getattr(data, 'stamp', None)
     if state['metrics'].get('data', stamp) != stamp:
         raise InputError(f'--resume: {config.data} holds other records than when the run began: '
@@ -311,8 +312,8 @@ def check_lengths(config, chat, held_out):
 
 
 def open_model(config, state, device, dtype, say):
-    """-> (SpatialVLM, Chat, SceneLatents or None) on `device`, as at step 0 or as in the checkpoint
-    that `state` names."""
+    """-> (SpatialVLM, Chat, latents as of `open_latents`) on `device`, as at step 0 or as in the
+    checkpoint that `state` names."""
     if config.resume:
         model, chat, there = load_spatial_vlm(state['folder'], frozen_dtype(config, dtype))
         latents = open_latents(config, dtype, there.get('origin'))
@@ -388,7 +389,7 @@ def train(name, config, data=None, held_out=None):
     # the machine
     rank, world_size, device = join_processes(config.device)
     config = dataclasses.replace(config, shard=config.shard and world_size > 1)
-    is_main, sharded = rank == 0, config.shard
+    is_main = rank == 0
     say = tqdm.write if is_main else quiet
     state = read_state(config)
     first = state['step']
@@ -415,14 +416,14 @@ def train(name, config, data=None, held_out=None):
         ground(model, chat, latents, parts_of, config, autocast, say)
 
     # processes, compiler, optimizers
-    if sharded:
+    if config.shard:
         model = shard_model(model)
     kind = type(model.vlm.get_decoder().layers[0])
     compile_if_possible(model.vlm, kind, config.compile, device, say)
     optimizers = make_optimizers(
-        model, config, device, dtype, fused=not sharded,
+        model, config, device, dtype, fused=not config.shard,
         rate_of=lambda name: config.adapter_lr if name.startswith('adapter.') else config.lr)
-    if config.resume and sharded:
+    if config.resume and config.shard:
         set_rates(optimizers, 1)      # torch loads only keys that groups have: this adds 'peak'
         load_sharded_optimizers(model, optimizers, state['folder'])
     elif config.resume:
@@ -431,7 +432,7 @@ def train(name, config, data=None, held_out=None):
     encoded = Encoded(data, chat, config, rank, world_size, say, getattr(latents, 'fit', None))
     loader = iter(torch.utils.data.DataLoader(
         encoded, batch_size=None, sampler=numbers, num_workers=config.workers))
-    is_ddp = world_size > 1 and not sharded
+    is_ddp = world_size > 1 and not config.shard
     wrapped = nn.parallel.DistributedDataParallel(model) if is_ddp else model
     trained = [p for p in model.parameters() if p.requires_grad]
     model.train()
@@ -473,13 +474,12 @@ def train(name, config, data=None, held_out=None):
         if is_evaluated:
             with torch.compiler.set_stance('force_eager'):  # questions are too few to compile for
                 metrics, line = evaluate(model, chat, latents, held_out, data, config, autocast,
-                                         is_main, sharded, done == config.steps)
+                                         is_main, done == config.steps)
             say(f'step {done:05d}/{config.steps:05d} | {line}')
             brief = {key: value for key, value in metrics.items() if key not in ('scores', 'maps')}
             brief.update(seconds=time.time() - began, data=stamp)
             log.write(json.dumps(dict(step=done, metrics=brief)) + '\n')
-            save(model, chat, latents, optimizers, done, config, dtype, brief, line, is_main,
-                 sharded)
+            save(model, chat, latents, optimizers, done, config, dtype, brief, line, is_main)
 
     # results
     metrics.update(step=config.steps, seconds=time.time() - began,

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from model import take_views
-from optim import make_optimizers, set_rates
+from optim import make_optimizers, set_rates, take_step
 from psfm import PSFM, PSFMConfig, context_index, load_psfm, random_view_mask
 from rooms import make_intrinsics, make_rooms, make_walk, render, room_seed
 from vggt import VGGT
@@ -132,11 +132,8 @@ for step in range(STEPS):
     chosen = torch.rand(4, 8).argsort(1)[:, :VIEWS]  # any six of the eight views, in any order
     losses = psfm(take_views(world[rooms], chosen))
     losses['loss'].backward()
-    torch.nn.utils.clip_grad_norm_(psfm.parameters(), 1.0)
     set_rates(optimizers, min(1, (step + 1) / 20) * (1 - step / STEPS))
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad()
+    take_step(optimizers, psfm.parameters(), clip=1.0)
     if step % 50 == 0 or step == STEPS - 1:
         print(f'    step {step + 1:4d}   loss {losses["loss"].item():.3f}')
 psfm.eval()

@@ -343,7 +343,7 @@ def start(folder):
     if folder:
         vlm, chat = load_vlm(folder)
         return SpatialVLM(vlm), chat, load_sight(folder, vlm.config.text_config.hidden_size)
-    # the vocabulary: the words of both kinds of questions; roles so often that each is one token
+    # the vocabulary: words of both kinds of questions; roles, repeated so that each is one token
     rooms = RoomQuestions('train', 0, 400)
     texts = [turn['value'].replace('<image>', '')
              for item in itertools.chain(RoomPictures('train', 0, 64), rooms)

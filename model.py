@@ -10,7 +10,7 @@ keeps the queries.
 A *position* is any object with two methods: `rotate(q, k, v)`, applied before
 attention, and `restore(out)`, applied after it. RoPE2D (here) says where a
 patch is in its image. PRoPE (psfm.py) says where it is in space. q and out may
-be of the last tokens alone.
+hold only the last tokens (`num_kept`).
 
 Shapes, in every file:
     B scenes    V views    Vc context views    H x W pixels    h x w = N patches per view

@@ -27,7 +27,7 @@ from common import InputError, Parser, find_file, number, pick_device, run_scrip
 from draw import PAINT, rgb
 from eval import SHIPPED, load_answerer
 from measure import knows_rooms
-from media import even_frames, find_scenes_or_say_why, open_picture, read_video
+from media import even_frames, find_scenes_or_say_why, open_picture
 from psfm import load_psfm, random_view_mask
 from rooms import CLASSES
 from walk import NUM_ROOMS, PhotoWorld, RoomWorld
@@ -63,7 +63,7 @@ def read_parameter(name, text, kind, *allowed):
     except ValueError:
         values = [math.nan]
     if not all(low <= value <= high for value in values) or len(set(values)) < len(values) \
-            or not values and name != 'off':
+            or (not values and name != 'off'):
         many = 'different whole numbers, with commas,' if kind is tuple else 'a number'
         raise InputError(f'{name} is {many} from {low} to {high}, {said}')
     return tuple(values) if kind is tuple else values[0]
@@ -200,24 +200,21 @@ def make_world(args, device):
     if config.num_latents == 0 or config.decoder_depth == 0:
         raise InputError(f'{args.run} has no latents, or no block that attends to them: there is '
                          'nothing to see')
-    if args.images or args.video:
-        if args.vlm or (args.images and args.video):
-            raise InputError('--images, --video and --vlm (which knows rooms): one of them')
-        if args.images:
-            scenes = find_scenes_or_say_why(args.images).scenes
-            name, paths = next(iter(scenes.items()))
-            if len(scenes) > 1:
-                print(f'{args.images} holds {len(scenes)} scenes; this page shows {name}')
-            paths = [paths[i] for i in even_frames(len(paths), args.views)]
-            pictures = [open_picture(path, config.image_width) for path in paths]
-        else:
-            pictures = list(read_video(args.video, args.views))
+    if args.images:
+        if args.vlm:
+            raise InputError('--images or --vlm (which knows rooms): one of them')
+        scenes = find_scenes_or_say_why(args.images).scenes
+        name, paths = next(iter(scenes.items()))
+        if len(scenes) > 1:
+            print(f'{args.images} holds {len(scenes)} scenes; this page shows {name}')
+        paths = [paths[i] for i in even_frames(len(paths), args.views)]
+        pictures = [open_picture(path, config.image_width) for path in paths]
         if len(pictures) < 2:
-            raise InputError(f'{args.images or args.video} holds one picture; two are the least')
+            raise InputError(f'{args.images} holds one picture; two are the least')
         return PhotoWorld(psfm, config, pictures)
     if not knows_rooms(psfm, config):
         raise InputError(f'{args.run} was trained on {config.data}: show it a scene with --images '
-                         'FOLDER or --video FILE')
+                         'FOLDER')
     answerer = load_answerer(args.vlm, device)[0] if args.vlm else None
     return RoomWorld(psfm, config, answerer)
 
@@ -226,10 +223,9 @@ def make_parser():
     parser = Parser(description=__doc__)
     parser.add_argument('--run', default=SHIPPED, help=f'of train.py (default: {SHIPPED})')
     parser.add_argument('--vlm', default='', help='a run of finetune.py, to ask about rooms')
-    parser.add_argument('--images', default='', help='a folder with pictures of one scene')
-    parser.add_argument('--video', default='', help='a video of one scene')
+    parser.add_argument('--images', default='', help='one scene: a folder of pictures, or a video')
     parser.add_argument('--views', type=number(int, 2, 32), default=8,
-                        help='pictures of --images or --video to take (8)')
+                        help='pictures of --images to take (8)')
     parser.add_argument('--export', default='', metavar='FILE', help='writes one file and ends')
     parser.add_argument('--host', default='127.0.0.1', help='(default: 127.0.0.1, this machine)')
     parser.add_argument('--port', type=number(int, 0, 65535), default=8000, help='(8000)')
@@ -242,7 +238,7 @@ def main(argv=None):
     page = Page(make_world(args, pick_device(args.device)))
     if args.export:
         if page.world.kind != 'rooms':
-            raise InputError('--export takes rooms: leave --images and --video out')
+            raise InputError('--export takes rooms: leave --images out')
         return export(page, args.export)
     is_local = args.host in ('127.0.0.1', 'localhost')
     hosts = ('127.0.0.1', 'localhost') if is_local else None

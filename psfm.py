@@ -180,7 +180,7 @@ class PRoPE:
 class FieldDecoder(nn.Module):
     """The field: latents z and a camera -> a vector per patch of the view from it.
 
-    From these D-wide vectors, `PSFM.heads` read the features that are seen.
+    `PSFM.heads` turn these D-wide vectors into features.
 
     Every patch of the view is a ray token: its unit direction in the camera's
     own frame. PRoPE supplies the camera's pose. Each view is decoded on its own:
@@ -260,13 +260,11 @@ class PSFM(nn.Module):
             self.register_buffer(f'{kind}_mean', torch.zeros(dim))
             self.register_buffer(f'{kind}_std', torch.ones(dim))
 
-    def forward(self, images, generator=None, view_mask=None, extrinsics=None, intrinsics=None):
+    def forward(self, images, generator=None, view_mask=None):
         """The losses of one batch. images (B, V, 3, H, W) in [0, 1] -> dict of scalars.
 
         'loss' is their sum. `generator` draws the mask, unless `view_mask` is
-        given. Cameras are those that the backbone predicts, unless given:
-        extrinsics (B, V, 3, 4) in the first view's frame, intrinsics (B, V, 3,
-        3) in pixels.
+        given. Cameras are those that the backbone predicts.
         """
         # 1. mask
         B, V = images.shape[:2]
@@ -279,16 +277,14 @@ class PSFM(nn.Module):
         # 2. look with the frozen backbone
         with_depth = self.depth_probe is not None
         context, views, depth = self.observe(images, view_mask, num_context, with_depth)
-        if extrinsics is None:
-            extrinsics = views.extrinsics
-            intrinsics = views.intrinsics
 
         # 3. encode the context
         z = self.encode(context, views.grid)  # (B, Q, D)
 
         # 4. and 5. cast the rays of every view, context and target alike, and decode
         size = images.shape[-2:]
-        decoded = self.decoder(z, extrinsics, intrinsics, size, views.grid)  # (B, V, N, D)
+        cameras = views.extrinsics, views.intrinsics
+        decoded = self.decoder(z, *cameras, size, views.grid)  # (B, V, N, D)
 
         # 6. compare
         losses = self.compare('geo', self.heads['geo'](decoded), views.features)
@@ -421,7 +417,7 @@ def weights_of_run(run):
 def read_psfm(path):
     """Weights of train.py -> state, metadata, the options of the run. InputError if not theirs."""
     state, metadata = read_weights(path)
-    options = {field.name: field.default for field in fields(PSFMConfig)}  # those that are younger
+    options = {field.name: field.default for field in fields(PSFMConfig)}  # of those added later
     with contextlib.suppress(KeyError, ValueError, TypeError):
         options.update(json.loads(metadata['config']))
     if 'encoder.queries' not in state or 'backbone' not in options:
@@ -431,8 +427,8 @@ def read_psfm(path):
 
 def check_backbone(backbone, metadata, path, name):
     """Raises InputError if the weights in `path` were trained on another backbone than this one."""
-    # `endswith`: older files hold the last eight digits alone
-    if not backbone.fingerprint.endswith(metadata.get('backbone', '')):
+    # the shipped encoder's file has eight more digits behind them
+    if not metadata.get('backbone', '').startswith(backbone.fingerprint):
         raise InputError(f'{path} was trained on another backbone than the one in {name}: its '
                          'latents mean nothing there')
 

@@ -22,7 +22,7 @@ from PIL import Image
 from benchmarks import prompt
 from common import step_generator
 from data import RoomPool
-from model import points_in_world
+from model import invert_pose, points_in_world
 from rooms import CATEGORIES, CLASSES, SEEN, K, surface_classes
 
 # -----------------------------------------------------------------------------
@@ -340,9 +340,8 @@ def in_map_frame(places, camera):
 
     camera (..., 3, 4): extrinsics.
     """
-    rotation = camera[..., :3]
-    eye = -(rotation.transpose(-1, -2) @ camera[..., 3:])[..., :2, 0]  # (..., 2)
-    x, y = F.normalize(rotation[..., 2, :2], dim=-1).unbind(-1)  # ahead, on the plan
+    eye = invert_pose(camera)[..., :2, 3]  # (..., 2)
+    x, y = F.normalize(camera[..., 2, :2], dim=-1).unbind(-1)  # ahead, on the plan
     right, ahead = torch.stack([y, -x], -1), torch.stack([x, y], -1)
     axes = torch.stack([right, ahead], -2)  # (..., 2, 2)
     plan = (places[..., :2] - eye[..., None, :]) @ axes.transpose(-1, -2)

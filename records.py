@@ -21,26 +21,24 @@ from media import media_fault, open_picture, read_video
 
 def read_records(path):
     """Yields (number from 1, record, fault) of a .jsonl file, or of a .json file with one list."""
+    is_lines = path.endswith('.jsonl')
     try:
         with open(path, encoding='utf-8-sig') as file:  # with or without a byte-order mark
-            if path.endswith('.jsonl'):
-                lines = [(number, line) for number, line in enumerate(file, 1) if line.strip()]
-            else:
-                records = json.load(file)
+            records = list(file) if is_lines else json.load(file)
     except FileNotFoundError as error:
         raise InputError(f'no file {path}') from error
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f'{path} cannot be read as JSON: {error}') from error
-    if not path.endswith('.jsonl'):
-        if not isinstance(records, list):
-            raise InputError(f'{path} holds a {type(records).__name__}, not a list of records')
-        yield from ((number, record, None) for number, record in enumerate(records, 1))
-        return
-    for number, line in lines:
-        try:
-            yield number, json.loads(line), None
-        except (ValueError, RecursionError) as error:
-            yield number, None, f'not JSON ({error})'
+    if not isinstance(records, list):
+        raise InputError(f'{path} holds a {type(records).__name__}, not a list of records')
+    for number, record in enumerate(records, 1):
+        if not is_lines:
+            yield number, record, None
+        elif record.strip():
+            try:
+                yield number, json.loads(record), None
+            except (ValueError, RecursionError) as error:
+                yield number, None, f'not JSON ({error})'
 
 
 def mend_last_line(path):
@@ -278,7 +276,7 @@ class Encoded(torch.utils.data.Dataset):
         self.too_long = set()
         self.num_maps = config.map_steps * config.accumulate  # batches
 
-    def samples(self, number):
+    def indices(self, number):
         """Indices of batch `number`: one random order an epoch, dealt out to the processes."""
         B, n, seed = self.config.batch, len(self.data), self.config.seed
         turn = number * self.world_size + self.rank  # batches dealt out before this one
@@ -309,5 +307,5 @@ class Encoded(torch.utils.data.Dataset):
     def __getitem__(self, number):
         """-> [(tensors, items, share)] of Chat.batches: from eight samples on in two parts."""
         item_of = self.data.map_of if number < self.num_maps else self.data.__getitem__
-        samples = [self.sample(i, item_of) for i in self.samples(number)]
+        samples = [self.sample(i, item_of) for i in self.indices(number)]
         return self.chat.batches(samples, 2 if len(samples) >= 8 else 1)

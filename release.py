@@ -162,7 +162,7 @@ def open_psfm(path, device='cpu'):
     psfm.geo_mean = torch.zeros(psfm.backbone.feature_dim)
     psfm.geo_std = torch.ones(psfm.backbone.feature_dim)
     psfm.backbone.freeze()
-    config = SimpleNamespace(**vars(sizes), backbone=path, data='', cameras='predicted',
+    config = SimpleNamespace(**vars(sizes), backbone=path, data='',
                              image_width=37 * vggt.patch_size)
     return psfm.to(device).eval(), config
 

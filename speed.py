@@ -275,7 +275,7 @@ def vlm_cost(sizes, train, config, clock, dtype, is_cached=True, grid=(28, 36), 
                  mm_token_type_ids=(ids == vlm_config.image_token_id).int(),
                  image_grid_thw=torch.tensor([[1, h, w]] * frames, device=device))
     batch['labels'] = ids.clone()
-    batch['labels'][:, :-text // 2] = -100
+    batch['labels'][:, :-(text // 2)] = -100  # the second half of the text is the answer
     batch = lean_batch(batch, vlm, device)
     labels = batch.pop('labels')
 
@@ -462,6 +462,8 @@ def compare(folder, config, V, clock, dtype, full_size, can_compile):
                        ('release, masked', 'ours, asymmetric')):
         print(f'loss of {one} {losses[one]:.6f}, of {other} {losses[other]:.6f}')
     memory = {name: run(name, partial(bytes_kept, step)) / GIGA for name, step in steps.items()}
+    with torch.compiler.set_stance('force_eager'):  # what is compiled hides its products
+        flops = {name: count_flops(step)[0] for name, step in steps.items()}
     times = {name: [] for name in steps}
     for turn in range(clock.repeats + 1):
         for name, step in steps.items():
@@ -470,8 +472,9 @@ def compare(folder, config, V, clock, dtype, full_size, can_compile):
                 times[name].append(ms)
     print(f'{B} scenes x {V} views of {images.shape[-1]} x {images.shape[-2]}, {dtype}')
     for name in steps:
-        print(f'{name:22s}{statistics.median(times[name]):10.1f} ms{memory[name]:8.2f} GB kept')
-    result = dict(views=V, losses=losses, kept_gb=memory, ms=times)
+        print(f'{name:22s}{statistics.median(times[name]):10.1f} ms{flops[name] / 1e9:10.1f} GFLOP'
+              f'{memory[name]:8.2f} GB kept')
+    result = dict(views=V, losses=losses, flops=flops, kept_gb=memory, ms=times)
     for title, one, other in (('like for like', 'release, masked', 'ours, asymmetric'),
                               ('two passes each', 'release, as shipped', 'ours, separate'),
                               ('as shipped', 'release, as shipped', 'ours, asymmetric'),
@@ -483,6 +486,7 @@ def compare(folder, config, V, clock, dtype, full_size, can_compile):
             continue
         ratios = sorted(a / b for a, b in zip(times[one], times[other]))
         print(f'{title}: {one} / {other}: time {statistics.median(ratios):.2f} '
-              f'({ratios[0]:.2f}..{ratios[-1]:.2f}), memory {memory[one] / memory[other]:.2f}')
+              f'({ratios[0]:.2f}..{ratios[-1]:.2f}), FLOPs {flops[one] / flops[other]:.2f}, '
+              f'memory {memory[one] / memory[other]:.2f}')
         result[title] = statistics.median(ratios)
     return result

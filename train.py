@@ -38,7 +38,6 @@ from optim import load_optimizers, make_optimizers, rate_share, set_rates, take_
 from psfm import (FROZEN, PSFMConfig, build_psfm, check_backbone, check_psfm_config,
                   random_view_mask, read_psfm, weights_of_run)
 from release import load_teacher
-from rooms import scene_extrinsics
 
 
 @dataclass(frozen=True)
@@ -48,8 +47,6 @@ class Config(PSFMConfig):
                         'folder, or a hub id',
                         group='what is frozen')
     teacher: str = opt('', "a second teacher for the 'sem' head, a hub id of transformers")
-    cameras: str = opt('predicted', 'predicted by the backbone (the paper) | given by the source '
-                       '(rooms have them)', choices=('predicted', 'given'))
     # data
     data: str = opt('rooms', 'rooms, or photographs: a folder (one sub-folder a scene, or one flat '
                     'folder = one scene), or a video', group='data')
@@ -127,9 +124,6 @@ def parse_config(argv=None):
     if config.min_views > config.max_views:
         raise InputError(f'--min-views {config.min_views} --max-views {config.max_views}: '
                          'the wrong order')
-    if config.cameras == 'given' and config.data != 'rooms':
-        raise InputError('--cameras given: only rooms come with cameras; for photographs they are '
-                         'predicted')
     if config.data == 'rooms' and config.max_views > RoomPool.VIEWS:
         raise InputError(f'--max-views {config.max_views}: a room has {RoomPool.VIEWS} views')
     check_psfm_config(config)
@@ -156,13 +150,6 @@ def flops_per_view(psfm, images, autocast):
 VIEWS = 1
 MASKS = 3
 STATISTICS = 4
-
-
-def build_model(config, dtype, device):
-    """-> an untrained PSFM on the device"""
-    psfm = build_psfm(config, dtype, load_teacher(config.teacher, dtype))
-    knows_rooms(psfm, config)  # other categories are refused now, not after the training
-    return psfm.to(device)
 
 
 @torch.no_grad()
@@ -218,14 +205,10 @@ def make_loader(source, config, device, first_batch):
 
 
 def make_inputs(batch, config, number, rank, device):
-    """Batch `number` as PSFM.forward takes it: pictures, the mask's generator, given cameras."""
+    """Batch `number` as PSFM.forward takes it: pictures, and the generator of the mask."""
     seed = step_generator(config.seed, number, rank, MASKS).initial_seed()
-    inputs = dict(images=batch['images'].to(device, non_blocking=True),
-                  generator=torch.Generator(device).manual_seed(seed))
-    if config.cameras == 'given':  # as the mini VGGT states them: first camera's frame, its unit
-        inputs.update(extrinsics=scene_extrinsics(batch['extrinsics'].to(device)),
-                      intrinsics=batch['intrinsics'].to(device))
-    return inputs
+    return dict(images=batch['images'].to(device, non_blocking=True),
+                generator=torch.Generator(device).manual_seed(seed))
 
 
 def save_checkpoint(psfm, optimizers, step, config, dtype, metrics, reserved):
@@ -267,15 +250,8 @@ def banner(name, config, psfm, source, held_out, device, dtype, reason):
     return text
 
 
-def last_r2(metrics):
-    """R2 of the last evaluation, or None before the first."""
-    of_psfm = metrics.get('psfm')
-    r2 = of_psfm.get('r2') if isinstance(of_psfm, dict) else None
-    return r2 if isinstance(r2, float) else None
-
-
 def log_line(record, parts, config, mfu):
-    """One human-readable line. `parts`: names of the losses. R2 is of the last evaluation."""
+    """One human-readable line. `parts`: the losses by name. R2 is of the last evaluation."""
     losses = [f'{key} {record[key]:.3f}' for key in parts if key != 'loss']
     r2 = '' if record['r2'] is None else f'last R2 {record["r2"]:.3f} | '
     speed = '' if mfu is None else f'mfu {100 * mfu:.1f}% | '
@@ -305,7 +281,8 @@ def train(name, config):
     torch.manual_seed(config.seed)
 
     # model and data
-    psfm = build_model(config, dtype, device)
+    psfm = build_psfm(config, dtype, load_teacher(config.teacher, dtype)).to(device)
+    knows_rooms(psfm, config)  # other categories are refused now, not after the training
     multiple = psfm.backbone.config.patch_size
     reserved = None
     path = None
@@ -382,7 +359,7 @@ def train(name, config):
 
         # log
         if is_logged:
-            r2 = last_r2(metrics)
+            r2 = metrics['psfm']['r2'] if metrics else None  # before the first evaluation
             record = dict(step=done, **values, r2=r2, lr=share * config.lr,
                           grad_norm=norm.item(), step_ms=1e3 * busy / (done - logged),
                           views_per_second=views_done / busy,

@@ -100,7 +100,8 @@ class ConvStem(nn.Module):
             nn.Conv2d(96, C, last, last))
         self.norm = nn.LayerNorm(C, eps=1e-6)
 
-        # positions begin as waves of the place in -1 .. 1: rows in one half of C, columns in other
+        # positions begin as waves of the place in -1 .. 1: rows in one half of the channels,
+        # columns in the other
         place = (torch.arange(G) + 0.5) / G * 2 - 1
         octave = 3.5 * torch.arange(C // 4) / (C // 4 - 1) - 1
         angle = place[:, None] * math.pi / 2 * 2 ** octave  # (G, C/4)

@@ -119,7 +119,6 @@ def test_parts_of_the_report():
                                               'VLM, adapter+llm, latents cached, compiled'}
     plain = parts['small, 4 views, eager']()
     assert plain['ms'] > 0 and plain['attention'] == 'flash_attention_for_cpu'
-    assert plain['views_per_s'] == pytest.approx(8 / plain['ms'] * 1e3)
     again = parts['small, 4 views, eager, with --checkpointing']()
     flops = [x['tflops'] * x['ms'] for x in (plain, again)]     # what is computed twice counts once
     assert flops[0] == pytest.approx(flops[1])

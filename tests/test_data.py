@@ -160,6 +160,16 @@ def test_few_pictures_cannot_be_held_out_and_it_says_so(tmp_path):
     assert held_out.startswith('nothing, for the one scene has fewer than 12 pictures')
 
 
+def test_what_was_held_out_stays_so_when_a_picture_is_deleted(tmp_path):
+    for frame in range(12):
+        picture(tmp_path / f'{frame:02d}.jpg')
+    reserved = source(tmp_path)[0].reserved
+    (tmp_path / '00.jpg').unlink()
+    train, val = [source(tmp_path, split, reserved=reserved)[0] for split in ('train', 'val')]
+    assert [os.path.basename(path) for path in val.scenes[0]] == ['09.jpg', '10.jpg', '11.jpg']
+    assert len(train.scenes[0]) == 8 and train.reserved == val.reserved == reserved
+
+
 def test_other_views_stand_in_for_pictures_that_turn_out_to_be_unreadable(
         tmp_path, monkeypatch, capsys):
     """Large sets are not opened one by one beforehand."""

@@ -54,7 +54,7 @@ def tiny():
     sizes = PSFMConfig(width=32, encoder_depth=1, decoder_depth=1, num_latents=4)
     path = 'weights/mini_vggt.safetensors'
     config = SimpleNamespace(**vars(sizes), image_width=64, data='rooms', backbone=path,
-                             cameras='predicted', min_views=4, max_views=8, val_scenes=4)
+                             min_views=4, max_views=8, val_scenes=4)
     return PSFM(VGGT.from_pretrained(path).freeze(), sizes).eval(), config
 
 

@@ -170,9 +170,6 @@ def test_runs_of_one_configuration_share_a_row(tmp_path, capsys):
         main(['runs', a])
 
 
-# -----------------------------------------------------------------------------
-# a Spa3-VLM and its answers
-
 def test_a_run_that_was_begun_anew_is_left_out(tmp_path, capsys):
     for name in ('whole', 'stale'):
         (tmp_path / name).mkdir()
@@ -192,6 +189,9 @@ def test_backbone_command(capsys):
     said = capsys.readouterr().out
     assert '6 views' in said and 'AUC@5' in said
 
+
+# -----------------------------------------------------------------------------
+# a Spa3-VLM and its answers
 
 def test_rooms_command(tuned, capsys):
     on_cpu('rooms', '--run', tuned, '--rooms', '2')

@@ -361,11 +361,11 @@ def test_the_first_steps_hold_maps_alone(vlm):
     (again, fitted, _), = Encoded(data, chat, config, fit=len)[1]
     assert torch.equal(again['pixel_values'], batch['pixel_values'])   # the VLM's are as before
     assert [item['images'] for item in fitted] == [len(item['images']) for item in items]
-    assert sorted(dealt.samples(0) + dealt.samples(1) + dealt.samples(2)) == list(range(8))
+    assert sorted(dealt.indices(0) + dealt.indices(1) + dealt.indices(2)) == list(range(8))
 
     # ... nor on two processes
     both = [Encoded(data, chat, Config(batch=1, map_steps=1), rank, 2) for rank in range(2)]
-    rooms = [room for dealt in both for number in range(3) for room in dealt.samples(number)]
+    rooms = [room for dealt in both for number in range(3) for room in dealt.indices(number)]
     assert sorted(rooms) == list(range(8))
 
 

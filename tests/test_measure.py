@@ -227,8 +227,6 @@ def test_the_share_of_right_answers_is_of_whole_answers(rooms, tmp_path):
     kinds = ['first', *['other'] * (answers - 1)]
     held_out, length = [dict(item, kinds=kinds)], len(encoded['input_ids'])
     metrics = held_out_loss(Parrot(), chat, None, held_out, NO_AUTOCAST, max_length=length)
-    with pytest.raises(InputError, match='all held-out records are longer'):
-        held_out_loss(Parrot(), chat, None, held_out, NO_AUTOCAST, max_length=length - 1)
     assert length % 32  # a batch is padded: that is no length
     assert metrics['left_out'] == 0
     assert metrics['kinds'] == dict(first=0, other=1)

@@ -2,7 +2,6 @@
 import contextlib
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from mini_vggt import (MINI, Config, MiniVGGTTrainer, area_under_curve, evaluate
                        make_batch, pose_errors)
 from psfm import build_psfm
 from rooms import CLASSES, SCENE_UNIT, scene_extrinsics
+from test_train import losses
 from test_vggt import TINY
 from train import Config as TrainConfig
 
@@ -24,13 +24,6 @@ from train import Config as TrainConfig
 def options(out, *more):
     return ['--num-rooms', '8', '--val-scenes', '8', '--log-every', '1', '--device', 'cpu',
             '--dtype', 'float32', '--out', str(out), *more]
-
-
-def losses(out):
-    """[(step, loss, gradient norm)] from the log of a run."""
-    records = map(json.loads, (Path(out) / 'log.jsonl').read_text().splitlines())
-    return [(record['step'], record['loss'], record['grad_norm'])
-            for record in records if 'loss' in record]
 
 
 # -----------------------------------------------------------------------------

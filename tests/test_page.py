@@ -139,8 +139,8 @@ def test_photographs(tmp_path):
     assert 'const START = {"kind":"photographs"' in Page(world).html
     with pytest.raises(InputError, match='there is no VLM'):
         world.ask(0, 0)
-    with pytest.raises(InputError, match='one of them'):
-        make_world(make_parser().parse_args(['--images', 'a', '--video', 'b']), 'cpu')
+    with pytest.raises(InputError, match='--images or --vlm'):
+        make_world(make_parser().parse_args(['--images', 'a', '--vlm', 'b']), 'cpu')
     with pytest.raises(InputError, match='show it a scene with --images'):
         make_world(make_parser().parse_args(arguments), 'cpu')
     with pytest.raises(InputError, match='--export takes rooms'):

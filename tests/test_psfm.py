@@ -195,17 +195,6 @@ def test_standardised_features_are_the_units_of_the_loss_only():
     assert torch.equal(raw.standardise('geo', views.features), views.features)
 
 
-def test_given_cameras_are_used():
-    psfm = make_psfm().eval()
-    images, extrinsics = torch.rand(2, 4, 3, *SIZE), random_extrinsics(2, 4)
-    intrinsics = INTRINSICS.expand(2, 4, 3, 3)
-    predicted = psfm(images, view_mask=MASK)
-    given = psfm(images, view_mask=MASK, extrinsics=extrinsics, intrinsics=intrinsics)
-    assert not torch.allclose(predicted['loss'], given['loss'])
-    wider = psfm(images, view_mask=MASK, extrinsics=extrinsics, intrinsics=intrinsics / 2)
-    assert not torch.allclose(wider['loss'], given['loss'])
-
-
 # -----------------------------------------------------------------------------
 # the paper's sizes
 

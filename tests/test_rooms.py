@@ -104,8 +104,6 @@ def test_lists_of_objects(world):
     objects = rooms.objects(0)
     assert len(objects) == rooms.present[0].sum()
     assert objects[0].keys() == {'category', 'center', 'size', 'yaw'}
-    assert len(CATEGORIES) >= 8
-    assert all(item['category'] in CATEGORIES for item in objects)
 
 
 def test_cameras(world):

@@ -30,7 +30,6 @@ from data import RoomPool, make_source
 from draw import draw_field, field_rows
 from optim import rate_share
 from psfm import build_psfm, load_psfm, random_view_mask
-from rooms import scene_extrinsics
 from test_data import make_folder, picture
 from tiny import TINY_PSFM, refuse
 from train import main
@@ -187,18 +186,10 @@ def test_a_run_leaves_what_it_promises(tmp_path, capsys):
     assert 'seconds' in again
 
 
-def test_given_cameras_separate_context_and_a_probe_train_too(tmp_path):
-    main([*TINY, '--out', str(tmp_path), '--cameras', 'given', '--context', 'separate',
-          '--depth-probe', '--no-standardised', '--steps', '1', '--accumulate', '2'])
+def test_separate_context_and_a_probe_train_too(tmp_path):
+    main([*TINY, '--out', str(tmp_path), '--context', 'separate', '--depth-probe',
+          '--no-standardised', '--steps', '1', '--accumulate', '2'])
     assert (tmp_path / 'field.png').is_file()
-
-
-def test_given_cameras_are_in_the_first_ones_frame_and_unit():
-    _, config = train.parse_config(['--cameras', 'given'])
-    batch = RoomPool('train', 0, 4).batch(0, 2, 4)
-    inputs = train.make_inputs(batch, config, 0, 0, torch.device('cpu'))
-    assert torch.equal(inputs['extrinsics'], scene_extrinsics(batch['extrinsics']))
-    assert torch.equal(inputs['intrinsics'], batch['intrinsics'])
 
 
 def test_what_is_computed_twice_does_not_count(tmp_path, monkeypatch):
@@ -447,7 +438,6 @@ def test_every_number_has_a_range(script, name, capsys):
     (['--min-gap', '5', '--max-gap', '2'], '--min-gap 5 --max-gap 2: the wrong order'),
     (['--device', 'cuda'], '--device cuda cannot be used here; take auto, cpu'),
     (['--data', 'nowhere', '--backbone', 'weights/none.safetensors'], 'no folder nowhere'),
-    (['--data', 'photos', '--cameras', 'given'], 'only rooms come with cameras'),
     (['--config', 'base'], 'base trains on your own pictures: --data FOLDER'),
     (['--backbone', 'weights/none.safetensors'], 'no weights at weights/none.safetensors'),
 ])
@@ -555,18 +545,6 @@ def test_a_spoiled_state_is_refused(tmp_path, capsys, change):
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     refuse(f'{out}/checkpoint/state.json is not the state of a run', main,
            [*TINY, '--out', str(out), '--steps', '2', '--resume'], capsys)
-
-
-def test_a_run_goes_on_whatever_its_last_numbers_were(tmp_path):
-    for metrics in ({}, dict(a=1), dict(psfm=1), dict(psfm=dict(r2='x'))):
-        assert train.last_r2(metrics) is None
-    assert train.last_r2(dict(psfm=dict(r2=0.5))) == 0.5
-    out = tmp_path / 'run'
-    main([*TINY, '--out', str(out), '--steps', '1'])
-    path = out / 'checkpoint' / 'state.json'
-    path.write_text(json.dumps({**json.loads(path.read_text()), 'metrics': dict(psfm=1)}))
-    main([*TINY, '--out', str(out), '--steps', '2', '--resume'])
-    assert [step for step, *_ in losses(out)] == [1, 2]
 
 
 def test_optimizers_of_other_shapes_are_refused(tmp_path, capsys):

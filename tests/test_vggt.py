@@ -83,12 +83,6 @@ def test_no_targets_is_the_plain_pass():
     assert torch.allclose(masked.features, plain.features, atol=1e-6)
 
 
-def test_batch_mates_change_nothing():
-    backbone, images = make(), torch.rand(2, 4, 3, 16, 16)
-    together, alone = backbone(images, MASK), backbone(images[1:], MASK[1:])
-    assert torch.allclose(together.features[1:], alone.features, atol=1e-5)
-
-
 # -----------------------------------------------------------------------------
 # frozen; its layers and heads
 
