@@ -306,6 +306,7 @@ def save_spatial_vlm(model, chat, folder, settings, with_vlm, state=None):
     if settings.get('lora_rank'):
         lora = {name: x for name, x in of_vlm.items() if '.lora_' in name}
         save_file(lora, os.path.join(folder, 'lora.safetensors'))
+    settings['base'] = None if with_vlm else getattr(model.vlm, 'stamp', None)
     if with_vlm:
         settings['vlm'] = 'vlm'
         model.vlm.save_pretrained(os.path.join(folder, 'vlm'), state_dict=of_vlm)
@@ -324,7 +325,8 @@ def load_spatial_vlm(folder, dtype=torch.float32, max_pixels=None):
     if settings['encoder'] == ENCODER:    # of an exported folder
         settings['encoder'] = os.path.join(folder, ENCODER)
     source = settings['vlm'] if settings['vlm'] != 'vlm' else os.path.join(folder, 'vlm')
-    vlm, chat = load_vlm(source, dtype, max_pixels or settings.get('max_pixels'))
+    vlm, chat = load_vlm(source, dtype, max_pixels or settings.get('max_pixels'),
+                         stamp=settings.get('base'))
     if settings.get('lora_rank'):
         add_lora(vlm, settings['lora_rank'])
         path = os.path.join(folder, 'lora.safetensors')

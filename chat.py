@@ -16,6 +16,7 @@ import importlib
 import math
 import os
 import re
+import zlib
 from typing import NamedTuple
 
 import numpy as np
@@ -305,10 +306,17 @@ class Chat:
             write_json(os.path.join(folder, 'processor_config.json'), settings)
 
 
-def load_vlm(source, dtype=torch.float32, max_pixels=None, leave=()):
+def stamp_of(vlm):
+    """Eight hex digits that tell VLMs apart, by the first rows of their word embeddings."""
+    rows = vlm.get_input_embeddings().weight[:64].detach().to(torch.bfloat16)
+    return f'{zlib.crc32(rows.view(torch.int16).numpy().tobytes()):08x}'
+
+
+def load_vlm(source, dtype=torch.float32, max_pixels=None, leave=(), stamp=None):
     """A folder or a hub id of transformers -> (vlm, Chat). Strict.
 
     Unexpected weights whose names contain one of `leave` are ignored; lm_head may be tied.
+    `stamp`: of the VLM that a run was trained on. Another one is refused.
     """
     import transformers
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
@@ -334,6 +342,10 @@ def load_vlm(source, dtype=torch.float32, max_pixels=None, leave=()):
     if missing or strange:
         raise InputError(f'{source} is not a whole {type(vlm).__name__}: missing {some(missing)}, '
                          f'unexpected {some(strange)}')
+    vlm.stamp = stamp_of(vlm)
+    if stamp not in (None, vlm.stamp):
+        raise InputError(f'{source} holds another VLM now than the one that this run was trained '
+                         'on: what was trained means nothing to it, fine-tune anew')
     if tokenizer.chat_template is None:  # older folders keep it beside the processor's settings
         processor = getattr(transformers, FAMILIES[config.model_type].processor)
         tokenizer.chat_template = processor.get_processor_dict(source)[0].get('chat_template')

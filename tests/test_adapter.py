@@ -1,6 +1,7 @@
 """The adapter behind five families of VLMs: identity at step 0, no mixing of samples, generation
 with and without cache, save and load; conversations as the VLM reads them; latents once a scene."""
 import contextlib
+import shutil
 
 import numpy as np
 import pytest
@@ -371,6 +372,22 @@ def test_save_and_load(mini, tmp_path):
         again, _, _ = load_spatial_vlm(folder + '2')
         assert torch.equal(again.eval()(latents=z, **batch).logits, logits)
         assert not torch.equal(logits, vlm(**batch).logits)
+
+
+def test_an_adapter_is_refused_where_its_vlm_was_made_anew(mini, tmp_path):
+    _, _, vlm_folder = mini
+    made = str(tmp_path / 'made')
+    shutil.copytree(vlm_folder, made)
+    vlm, chat = load_vlm(made)
+    settings = dict(vlm=made, latents='psfm', encoder='')
+    model = SpatialVLM(vlm, build_adapter(vlm, 24))
+    save_spatial_vlm(model, chat, str(tmp_path / 'run'), settings, with_vlm=False)
+    load_spatial_vlm(str(tmp_path / 'run'), torch.bfloat16)  # in any dtype
+    with torch.no_grad():
+        vlm.get_input_embeddings().weight[0] += 1
+    vlm.save_pretrained(made)
+    with pytest.raises(InputError, match='made holds another VLM now than the one'):
+        load_spatial_vlm(str(tmp_path / 'run'))
 
 
 def test_a_checkpoint_without_its_adapter_is_refused(mini, tmp_path):
