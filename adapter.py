@@ -320,7 +320,7 @@ def load_spatial_vlm(folder, dtype=torch.float32, max_pixels=None):
     if not os.path.isfile(path):
         raise InputError(f'{folder} is not a fine-tuned Spa3-VLM: it has no spatial_vlm.json')
     settings = read_json(path)
-    if not isinstance(settings, dict) or not {'vlm', 'latents', 'encoder'} <= settings.keys():
+    if not {'vlm', 'latents', 'encoder'} <= settings.keys():
         raise InputError(f'{path} does not say what the VLM was made of')
     if settings['encoder'] == ENCODER:    # of an exported folder
         settings['encoder'] = os.path.join(folder, ENCODER)

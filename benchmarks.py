@@ -430,11 +430,13 @@ def read_answers(path):
         if fault:
             raise InputError(f'{path}, line {number}: {fault}')
         key = record.get('key', record.get('id')) if isinstance(record, dict) else None
-        if key is None or 'output' not in record:
-            raise InputError(f'{path}, record {number}: an answer has "key" (or "id") and "output"')
-        if answers.get(str(key), str(record['output'])) != str(record['output']):
+        if key is None or type(record.get('output')) not in (str, int, float):
+            raise InputError(f'{path}, record {number}: an answer has "key" (or "id") and '
+                             '"output", a text')
+        key = int(key) if isinstance(key, float) and key.is_integer() else key  # pandas' 1.0
+        output = str(record['output'])
+        if answers.setdefault(str(key), output) != output:
             raise InputError(f'{path}, line {number}: a second, other answer to {key}')
-        answers[str(key)] = str(record['output'])
     return answers
 
 

@@ -45,10 +45,15 @@ def run_script(main):
         sentence = str(error).split('common.InputError: ')[-1]
         sys.exit('error: ' + ' '.join(sentence.split()))
     except (RuntimeError, MemoryError) as error:
-        if not re.search("out of memory|can't allocate memory|Unable to allocate", str(error)):
-            raise                     # our bug; only the GPU's memory has an error of its own
-        sys.exit('error: too little memory: take a smaller batch (--images-per-batch, --batch, '
-                 '--images), fewer rooms (--num-rooms), or --checkpointing')
+        message = str(error) or 'out of memory'  # of Python's own MemoryError
+        if re.search("out of memory|can't allocate memory|Unable to allocate|not enough memory",
+                     message):
+            sys.exit('error: too little memory: take a smaller batch (--images-per-batch, --batch, '
+                     '--images), fewer rooms (--num-rooms), or --checkpointing')
+        if re.search(r'shared memory\(shm\)|DataLoader worker \(pid', message):
+            sys.exit('error: a process that reads pictures was ended, or has too little shared '
+                     'memory (/dev/shm, in Docker --shm-size): take fewer --workers, 0 for none')
+        raise                         # our bug
     except KeyboardInterrupt:
         print('stopped; a training goes on from its last checkpoint with --resume', file=sys.stderr)
         sys.exit(130)
@@ -99,12 +104,15 @@ def fetch(name, file=None, kind='model'):
 
 
 def read_json(path):
-    """Raises InputError with the path if the file is missing or is not JSON."""
+    """-> dict. Raises InputError with the path if the file is missing or is no object in JSON."""
     try:
         with open(path, encoding='utf-8') as file:
-            return json.load(file)
+            content = json.load(file)
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f'{path} cannot be read as JSON ({error})') from error
+    if not isinstance(content, dict):
+        raise InputError(f'{path} holds a {type(content).__name__}, not an object')
+    return content
 
 
 def write_json(path, content):
@@ -124,7 +132,8 @@ def opt(default, help, low=None, high=None, choices=None, group=None):
 
 
 def check_value(option, value, low=None, high=None, choices=None):
-    """Raises InputError if `value` is not one of `choices`, or not a number in low .. high."""
+    """Raises InputError if `value` is not one of `choices`, not a number in low .. high, or a name
+    that no file of ours could hold."""
     if choices and value not in choices:
         raise InputError(f'{option} takes {" or ".join(choices)}, not {value}')
     if low is not None and not value >= low:  # also true of NaN
@@ -132,6 +141,8 @@ def check_value(option, value, low=None, high=None, choices=None):
     if low is not None and value > (sys.float_info.max if high is None else high):
         most = 'finite' if high is None else f'at most {high}'
         raise InputError(f'{option} must be {most}, not {value}')
+    if isinstance(value, str) and value != value.encode('utf-8', 'ignore').decode():
+        raise InputError(f'{option} {value}: the name holds bytes that are not UTF-8; rename it')
 
 
 def number(kind, low=None, high=None):
@@ -414,7 +425,7 @@ def read_state(config):
         raise InputError(f'--resume: no checkpoint in {config.out}; leave --resume out to begin')
     state = read_json(os.path.join(folder, 'state.json'))
     kinds = dict(step=int, dtype=str, config=dict, metrics=dict)
-    is_state = type(state) is dict and all(type(state.get(key)) is kinds[key] for key in kinds)
+    is_state = all(type(state.get(key)) is kinds[key] for key in kinds)
     if not is_state or state['step'] < 0 or state['dtype'] not in ('float32', 'bfloat16') \
             or not isinstance(state['metrics'].get('seconds', 0), (int, float)):
         raise InputError(f'--resume: {folder}/state.json is not the state of a run')
@@ -428,31 +439,6 @@ def read_state(config):
                          'give a larger --steps')
     asked = dict(dtype=config.dtype) if config.dtype != 'auto' else {}
     return {**state, **asked, 'folder': folder}
-
-
-# -----------------------------------------------------------------------------
-# model cards
-
-LICENCES = {'weights/mini_v': 'MIT', 'weights/psfm_small': 'MIT',
-            'facebook/VGGT-1B-Commercial': 'VGGT licence, commercial use allowed',
-            'facebook/VGGT': 'non-commercial', 'depth-anything/DA3-SMALL': 'Apache 2.0',
-            'depth-anything/DA3-BASE': 'Apache 2.0', 'facebook/dinov3': 'DINOv3 licence',
-            'facebook/dinov2': 'Apache 2.0', 'Qwen/Qwen2.5-VL-3B': 'Qwen research licence',
-            'Qwen/Qwen2.5-VL-7B': 'Apache 2.0', 'HuggingFaceTB/SmolVLM': 'Apache 2.0'}
-
-
-def with_licence(source):
-    """A name of weights, and the licence that they came under, as far as it is known here."""
-    known = [licence for name, licence in LICENCES.items() if source.startswith(name)]
-    return f'`{source}` ({known[0] if known else "see there for its licence"})' if source else ''
-
-
-def write_card(folder, title, usage, rows):
-    """README.md beside weights, as the hub shows it. rows: {fact: text}; empty ones are left out"""
-    lines = [f'# {title}', '', f'From Spa3R, arXiv 2602.21186. {usage}', '', '| | |', '|---|---|']
-    lines += [f'| {fact} | {text} |' for fact, text in rows.items() if text]
-    with open(os.path.join(folder, 'README.md'), 'w', encoding='utf-8') as file:
-        file.write('\n'.join(lines) + '\n')
 
 
 # -----------------------------------------------------------------------------

@@ -29,6 +29,11 @@ from rooms import (Style, make_intrinsics, make_rooms, make_walk, render, room_s
 CELL = 4                            # pixels a side: depth and classes have this resolution
 
 
+def own_cores():
+    """How many cores this process may use: there is no gain in more that read pictures."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+
+
 # -----------------------------------------------------------------------------
 # rooms
 

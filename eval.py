@@ -137,7 +137,6 @@ def encode(args):
     width, encoder = config.image_width, hash_of_encoder(psfm)
     found = find_scenes_or_say_why(args.folder)
     written = 0
-    os.makedirs(args.out, exist_ok=True)
     for name, paths in tqdm(found.scenes.items(), 'encoding', disable=None):
         paths = [paths[i] for i in even_frames(len(paths), args.views)]
         faults = [reading_fault(path) for path in paths]
@@ -147,8 +146,8 @@ def encode(args):
         if not paths:
             tqdm.write(f'scene {name} is left out: none of its pictures can be read')
             continue
-        file = name.replace('--', '---').replace('/', '--') + '.safetensors'
-        path = os.path.join(args.out, file)
+        path = os.path.join(args.out, f'{name}.safetensors')
+        os.makedirs(os.path.dirname(path), exist_ok=True)
         state = [(picture, os.stat(picture).st_mtime_ns) for picture in paths]
         metadata = dict(pictures=json.dumps(paths), stamp=f'{encoder} {width} {state}')
         if stamp_of(path) == metadata['stamp']:

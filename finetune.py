@@ -30,9 +30,8 @@ from adapter import (LATENTS, SceneLatents, SpatialVLM, add_lora, build_adapter,
 from chat import NAMES, answer_loss, attend_in_fp32, lean_batch, load_vlm
 from common import (InputError, autocast_on, check_finite, count_parameters, join_processes,
                     leave_processes, open_run, opt, parse_options, peak_memory, pick_dtype, quiet,
-                    read_state, run_script, step_generator, with_licence, write_card,
-                    write_checkpoint, write_json)
-from data import rendering
+                    read_state, run_script, step_generator, write_checkpoint, write_json)
+from data import own_cores, rendering
 from draw import draw_maps
 from measure import answer_rooms, held_out_loss, rooms_line, rooms_table
 from mini_vlm import ground
@@ -41,7 +40,7 @@ from optim import (gather, load_optimizers, load_sharded_optimizers, make_optimi
                    set_rates, shard_model, take_step)
 from questions import RoomQuestions, in_map_frame, view_rooms
 from records import Conversations, Encoded, Part
-from release import open_psfm
+from release import open_psfm, with_licence, write_card
 from rooms import CATEGORIES, SEEN, check_classes
 
 
@@ -146,7 +145,7 @@ def make_data(config, progress=iter, say=print):
     if config.data == 'rooms':
         return (RoomQuestions('train', 0, config.num_rooms, progress),
                 RoomQuestions('val', 0, config.val_scenes))
-    files, n = config.data.split(','), config.val_scenes
+    files, n = [file for file in config.data.split(',') if file], config.val_scenes
     data = Conversations(files, config.media, config.num_frames, config.skip_bad, say)
     if len(data) <= n:
         raise InputError(f'{config.data}: --val-scenes {n} holds out all {len(data)} records')
@@ -431,7 +430,7 @@ def train(name, config, data=None, held_out=None):
     numbers = range(first * config.accumulate, config.steps * config.accumulate)
     encoded = Encoded(data, chat, config, rank, world_size, say, getattr(latents, 'fit', None))
     loader = iter(torch.utils.data.DataLoader(
-        encoded, batch_size=None, sampler=numbers, num_workers=config.workers))
+        encoded, batch_size=None, sampler=numbers, num_workers=min(config.workers, own_cores())))
     is_ddp = world_size > 1 and not config.shard
     wrapped = nn.parallel.DistributedDataParallel(model) if is_ddp else model
     trained = [p for p in model.parameters() if p.requires_grad]

@@ -379,6 +379,7 @@ def add_videos(found, folder, root, say):
             frames = list_files(extract_frames(path), PICTURES)
             found.scenes[os.path.relpath(path, root)] = frames
         except InputError as error:
+            found.unused['videos that cannot be read'] += 1
             say(f'{error}; left out')
 
 
@@ -476,6 +477,6 @@ def find_scenes_or_say_why(root, say=print):
     check_path(root)
     found = find_scenes(root, say)
     if not found.scenes:
-        raise InputError(f'no pictures in {root} nor below it ({" ".join(PICTURES)}), no videos'
-                         + f'; {found.say_unused()}' * bool(found.unused))
+        raise InputError(f'no pictures in {root} nor below it ({" ".join(PICTURES)}), and no video '
+                         'that can be read' + f'; {found.say_unused()}' * bool(found.unused))
     return found

@@ -244,9 +244,9 @@ def main(argv=None):
     hosts = ('127.0.0.1', 'localhost') if is_local else None
     try:
         server = ThreadingHTTPServer((args.host, args.port), make_handler(page, hosts))
-    except OSError as error:
+    except (OSError, TypeError, UnicodeError) as error:  # the last two: no name of a host
         raise InputError(f'--host {args.host} --port {args.port} cannot be opened ({error}): take '
-                         'another --port') from error
+                         'another --host or --port') from error
     if not is_local:
         print(f'warning: --host {args.host} shows this page to everyone who can reach this '
               'machine', file=sys.stderr)

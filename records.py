@@ -176,7 +176,7 @@ def record_fault(record, media, fault_of=media_fault, with_header=True):
         return f'{num_images} <image> tokens for {len(paths)} images'
     if record.get('spar_info'):
         try:
-            count = 64 if video else max(1, len(paths))  # how many frames is not known yet
+            count = 64 if video else len(paths)  # how many frames is not known yet
             draw_markers([Image.new('RGB', (8, 8))] * count, record['spar_info'])
         except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError,
                 RecursionError) as error:

@@ -1,6 +1,7 @@
 """
 What hustvl/Spa3R brings beside the method: its published files, its second
-teacher, and its own modules to compare with (from the user's checkout).
+teacher, and its own modules to compare with (from the user's checkout). And how
+ours are published: whole folders, model cards.
 
     open_psfm('spa3r.ckpt')  # or a folder of ours, or a Spa3-VLM folder of the release
     open_spatial_vlm('Spa3-VLM/')  # or a folder of ours
@@ -277,6 +278,8 @@ def export_spatial_vlm(folder, out):
     it is, and the encoder's frozen backbone is loaded from where it came)."""
     if os.path.exists(os.path.join(out, 'state.json')):
         raise InputError(f'--out {out} is the checkpoint of a run: take another folder')
+    if os.path.realpath(out) == os.path.realpath(folder):
+        raise InputError(f'--out {out} is the folder itself: take another one')
     model, chat, settings = open_spatial_vlm(folder)
     merge_lora(model.vlm)
     settings = dict(settings, lora_rank=0)
@@ -342,3 +345,28 @@ def load_teacher(source, dtype=torch.float32):
             'gated, ask for access on its page of the hub and run `hf auth login`; or take an '
             'open one (--teacher facebook/dinov2-with-registers-large), or none (--teacher "")'
         ) from error
+
+
+# -----------------------------------------------------------------------------
+# model cards
+
+LICENCES = {'weights/mini_v': 'MIT', 'weights/psfm_small': 'MIT',
+            'facebook/VGGT-1B-Commercial': 'VGGT licence, commercial use allowed',
+            'facebook/VGGT': 'non-commercial', 'depth-anything/DA3-SMALL': 'Apache 2.0',
+            'depth-anything/DA3-BASE': 'Apache 2.0', 'facebook/dinov3': 'DINOv3 licence',
+            'facebook/dinov2': 'Apache 2.0', 'Qwen/Qwen2.5-VL-3B': 'Qwen research licence',
+            'Qwen/Qwen2.5-VL-7B': 'Apache 2.0', 'HuggingFaceTB/SmolVLM': 'Apache 2.0'}
+
+
+def with_licence(source):
+    """A name of weights, and the licence that they came under, as far as it is known here."""
+    known = [licence for name, licence in LICENCES.items() if source.startswith(name)]
+    return f'`{source}` ({known[0] if known else "see there for its licence"})' if source else ''
+
+
+def write_card(folder, title, usage, rows):
+    """README.md beside weights, as the hub shows it. rows: {fact: text}; empty ones are left out"""
+    lines = [f'# {title}', '', f'From Spa3R, arXiv 2602.21186. {usage}', '', '| | |', '|---|---|']
+    lines += [f'| {fact} | {text} |' for fact, text in rows.items() if text]
+    with open(os.path.join(folder, 'README.md'), 'w', encoding='utf-8') as file:
+        file.write('\n'.join(lines) + '\n')

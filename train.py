@@ -28,8 +28,8 @@ from tqdm import tqdm
 from common import (InputError, autocast_on, check_finite, command_of, count_parameters,
                     join_processes, leave_processes, load_strictly, open_run, opt, parse_options,
                     peak_flops, peak_memory, pick_dtype, quiet, read_state, run_script,
-                    step_generator, with_licence, write_card, write_checkpoint, write_json)
-from data import RoomPool, make_source, rendering
+                    step_generator, write_checkpoint, write_json)
+from data import RoomPool, make_source, own_cores, rendering
 from draw import draw_curve, draw_field
 from measure import evaluate_field, field_line, field_table, knows_rooms
 from media import check_path
@@ -37,7 +37,7 @@ from model import Block, compile_if_possible
 from optim import load_optimizers, make_optimizers, rate_share, set_rates, take_step
 from psfm import (FROZEN, PSFMConfig, build_psfm, check_backbone, check_psfm_config,
                   random_view_mask, read_psfm, weights_of_run)
-from release import load_teacher
+from release import load_teacher, with_licence, write_card
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ class Batches(torch.utils.data.Dataset):
 def make_loader(source, config, device, first_batch):
     """Batches from `first_batch` on. Rooms are rendered here, photographs read by workers."""
     is_photos = config.data != 'rooms'
-    workers = min(config.workers, os.cpu_count()) if is_photos else 0
+    workers = min(config.workers, own_cores()) if is_photos else 0
     numbers = range(first_batch, config.steps * config.accumulate)
     return iter(torch.utils.data.DataLoader(
         Batches(source, config), batch_size=None, sampler=numbers, num_workers=workers,

@@ -398,9 +398,10 @@ def test_a_checkpoint_without_its_adapter_is_refused(mini, tmp_path):
         load_spatial_vlm(str(tmp_path))
     with pytest.raises(InputError, match='not a fine-tuned Spa3-VLM'):
         load_spatial_vlm(str(tmp_path / 'nothing'))
-    for content in ('{}', '[]'):
+    for content, fault in (('{}', 'does not say what the VLM was made of'),
+                           ('[]', 'holds a list, not an object')):
         (tmp_path / 'spatial_vlm.json').write_text(content)
-        with pytest.raises(InputError, match='does not say what the VLM was made of'):
+        with pytest.raises(InputError, match=fault):
             load_spatial_vlm(str(tmp_path))
 
 

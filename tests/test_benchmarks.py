@@ -163,9 +163,12 @@ def test_a_last_answer_that_was_cut_off_is_passed_over(tmp_path):
     path = tmp_path / 'answers.jsonl'
     path.write_text('{"key": 1, "output": "A"}\n{"id": "two", "output": 3}\n{"key": 3, "out')
     assert read_answers(str(path)) == {'1': 'A', 'two': '3'}
-    path.write_text('{"key": 1}\n')
-    with pytest.raises(InputError, match='record 1: an answer has "key" .* and "output"'):
-        read_answers(str(path))
+    for record in ('{"key": 1}', '{"key": 1, "output": null}', '{"key": 1, "output": ["A"]}', '5'):
+        path.write_text(record + '\n')
+        with pytest.raises(InputError, match='record 1: an answer has "key" .* and "output", a te'):
+            read_answers(str(path))
+    path.write_text('{"key": 1.0, "output": 2.5}\n')  # as pandas writes numbers
+    assert read_answers(str(path)) == {'1': '2.5'}
 
 
 @pytest.mark.parametrize('last, kept', [

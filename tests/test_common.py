@@ -251,15 +251,32 @@ def out_of_gpu_memory():
 
 
 @pytest.mark.parametrize('ask', [lambda: torch.empty(2 ** 50), lambda: np.empty(2 ** 50),
-                                 out_of_gpu_memory])
+                                 lambda: bytearray(2 ** 60), out_of_gpu_memory])
 def test_too_little_memory_is_said_in_one_sentence(ask):
     with pytest.raises(SystemExit, match='error: too little memory: take a smaller batch'):
         common.run_script(ask)
 
 
+@pytest.mark.parametrize('message', [
+    'unable to allocate shared memory(shm) for file </torch_7>: No space left on device (28)',
+    'DataLoader worker (pid 7) is killed by signal: Killed.'])
+def test_workers_that_are_ended_are_said_in_one_sentence(message):
+    def fail():
+        raise RuntimeError(message)
+    with pytest.raises(SystemExit, match='error: a process that reads pictures was ended'):
+        common.run_script(fail)
+
+
 def test_other_errors_of_torch_are_our_bugs():
     with pytest.raises(RuntimeError, match='shapes cannot be multiplied'):
         common.run_script(lambda: torch.ones(2, 3) @ torch.ones(2, 3))
+
+
+def test_a_file_of_json_that_is_no_object_is_refused(tmp_path):
+    for content in ('[]', 'null', '5', '"x"'):
+        (tmp_path / 'metrics.json').write_text(content)
+        with pytest.raises(InputError, match='metrics.json holds a .*, not an object'):
+            common.read_json(tmp_path / 'metrics.json')
 
 
 def test_what_cannot_be_written_is_said_in_one_sentence(tmp_path):

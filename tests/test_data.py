@@ -241,8 +241,13 @@ def four_texts(root):
         (root / f'{i}.jpg').write_text('text')
 
 
+def no_video(root):
+    (root / 'a.mp4').write_text('no video')
+
+
 @pytest.mark.parametrize('make,message', [
     (no_picture, 'no pictures in'),
+    (no_video, r'no video that can be read; not used: videos that cannot be read \(1\)'),
     (one_picture, 'no scene of .* has the 3 pictures'),
     (four_texts, 'no scene of .* has the 3 pictures'),
 ])

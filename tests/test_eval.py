@@ -320,6 +320,13 @@ def test_encode_writes_a_file_a_scene_and_resumes(tmp_path, capsys, monkeypatch)
     with safe_open(out / 'scene1.safetensors', 'pt') as file:
         assert len(json.loads(file.metadata()['pictures'])) == 2
 
+    # a scene in a folder has its file in such a folder
+    picture(tmp_path / 'tree' / 'a' / 'b' / '0.jpg')
+    picture(tmp_path / 'tree' / 'a--b' / '0.jpg')
+    main(['encode', str(tmp_path / 'tree'), '--out', str(tmp_path / 'of-tree'), '--device', 'cpu'])
+    assert (tmp_path / 'of-tree' / 'a' / 'b.safetensors').is_file()
+    assert (tmp_path / 'of-tree' / 'a--b.safetensors').is_file()
+
     # as the README says
     (tmp_path / 'latents').mkdir()
     os.link(out / 'scene0.safetensors', tmp_path / 'latents' / 'kitchen.safetensors')

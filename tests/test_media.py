@@ -325,6 +325,8 @@ def folder(tmp_path):
     (dict(GOOD, spar_info=dict(red_point=[[1, 2]], point_img_idx=[[10 ** 30]])), 'spar_info'),
     (dict(GOOD, spar_info=dict(red_point=[[1, 2]], point_img_idx=[[1]])), 'there is no image 1'),
     (dict(GOOD, spar_info='[' * 100_000), 'spar_info'),
+    (dict(conversations=turns(('human', 'Hello'), ('gpt', 'Hi')),
+          spar_info=dict(red_point=[[1, 2]])), 'there is no image 0'),
     (dict(video='gone', conversations=turns(('human', '<video> x'), ('gpt', 'y'))),
      'missing .*gone'),
     (dict(video='frames', conversations=turns(('human', '<video><video> x'), ('gpt', 'y'))),
