@@ -293,7 +293,8 @@ def save_spatial_vlm(model, chat, folder, settings, with_vlm, state=None):
     """-> folder/{spatial_vlm.json, adapter.safetensors, lora.safetensors, vlm/}.
 
     settings: a dict with `vlm` (the base VLM; 'vlm': our sub-folder), `latents`, `encoder`,
-    `lora_rank`. `state`: the model's whole state, where the model itself is sharded.
+    `lora_rank`; the base VLM's stamp is added, if it is not saved here. `state`: the model's whole
+    state, where the model itself is sharded.
     """
     os.makedirs(folder, exist_ok=True)
     state = model.state_dict() if state is None else state
@@ -306,7 +307,7 @@ def save_spatial_vlm(model, chat, folder, settings, with_vlm, state=None):
     if settings.get('lora_rank'):
         lora = {name: x for name, x in of_vlm.items() if '.lora_' in name}
         save_file(lora, os.path.join(folder, 'lora.safetensors'))
-    settings['base'] = None if with_vlm else getattr(model.vlm, 'stamp', None)
+    settings['vlm_stamp'] = None if with_vlm else getattr(model.vlm, 'stamp', None)
     if with_vlm:
         settings['vlm'] = 'vlm'
         model.vlm.save_pretrained(os.path.join(folder, 'vlm'), state_dict=of_vlm)
@@ -326,7 +327,7 @@ def load_spatial_vlm(folder, dtype=torch.float32, max_pixels=None):
         settings['encoder'] = os.path.join(folder, ENCODER)
     source = settings['vlm'] if settings['vlm'] != 'vlm' else os.path.join(folder, 'vlm')
     vlm, chat = load_vlm(source, dtype, max_pixels or settings.get('max_pixels'),
-                         stamp=settings.get('base'))
+                         stamp=settings.get('vlm_stamp'))
     if settings.get('lora_rank'):
         add_lora(vlm, settings['lora_rank'])
         path = os.path.join(folder, 'lora.safetensors')

@@ -315,8 +315,8 @@ class Backbone(nn.Module):
 
     @functools.cached_property
     def fingerprint(self):
-        """Eight hex digits that tell frozen backbones apart: of all weights, as bf16 numbers, so
-        that a cast changes nothing."""
+        """Eight hex digits that tell frozen backbones apart: a checksum of all weights, as bf16
+        numbers, so that a cast changes nothing."""
         whole = 0
         for name, x in sorted(self.state_dict().items()):
             numbers = x.detach().to('cpu', torch.bfloat16).contiguous().view(torch.int16).numpy()

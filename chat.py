@@ -307,16 +307,20 @@ class Chat:
 
 
 def stamp_of(vlm):
-    """Eight hex digits that tell VLMs apart, by the first rows of their word embeddings."""
-    rows = vlm.get_input_embeddings().weight[:64].detach().to(torch.bfloat16)
-    return f'{zlib.crc32(rows.view(torch.int16).numpy().tobytes()):08x}'
+    """Eight hex digits that tell VLMs apart: of a part of the word embeddings and of the last
+    block, as bf16 numbers, so that a cast changes nothing."""
+    stamp = 0
+    for x in (vlm.get_input_embeddings().weight, *vlm.get_decoder().layers[-1].parameters()):
+        numbers = x.detach().flatten()[:4096].to(torch.bfloat16).view(torch.int16)
+        stamp = zlib.crc32(numbers.numpy().data, stamp)
+    return f'{stamp:08x}'
 
 
 def load_vlm(source, dtype=torch.float32, max_pixels=None, leave=(), stamp=None):
     """A folder or a hub id of transformers -> (vlm, Chat). Strict.
 
     Unexpected weights whose names contain one of `leave` are ignored; lm_head may be tied.
-    `stamp`: of the VLM that a run was trained on. Another one is refused.
+    `stamp`: of the VLM that a run was trained on. A VLM with another one is refused.
     """
     import transformers
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer

@@ -45,14 +45,14 @@ def run_script(main):
         sentence = str(error).split('common.InputError: ')[-1]
         sys.exit('error: ' + ' '.join(sentence.split()))
     except (RuntimeError, MemoryError) as error:
-        message = str(error) or 'out of memory'  # of Python's own MemoryError
-        if re.search("out of memory|can't allocate memory|Unable to allocate|not enough memory",
-                     message):
+        message = str(error)
+        if isinstance(error, MemoryError) or re.search(
+                "out of memory|can't allocate memory|not enough memory", message):
             sys.exit('error: too little memory: take a smaller batch (--images-per-batch, --batch, '
                      '--images), fewer rooms (--num-rooms), or --checkpointing')
         if re.search(r'shared memory\(shm\)|DataLoader worker \(pid', message):
-            sys.exit('error: a process that reads pictures was ended, or has too little shared '
-                     'memory (/dev/shm, in Docker --shm-size): take fewer --workers, 0 for none')
+            sys.exit('error: a process that reads pictures was killed, or has too little memory '
+                     '(/dev/shm; in Docker --shm-size): take fewer --workers, 0 for none')
         raise                         # our bug
     except KeyboardInterrupt:
         print('stopped; a training goes on from its last checkpoint with --resume', file=sys.stderr)
@@ -72,7 +72,7 @@ def first_line(error):
 
 def step_generator(*numbers):
     """A CPU generator that is a pure function of a few whole numbers (seed, step, rank, ...).
-    Zeros at the end do not count: (1, 5) and (1, 5, 0, 0) are the same stream."""
+    Of up to four numbers, zeros at the end do not count: (1, 5) and (1, 5, 0, 0) are one stream."""
     seed = np.random.SeedSequence(numbers).generate_state(1)[0]
     return torch.Generator().manual_seed(int(seed))
 
@@ -104,7 +104,7 @@ def fetch(name, file=None, kind='model'):
 
 
 def read_json(path):
-    """-> dict. Raises InputError with the path if the file is missing or is no object in JSON."""
+    """-> dict. Raises InputError with the path if the file is missing or holds no JSON object."""
     try:
         with open(path, encoding='utf-8') as file:
             content = json.load(file)
@@ -132,8 +132,8 @@ def opt(default, help, low=None, high=None, choices=None, group=None):
 
 
 def check_value(option, value, low=None, high=None, choices=None):
-    """Raises InputError if `value` is not one of `choices`, not a number in low .. high, or a name
-    that no file of ours could hold."""
+    """Raises InputError if `value` is not one of `choices`, not a number in low .. high, or if it
+    is a name with bytes that are not UTF-8."""
     if choices and value not in choices:
         raise InputError(f'{option} takes {" or ".join(choices)}, not {value}')
     if low is not None and not value >= low:  # also true of NaN

@@ -30,7 +30,7 @@ CELL = 4                            # pixels a side: depth and classes have this
 
 
 def own_cores():
-    """How many cores this process may use: there is no gain in more that read pictures."""
+    """How many cores this process may use. More processes than that read pictures no faster."""
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 
 
@@ -150,10 +150,10 @@ class PhotoFolder:
 
     Where the data set has lists of its splits, they decide, and a scene on no list is not used.
     Else a tenth of the scenes is held out; of a single scene, its last quarter, if that is enough.
-    `reserved` repeats what a run held out before the folder grew: names of scenes, or of the only
-    scene's pictures (None: split now; []: nothing was held out). Pictures that cannot be read and
-    scenes with fewer than `min_views` pictures are left out, by name. (Beyond CHECKED pictures only
-    names are looked at beforehand; where one turns out to be unreadable, other views stand in.)
+    `reserved` repeats what a run held out before the folder changed: names of scenes, or of the
+    only scene's pictures (None: split now; []: nothing was held out). Pictures that cannot be read
+    and scenes with fewer than `min_views` pictures are left out, by name. (Beyond CHECKED pictures
+    only names are looked at beforehand; where one is unreadable, other views stand in.)
     """
     CHECKED = 5000
     DRAWS = 10
@@ -181,7 +181,7 @@ class PhotoFolder:
             self.scenes = self.split_by_scenes(scenes)
         else:
             self.scenes = self.split_pictures(next(iter(scenes.values())), min_views)
-        if not any(self.scenes):
+        if max(map(len, self.scenes), default=0) < 2:  # one to see, one to predict
             raise InputError(f'{root} lacks what this run held out, or all else; use another --out')
         self.most_views = max(map(len, self.scenes))
 
@@ -237,11 +237,12 @@ class PhotoFolder:
                                   'pictures: this is measured on training views')
             return [pictures]
         self.reserved = self.reserved or [os.path.basename(path) for path in last]
-        self.held_out_text = (f'{len(self.reserved)} pictures of the only scene, from '
-                              f'{self.reserved[0]} on')
-        is_val = self.split == 'val'
-        return [[path for path in pictures
-                 if (os.path.basename(path) in self.reserved) == is_val]]
+        held_out = [path for path in pictures if os.path.basename(path) in self.reserved]
+        first = ''.join(map(os.path.basename, held_out[:1]))
+        self.held_out_text = f'{len(held_out)} pictures of the only scene, from {first} on'
+        if self.split == 'val':
+            return [held_out]
+        return [[path for path in pictures if path not in held_out]]
 
     def advance(self, number, progress=iter):
         """Nothing to prepare: pictures are read when they are asked for."""

@@ -234,7 +234,7 @@ def local(run):
 
 
 def load_answerer(run, device, max_pixels=None, num_rooms=192, dtype=None):
-    """-> (SpatialVLM, Chat, latents as of finetune.open_latents), settings; ready to answer.
+    """-> (SpatialVLM, Chat, what finetune.open_latents returns), settings; ready to answer.
 
     `run`: a run of finetune.py or mini_vlm.py, a mini VLM, a Spa3-VLM folder of the release, or a
     hub id. `dtype` of the VLM: None is bf16 on a CUDA GPU, fp32 elsewhere.
@@ -434,7 +434,8 @@ def make_parser():
                    help='runs of finetune.py; those with the same latents count as seeds')
     c.add_argument('--shuffled', action='store_true', help="with another room's latents")
     c.add_argument('--maps', action='store_true', help='ask for the maps alone')
-    c.add_argument('--rooms', type=number(int, 2), default=96, help='held-out ones, in fours (96)')
+    c.add_argument('--rooms', type=number(int, 2), default=96,
+                   help='held-out rooms, rounded up to fours (96)')
 
     c = command(ask, 'a question about your own pictures')
     c.add_argument('--run', default='out/vlm-small', help='a run of finetune.py')

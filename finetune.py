@@ -67,10 +67,10 @@ class Config:
     max_length: int = opt(0, 'most tokens of a conversation, pictures included; a longer one is '
                           'replaced by the next; 0: no limit', low=0)
     skip_bad: bool = opt(False, 'leave faulty records out instead of stopping')
-    num_rooms: int = opt(3000, 'rooms to train on, in fours', low=1)
+    num_rooms: int = opt(3000, 'rooms to train on, rounded up to fours', low=1)
     ground_steps: int = opt(0, 'rooms: first steps, of the adapter alone; twice --batch', low=0)
     map_steps: int = opt(0, 'rooms: the first steps ask only for the map; twice --batch', low=0)
-    val_scenes: int = opt(96, 'held-out rooms, in fours, or records', low=1)
+    val_scenes: int = opt(96, 'held-out rooms, rounded up to fours, or records', low=1)
     cache: str = opt('out/latents', "folder for the scenes' latents; empty: computed anew")
     workers: int = opt(0, 'processes that read pictures', low=0)
     # optimisation
@@ -124,7 +124,7 @@ def parse_config(argv=None):
         config = dataclasses.replace(config, out=os.path.join('out', f'vlm-{name}'))
     if config.data != 'rooms':  # only rooms have maps and grounding
         config = dataclasses.replace(config, ground_steps=0, map_steps=0)
-    if not config.data:
+    if not config.data.strip(','):
         raise InputError(f'{name} trains on your own files: --data a.json,b.jsonl --media FOLDER')
     if 0 < config.steps <= config.map_steps:
         raise InputError(f'--map-steps {config.map_steps} of --steps {config.steps}: questions '
@@ -212,7 +212,7 @@ def open_latents(config, dtype, origin=None):
 
 
 def build_model(config, dtype=torch.float32):
-    """-> (SpatialVLM, Chat, latents as of `open_latents`), all as at step 0. `dtype`: of the
+    """-> (SpatialVLM, Chat, what `open_latents` returns), all as at step 0. `dtype`: of the
     latents, and of what is frozen."""
     vlm, chat = load_vlm(config.vlm, frozen_dtype(config, dtype), config.max_pixels)
     latents = open_latents(config, dtype)
@@ -293,7 +293,7 @@ def cost_of(model, z):
 # the loop
 
 def check_data(config, state, data):
-    """-> a checksum of the records; None of rooms. Raises InputError if a run would go on with
+    """-> a checksum of the records (of rooms: None). Raises InputError if a run would go on with
     other records than it began with."""
     stamp = getattr(data, 'stamp', None)
     if state['metrics'].get('data', stamp) != stamp:
@@ -311,7 +311,7 @@ def check_lengths(config, chat, held_out):
 
 
 def open_model(config, state, device, dtype, say):
-    """-> (SpatialVLM, Chat, latents as of `open_latents`) on `device`, as at step 0 or as in the
+    """-> (SpatialVLM, Chat, what `open_latents` returns) on `device`, as at step 0 or as in the
     checkpoint that `state` names."""
     if config.resume:
         model, chat, there = load_spatial_vlm(state['folder'], frozen_dtype(config, dtype))

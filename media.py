@@ -477,6 +477,6 @@ def find_scenes_or_say_why(root, say=print):
     check_path(root)
     found = find_scenes(root, say)
     if not found.scenes:
-        raise InputError(f'no pictures in {root} nor below it ({" ".join(PICTURES)}), and no video '
-                         'that can be read' + f'; {found.say_unused()}' * bool(found.unused))
+        raise InputError(f'no pictures in {root} nor below it ({" ".join(PICTURES)}), no videos'
+                         + f'; {found.say_unused()}' * bool(found.unused))
     return found

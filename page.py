@@ -214,7 +214,7 @@ def make_world(args, device):
         return PhotoWorld(psfm, config, pictures)
     if not knows_rooms(psfm, config):
         raise InputError(f'{args.run} was trained on {config.data}: show it a scene with --images '
-                         'FOLDER')
+                         'FOLDER, or a video')
     answerer = load_answerer(args.vlm, device)[0] if args.vlm else None
     return RoomWorld(psfm, config, answerer)
 

@@ -427,10 +427,10 @@ def read_psfm(path):
 
 def check_backbone(backbone, metadata, path, name):
     """Raises InputError if the weights in `path` were trained on another backbone than this one."""
-    # the shipped encoder's file has eight more digits behind them
+    # `startswith`: older files, as the shipped one, hold eight more digits
     if not metadata.get('backbone', '').startswith(backbone.fingerprint):
-        raise InputError(f'{path} was trained on another backbone than the one in {name}: its '
-                         'latents mean nothing there')
+        raise InputError(f'{path} was trained on another backbone than the one in {name}, or does '
+                         'not say on which: its latents mean nothing there')
 
 
 def load_psfm(run, device='cpu'):

@@ -46,7 +46,7 @@ FIRSTS = [sum(count for _, count in SLOTS[:i]) for i in range(len(SLOTS))]  # sl
 FIELD_OF_VIEW = math.radians(80)
 EYE_HEIGHT = (1.5, 1.75)                                     # metres
 SCENE_UNIT = 3.0      # metres; the mini VGGT's unit of length, in which distances are near 1
-SEEN = 4              # a piece counts as seen if it fills so many cells of all its pictures
+SEEN = 4              # cells, over all pictures in question, from which on a piece is seen
 FAR = 1e9
 
 

@@ -48,7 +48,7 @@ def test_a_camera_token_decodes_each_view_on_its_own():
     assert (out[:, 0] - out[:, 1]).abs().max() > 1e-3  # cameras differ, and so do their views
 
 
-def test_a_decoder_is_replaced_for_a_while():
+def test_a_decoder_can_be_replaced():
     with mock.patch.object(method, 'FieldDecoder', CameraToken):
         assert isinstance(method.build_psfm(train.Config()).decoder, CameraToken)
 

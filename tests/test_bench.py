@@ -143,6 +143,7 @@ def test_beside_the_release():
     losses = result['losses']
     assert losses['ours, separate'] == pytest.approx(losses['release, as shipped'], rel=1e-5)
     assert losses['ours, asymmetric'] == pytest.approx(losses['release, masked'], rel=1e-5)
+    assert result['flops']['release, as shipped'] > result['flops']['ours, asymmetric'] > 0
 
 
 def test_a_folder_that_is_not_the_release(tmp_path):

@@ -263,7 +263,14 @@ def test_too_little_memory_is_said_in_one_sentence(ask):
 def test_workers_that_are_ended_are_said_in_one_sentence(message):
     def fail():
         raise RuntimeError(message)
-    with pytest.raises(SystemExit, match='error: a process that reads pictures was ended'):
+    with pytest.raises(SystemExit, match='error: a process that reads pictures was killed'):
+        common.run_script(fail)
+
+
+def test_an_error_without_a_message_is_our_bug():
+    def fail():
+        raise NotImplementedError
+    with pytest.raises(NotImplementedError):
         common.run_script(fail)
 
 

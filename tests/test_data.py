@@ -168,6 +168,12 @@ def test_what_was_held_out_stays_so_when_a_picture_is_deleted(tmp_path):
     train, val = [source(tmp_path, split, reserved=reserved)[0] for split in ('train', 'val')]
     assert [os.path.basename(path) for path in val.scenes[0]] == ['09.jpg', '10.jpg', '11.jpg']
     assert len(train.scenes[0]) == 8 and train.reserved == val.reserved == reserved
+    (tmp_path / '09.jpg').unlink()
+    (held_out, _) = source(tmp_path, 'val', reserved=reserved)
+    assert held_out.held_out_text == '2 pictures of the only scene, from 10.jpg on'
+    (tmp_path / '10.jpg').unlink()
+    with pytest.raises(InputError, match='lacks what this run held out'):
+        source(tmp_path, 'val', reserved=reserved)
 
 
 def test_other_views_stand_in_for_pictures_that_turn_out_to_be_unreadable(
@@ -247,7 +253,7 @@ def no_video(root):
 
 @pytest.mark.parametrize('make,message', [
     (no_picture, 'no pictures in'),
-    (no_video, r'no video that can be read; not used: videos that cannot be read \(1\)'),
+    (no_video, r'no videos; not used: videos that cannot be read \(1\)'),
     (one_picture, 'no scene of .* has the 3 pictures'),
     (four_texts, 'no scene of .* has the 3 pictures'),
 ])

@@ -238,6 +238,8 @@ def test_lora(vlm, cached, tmp_path):
     evaluation.main(['export', '--run', changed, '--out', plain])
     with open(os.path.join(plain, 'README.md'), encoding='utf-8') as file:
         assert file.read() == '# its card'
+    with pytest.raises(InputError, match='is the folder itself'):
+        evaluation.main(['export', '--run', plain, '--out', plain])
     batch = chat.batch([chat.encode(dict(images=[], conversations=turns(('human', 'table ball'))))])
     del batch['labels']
     expected = model.eval()(**batch).logits
@@ -497,7 +499,7 @@ def test_own_pictures_have_as_many_tokens_after_resume_and_in_eval(vlm, media, m
 @pytest.mark.parametrize('more, fault', [
     (['--latents', 'none', '--train', 'adapter'], 'nothing to train'),
     (['--batch', '0'], '--batch must be at least 1'),
-    (['--data', ''], 'your own files'),
+    (['--data', ''], 'your own files'), (['--data', ','], 'your own files'),
     (['--train', 'everything'], '--train takes'),
     (['--map-steps', '2'], 'questions need steps after the maps'),
     (['--resume', '--shard'], 'no checkpoint in'),

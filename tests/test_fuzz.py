@@ -22,7 +22,7 @@ import mini_vggt  # noqa: E402
 import mini_vlm  # noqa: E402
 import train  # noqa: E402
 from backbone import fit_pictures  # noqa: E402
-from benchmarks import BENCHMARKS, prompt, read_answers, read_benchmark, score  # noqa: E402
+from benchmarks import prompt, read_answers, read_benchmark, score  # noqa: E402
 from common import InputError, parse_options, read_state  # noqa: E402
 from data import PhotoFolder, check  # noqa: E402
 from media import open_picture  # noqa: E402

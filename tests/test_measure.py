@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from chat import load_vlm
-from common import InputError
 from data import make_source
 from eval import SHIPPED
 import measure

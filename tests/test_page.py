@@ -250,6 +250,7 @@ def test_options(capsys, tmp_path):
     refuse('no weights at', main, ['--run', 'nowhere.safetensors'], capsys)
     refuse('--port', main, ['--port', '70000'], capsys)
     refuse('nowhere', main, ['--images', 'nowhere'], capsys)
+    refuse('cannot be opened', main, ['--host', 'a\0', '--port', '0'], capsys)
     folder = make_folder(tmp_path / 'one', 1, 1)
     refuse('holds one picture', main, ['--images', str(folder)], capsys)
 
