@@ -1,6 +1,6 @@
 """
-What matters, what does it take, what does it withstand? Experiments, on top of the three scripts
-that make and ask one run each: train.py, finetune.py and eval.py. Rooms only.
+What matters, what does it cost, how robust is it? Experiments of many runs of the scripts that
+make and ask one each: train.py, finetune.py and eval.py. Rooms only.
 
     python ablate.py field      # the decisions of the method, one at a time
     python ablate.py scaling    # R2 and objects found against steps and width

@@ -1,5 +1,5 @@
 """
-Where does the time of a PSFM step go, and what is a whole step worth?
+Where does the time of a PSFM step go, and what does a whole step cost?
 
     python bench.py                       # on a GPU: the report of speed.py; else `small`, by parts
     python bench.py --config base         # one preset part by part (random weights)

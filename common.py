@@ -1,6 +1,6 @@
 """
-What all other files stand on: errors that teach, options, the machine, weights, and what training
-loops share (processes, checkpoints, logs). The method is not here.
+What all other files stand on: errors that say what to do, options, the machine, weights, and what
+training loops share (processes, checkpoints, logs). The method is not here.
 """
 import argparse
 import contextlib

@@ -50,9 +50,9 @@ class Config:
     vlm: str = opt('weights/mini_vlm', f'the VLM: a folder, or a hub id; {NAMES}',
                    group='what is trained')
     latents: str = opt('psfm', 'psfm | none (no adapter) | controls: random (untrained encoder) | '
-                       'backbone (its features, 2 x 2 patches as one) | pooled (as few tokens as '
-                       'z) | imagined (the field around the middle) | oracle (of rooms: the true '
-                       'list of pieces)', choices=LATENTS)
+                       'backbone (its features, 2 x 2 patches as one) | pooled (about as many '
+                       'tokens as z) | imagined (the field around the middle) | oracle (of rooms: '
+                       'the true list of pieces)', choices=LATENTS)
     encoder: str = opt('weights/psfm_small.safetensors', 'the trained encoder: a run, or a file')
     train: str = opt('adapter+llm', 'adapter | adapter+llm | lora (adapter, and low-rank updates '
                      'of the language model; needs peft)',

@@ -80,7 +80,7 @@ def paint(features):
 save('2-features', held_out[0].permute(0, 2, 3, 1), paint(views.features[0]))
 
 # %% 3. Hide some of the views
-# True is a target: a view to predict. The first view is always context, because its camera
+# True is a target: hidden from the encoder. The first view is always context, because its camera
 # defines the frame of the world.
 
 VIEWS = 6         # of the eight pictures
@@ -186,6 +186,6 @@ show(load_psfm('weights/psfm_small.safetensors')[0], '8-unseen-shipped')
 # 4. Another loss term. Drop the cosine in psfm.PSFM.compare: little changes. Then try it with
 #    PSFMConfig(standardised=False): R2 falls by a tenth, with the cosine or without it, because a
 #    few channels of large variance rule the L1.
-# 5. A new category. Add a line to rooms.FURNITURE. The backbone now refuses its weights by name
-#    where categories are read (`eval.py field`), because it never learned this one. Here, where
-#    only features count, it still works: what do the features of the new pieces look like?
+# 5. A new category. Add a line to rooms.FURNITURE. `eval.py field`, which reads categories, now
+#    refuses the backbone's weights: they never learned this one. Here, where only features count,
+#    it still works: what do the features of the new pieces look like?

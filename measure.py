@@ -6,7 +6,7 @@ places that training did not see. A number means something only beside its basel
 
     mean      the training mean of all features
     position  the training mean at each place in the image
-    nearest   the features of the context view whose camera is turned most alike
+    nearest   the features of the context view with the closest camera rotation
     shuffled  our prediction from another sample's latents, of a training scene
     camera    our prediction from the average latents
 

@@ -2,7 +2,7 @@
 What does z know? Simple probes that read facts of a room off the latents
 of its views.
 
-A field can be good and its code useless. For every fact there is a ridge
+A field can be good and its z useless. For every fact there is a ridge
 regression on the flattened tokens, and a small attentive probe (a learned
 query per fact). Both are fitted on rooms that the encoder never met and asked
 about rooms that neither met, and both are also given what z should be better

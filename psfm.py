@@ -13,7 +13,7 @@ attention alone: PRoPE (arXiv 2507.10496) multiplies half of a token's channels
 by its camera's projection matrix or the inverse. Latents are in the world's
 frame: their matrix is the identity.
 
-Shapes as in model.py. In a view mask (B, V), True is a target: a view to predict.
+Shapes as in model.py. In a view mask (B, V), True is a target: hidden from the encoder.
 """
 import contextlib
 import json
@@ -301,8 +301,8 @@ class PSFM(nn.Module):
     @torch.no_grad()
     def observe(self, images, view_mask, num_context, with_depth=False):
         """What the frozen backbone sees. -> context features (B, Vc, N, 2C),
-        for the encoder; Views of all views, the targets; depth per patch (B,
-        V, N) if asked for, else None.
+        for the encoder; features and cameras (Views) of all views; depth per
+        patch (B, V, N) if asked for, else None.
         """
         # backbone.attend -> tokens of the given layers (-1: the last one); read: tokens -> Views
         # (features, cameras); features: tokens -> features
