@@ -1,5 +1,5 @@
 """
-A lesson in Predictive Spatial Field Modeling, step by step: three minutes on two cores.
+A lesson in Predictive Spatial Field Modeling, step by step: a minute or two on two cores.
 
 Run it as a script (`python lesson.py`), or open it in an editor that shows `# %%` cells as a
 notebook and step through it. Pictures go to out/lesson/. It uses the method (model.py, vggt.py,
@@ -172,7 +172,7 @@ print('   the shipped weights')
 show(load_psfm('weights/psfm_small.safetensors')[0], '8-unseen-shipped')
 
 # %% Exercises
-# Change a few lines, then run `python lesson.py 600`: five minutes on an idle core. Unchanged, step
+# Change a few lines, then run `python lesson.py 600`: some three times as long. Unchanged, step
 # 8 first prints R2 0.55 and 0.11. R2 of four rooms is noisy: ignore differences below 0.05.
 #
 # 1. Replace PRoPE by a camera token. In psfm.FieldDecoder, give every ray Linear(12 -> D) of its
