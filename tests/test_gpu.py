@@ -79,8 +79,9 @@ def test_bf16_is_near_fp32(field):
     assert 0 < error < 0.03
 
 
-# in bf16, what is fused is rounded elsewhere than in eager code: both are compared with fp32
-@pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-4), (torch.bfloat16, 0.01)])
+# in bf16, what is fused is rounded elsewhere than in eager code: both are compared with fp32, as
+# near as above
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-4), (torch.bfloat16, 0.02)])
 def test_compiled_equals_eager(field, restored_compiler, dtype, tolerance):
     psfm, config, images = field
     twin = PSFM(copy.deepcopy(psfm.backbone), config).to(DEVICE).eval()
