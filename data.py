@@ -229,16 +229,15 @@ class PhotoFolder:
         return [scenes[name] for name in names if (name in held_out) == (self.split == 'val')]
 
     def split_pictures(self, pictures, min_views):
-        last = pictures[len(pictures) * 3 // 4:]
-        # what a run held out stays so, however few pictures are left
-        if not self.reserved and (self.reserved == [] or len(pictures) < 4 * min_views):
-            self.reserved = []
+        if self.reserved is None:  # what a run held out stays so, however few pictures are left
+            last = pictures[len(pictures) * 3 // 4:] if len(pictures) >= 4 * min_views else []
+            self.reserved = [os.path.basename(path) for path in last]
+        if not self.reserved:
             self.held_out_text = (f'nothing, for the one scene has fewer than {4 * min_views} '
                                   'pictures: this is measured on training views')
             return [pictures]
-        self.reserved = self.reserved or [os.path.basename(path) for path in last]
         held_out = [path for path in pictures if os.path.basename(path) in self.reserved]
-        first = ''.join(map(os.path.basename, held_out[:1]))
+        first = os.path.basename(next(iter(held_out), ''))
         self.held_out_text = f'{len(held_out)} pictures of the only scene, from {first} on'
         if self.split == 'val':
             return [held_out]

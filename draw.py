@@ -18,8 +18,8 @@ from data import RoomPool
 from measure import field_batches, knows_rooms, map_score, read_map
 from model import invert_pose, path_through, take_views
 from questions import corners
-from rooms import (CLASSES, EYE_HEIGHT, FURNITURE, SCENE_UNIT, STRUCTURE, Rooms, cameras_at,
-                   clearance, make_intrinsics, render, scene_extrinsics)
+from rooms import (CLASSES, EYE_HEIGHT, FURNITURE, SCENE_UNIT, STRUCTURE, cameras_at, clearance,
+                   make_intrinsics, render, scene_extrinsics)
 
 # floor, ceiling, wall, and the furniture as it is painted
 PAINT = [(0.75, 0.70, 0.65), (0.95, 0.95, 0.95), (0.45, 0.45, 0.45)]
@@ -322,7 +322,7 @@ def draw_film(psfm, config, autocast, path, num_rooms=2, tile=112):
     size = config.image_width, config.image_width
     pool = RoomPool('val', 0, RoomPool.BLOCK, image_size=size, device=device)
     rooms, block = pool.render_block(0)
-    rooms = Rooms(**{name: x[:num_rooms] for name, x in vars(rooms).items()})
+    rooms = rooms[:num_rooms]
     walk = block['extrinsics']
     chosen = torch.arange(FILM_CONTEXT) * RoomPool.VIEWS // FILM_CONTEXT  # spread over the walk
     on_cpu = rooms.to('cpu')

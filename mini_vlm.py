@@ -29,6 +29,7 @@ from chat import (ASSISTANT, Chat, answer_loss, attend_in_fp32, lean_batch, load
                   states_kept)
 from common import (autocast_on, command_of, opt, parse_options, pick_device, pick_dtype,
                     read_state, run_script, step_generator, write_checkpoint)
+from data import own_cores
 from measure import held_out_loss
 from mini_vggt import LoopConfig, fit
 from model import compile_if_possible
@@ -408,7 +409,8 @@ def train(config, command):
         loss = learn_to_read(model.vlm, chat, config, dtype, autocast)
         tqdm.write(f'{config.letter_steps} steps of {LISTS} lists of options | loss {loss:.4f}')
     batches = iter(torch.utils.data.DataLoader(
-        range(state['step'], config.steps), batch_size=None, num_workers=config.workers,
+        range(state['step'], config.steps), batch_size=None,
+        num_workers=min(config.workers, own_cores()),
         collate_fn=partial(make_batch, chat, config)))  # makes a step's batch out of its number
 
     def losses_of(step):

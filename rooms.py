@@ -63,7 +63,7 @@ class Style:
 
 @dataclass
 class Rooms:
-    """R rooms as tensors. Slot k of room r is furnished only if present[r, k]."""
+    """R rooms as tensors (rooms[:2]: two). Slot k of room r is furnished only if present[r, k]."""
     size: torch.Tensor        # (R, 3) metres: x, y, height
     category: torch.Tensor    # (R, K) index into CATEGORIES
     present: torch.Tensor     # (R, K) bool
@@ -77,6 +77,9 @@ class Rooms:
 
     def to(self, device):
         return Rooms(**{name: x.to(device) for name, x in vars(self).items()})
+
+    def __getitem__(self, rows):
+        return Rooms(**{name: x[rows] for name, x in vars(self).items()})
 
     def objects(self, room):
         """The furniture of one room: a list of {category, center, size, yaw}, metres, radians."""
@@ -199,8 +202,7 @@ def make_walk(rooms, num_views, seed, style=Style()):
     from tall furniture, or else the one that is farthest from it.
     """
     dice = Dice(seed + 2 ** 40)  # other numbers than those that gave the room its sides
-    R = len(rooms.size)
-    V = num_views
+    R, V = len(rooms.size), num_views
     tries = 8
     limit = rooms.size[:, None, None, :2] / 2 - 0.35  # (R, 1, 1, 2)
 
@@ -347,10 +349,8 @@ def render(rooms, extrinsics, intrinsics, size):
     surface = torch.where(t == tx, on_x, torch.where(t == ty, on_y, on_z))
 
     # the furniture: a piece sees the rays in its own frame, as a unit shape. t stays the same.
-    cos = rooms.yaw.cos()
-    sin = rooms.yaw.sin()
-    zero = torch.zeros_like(cos)
-    one = torch.ones_like(cos)
+    cos, sin = rooms.yaw.cos(), rooms.yaw.sin()
+    zero, one = torch.zeros_like(cos), torch.ones_like(cos)
     turn = torch.stack([cos, sin, zero, -sin, cos, zero, zero, zero, one], -1).view(R, K, 3, 3)
     to_unit = (turn / rooms.half[..., None]).transpose(0, 1)  # (K, R, 3, 3)
     shapes = [shape for shape, count in SLOTS for _ in range(count)]

@@ -25,8 +25,8 @@ from draw import PAINT, color_basis, nearest_view, rgb, to_colors, to_grey
 from measure import Score, read_map
 from model import invert_pose, look_along, take_views
 from questions import RoomQuestions, as_prompt, corners
-from rooms import (CATEGORIES, EYE_HEIGHT, SCENE_UNIT, STRUCTURE, Rooms, cameras_at,
-                   make_intrinsics, render, scene_extrinsics, surface_classes)
+from rooms import (CATEGORIES, EYE_HEIGHT, SCENE_UNIT, STRUCTURE, cameras_at, make_intrinsics,
+                   render, scene_extrinsics, surface_classes)
 
 NUM_ROOMS = 96                      # held-out rooms to walk through
 
@@ -135,8 +135,7 @@ class RoomWorld(World):
         """-> Rooms with this room alone, its pictures (V, 3, H, W), its cameras (V, 3, 4)"""
         rooms, views = self.block(room // RoomPool.BLOCK)
         i = room % RoomPool.BLOCK
-        alone = Rooms(**{name: x[i:i + 1] for name, x in vars(rooms).items()})
-        return alone, views['images'][i].float() / 255, views['extrinsics'][i]
+        return rooms[i:i + 1], views['images'][i].float() / 255, views['extrinsics'][i]
 
     @functools.cached_property
     def questions(self):

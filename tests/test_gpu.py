@@ -79,9 +79,9 @@ def test_bf16_is_near_fp32(field):
     assert 0 < error < 0.03
 
 
-# in bf16, what is fused is rounded elsewhere than in eager code: both are compared with fp32, as
-# near as above
-@pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-4), (torch.bfloat16, 0.02)])
+# in bf16, what is fused is rounded elsewhere than in eager code: both are compared with fp32
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float32, (1e-4, 1e-4)),
+                                              (torch.bfloat16, (0.01, 0.02))])
 def test_compiled_equals_eager(field, restored_compiler, dtype, tolerance):
     psfm, config, images = field
     twin = PSFM(copy.deepcopy(psfm.backbone), config).to(DEVICE).eval()
@@ -89,7 +89,8 @@ def test_compiled_equals_eager(field, restored_compiler, dtype, tolerance):
     eager = loss_and_gradient(twin, images)
     compile_blocks(twin)
     compiled = loss_and_gradient(twin, images, autocast_on(DEVICE, dtype))
-    assert compiled == pytest.approx(eager, rel=tolerance)
+    assert compiled[0] == pytest.approx(eager[0], rel=tolerance[0])  # the loss
+    assert compiled[1] == pytest.approx(eager[1], rel=tolerance[1])  # the gradient's norm
 
 
 def test_a_step_never_waits_for_the_gpu(field):
