@@ -350,9 +350,8 @@ IMAGINED = 6          # cameras of the kind `imagined`, below
 
 def hash_of_encoder(psfm, with_decoder=False):
     """Hex digits that tell encoders apart, by all the weights that z depends on."""
-    digest = hashlib.sha256()
-    state = dict(psfm.backbone.state_dict(), mean=psfm.geo_mean, std=psfm.geo_std)
-    state.update(psfm.encoder.state_dict(prefix='encoder.'))
+    digest = hashlib.sha256(psfm.backbone.fingerprint.encode())
+    state = dict(psfm.encoder.state_dict(prefix='encoder.'), mean=psfm.geo_mean, std=psfm.geo_std)
     if with_decoder:
         state.update(psfm.decoder.state_dict(prefix='decoder.'))
         state.update(psfm.heads['geo'].state_dict(prefix='head.'))
@@ -361,6 +360,7 @@ def hash_of_encoder(psfm, with_decoder=False):
     return digest.hexdigest()
 
 
+# SceneLatents computes most of them; 'none' and 'oracle' are finetune.py's
 LATENTS = ('psfm', 'none', 'random', 'backbone', 'pooled', 'imagined', 'oracle')
 
 

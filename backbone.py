@@ -91,7 +91,7 @@ class ImageNorm(nn.Module):
     def __init__(self):
         super().__init__()
         statistics = dict(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
-        for name, value in statistics.items():  # not in checkpoints: on the CPU, even on 'meta'
+        for name, value in statistics.items():  # in no checkpoint: real even in a model on 'meta'
             value = torch.tensor(value, device='cpu').view(3, 1, 1)
             self.register_buffer(name, value, persistent=False)
 
@@ -303,7 +303,8 @@ class Backbone(nn.Module):
     def freeze(self, dtype=torch.float32):
         """Makes it a teacher for good: no gradients, eval mode that train() cannot undo.
 
-        Only the transformer's matrices are cast to `dtype` (differs from the release: all fp16).
+        Only the transformer's matrices are cast to `dtype`: heads compute in fp32 (differs from
+        the release, which runs all of it under autocast).
         """
         self.frozen = True
         self.requires_grad_(False).eval()

@@ -8,8 +8,8 @@ source's settings and that number, so that a resumed run sees what the uninterru
 have seen, and every process of a DDP run draws its own share.
 
 A batch is a dict of tensors: images (B, V, 3, H, W) in [0, 1]. Rooms also know extrinsics
-(B, V, 3, 4), intrinsics (B, V, 3, 3) and, for cells of 4 x 4 pixels, depth (B, V, h, w) in metres
-and classes (B, V, h, w), indices into rooms.CLASSES.
+(B, V, 3, 4), intrinsics (B, V, 3, 3) and, for cells of 4 x 4 pixels (not the backbone's patches),
+depth (B, V, H/4, W/4) in metres and classes (B, V, H/4, W/4), indices into rooms.CLASSES.
 """
 import itertools
 import os
@@ -44,7 +44,7 @@ def rendering(blocks):
 
 def stream_of(source, number):
     """The random numbers of batch `number` of this process. (These four words are never those of
-    train.py's VIEWS, MASKS or STATISTICS.)"""
+    one of train.py's streams.)"""
     return step_generator(source.seed, number, 16 * source.rank, source.split != 'train')
 
 

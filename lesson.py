@@ -20,6 +20,9 @@ from psfm import PSFM, PSFMConfig, context_index, load_psfm, random_view_mask
 from rooms import make_intrinsics, make_rooms, make_walk, render, room_seed
 from vggt import VGGT
 
+if '--help' in sys.argv:
+    print(__doc__)
+    sys.exit()
 STEPS = int(sys.argv[1]) if len(sys.argv) > 1 and sys.argv[1].isdigit() else 200
 torch.manual_seed(0)
 os.makedirs('out/lesson', exist_ok=True)

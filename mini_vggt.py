@@ -51,7 +51,7 @@ class LoopConfig:
     min_lr: float = opt(0.02, 'where the cosine ends, as a share of the peak', low=0, high=1)
     warmup: int = opt(100, 'steps of linear warm-up (a tenth of all at most)', low=0)
     decay_from: float = opt(0.55, 'share of the training before the cosine', low=0, high=1)
-    weight_decay: float = opt(1e-2, 'on matrices only', low=0)
+    weight_decay: float = opt(1e-2, 'not of biases and norms', low=0)
     beta2: float = opt(0.98, "AdamW's second moment", low=0, high=0.99999)
     clip: float = opt(2.0, 'largest gradient norm', low=1e-9)
     val_scenes: int = opt(100, 'held-out rooms to evaluate on', low=1)

@@ -70,7 +70,7 @@ class Config(PSFMConfig):
     min_lr: float = opt(0.1, 'where the cosine ends, as a share of the peak', low=0, high=1)
     warmup: int = opt(100, 'steps of linear warm-up (a tenth of all at most)', low=0)
     decay_from: float = opt(0.0, 'share of the training before the cosine begins', low=0, high=1)
-    weight_decay: float = opt(1e-2, 'on matrices only', low=0)
+    weight_decay: float = opt(1e-2, 'not of biases and norms', low=0)
     beta2: float = opt(0.98, "AdamW's second moment", low=0, high=0.99999)
     clip: float = opt(1.0, 'largest gradient norm', low=1e-9)
     # running
@@ -147,14 +147,15 @@ def flops_per_view(psfm, images, autocast):
 # before the first step. `number` is that of a batch; a step takes config.accumulate of them.
 
 # one stream of random numbers each (step_generator)
-VIEWS = 1
-MASKS = 3
-STATISTICS = 4
+VIEWS_STREAM = 1
+MASKS_STREAM = 3
+STATISTICS_STREAM = 4
 
 
 @torch.no_grad()
 def measure_statistics(psfm, source, config, autocast):
-    """Mean and deviation of every feature channel, from eight training batches."""
+    """Mean and deviation of every feature channel, from eight training batches. (DDP gives those of
+    the first process to all.)"""
     device = psfm.geo_mean.device
     geo = []
     sem = []
@@ -162,7 +163,7 @@ def measure_statistics(psfm, source, config, autocast):
     for number in range(8):
         images = batches[number]['images'].to(device)
         B, V = images.shape[:2]
-        g = step_generator(config.seed, number, STATISTICS)
+        g = step_generator(config.seed, number, STATISTICS_STREAM)
         mask, num_context = random_view_mask(B, V, config.mask_ratio, g)
         with autocast:
             _, views, _ = psfm.observe(images, mask.to(device), num_context)
@@ -176,7 +177,7 @@ def measure_statistics(psfm, source, config, autocast):
 
 def views_per_scene(number, seed, low, high):
     """The number of views of every sample in batch `number`, the same on every process."""
-    g = step_generator(seed, number, VIEWS)
+    g = step_generator(seed, number, VIEWS_STREAM)
     return int(torch.randint(low, high + 1, (1,), generator=g))
 
 
@@ -206,7 +207,7 @@ def make_loader(source, config, device, first_batch):
 
 def make_inputs(batch, config, number, rank, device):
     """Batch `number` as PSFM.forward takes it: pictures, and the generator of the mask."""
-    seed = step_generator(config.seed, number, rank, MASKS).initial_seed()
+    seed = step_generator(config.seed, number, rank, MASKS_STREAM).initial_seed()
     return dict(images=batch['images'].to(device, non_blocking=True),
                 generator=torch.Generator(device).manual_seed(seed))
 

@@ -38,7 +38,7 @@ class VGGTConfig:
     embed_depth: int = 24            # DINOv2 only
     embed_heads: int = 16
     position_grid: int = 37          # the patch embed's absolute positions, resized to the image
-    global_qk_norm: str = 'layer'    # layer (differs from the release) | rms (its spa3r.ckpt)
+    global_qk_norm: str = 'layer'    # layer: VGGT's own | rms: what Spa3R's spa3r.ckpt has there
     layer_scale: float = 0.01        # 0: none
     camera_depth: int = 4
     camera_heads: int = 16
@@ -266,10 +266,11 @@ class VGGT(Backbone):
     def cameras(self, tokens, size):
         return pose_encoding_to_cameras(self.camera_head(tokens)[-1], size)
 
+    @full_precision
     def patch_depth(self, layers, grid):
         if 'cells' not in self.config.heads:
             return super().patch_depth(layers, grid)
-        depth = self.depth_cells(self.features(layers[-1]), grid)[..., 0].exp()
+        depth = self.depth_cells(self.features(layers[-1]).float(), grid)[..., 0].exp()
         return F.adaptive_avg_pool2d(depth, grid).flatten(2)
 
     def read_out(self, features, grid):
