@@ -30,8 +30,8 @@ from torch.utils.checkpoint import checkpoint
 
 
 def full_precision(function):
-    """Decorator: no autocast inside. Geometry in bf16 is wrong in the third digit. (A GPU's
-    convolutions may still take TF32.)"""
+    """Decorator: no autocast inside, so that what is given in fp32 is computed in fp32. Geometry in
+    bf16 is wrong in the third digit. (A GPU's convolutions may still take TF32.)"""
     @functools.wraps(function)
     def wrapped(*args, **kwargs):
         with torch.autocast('cuda', enabled=False), torch.autocast('mps', enabled=False), \
@@ -166,8 +166,8 @@ def turn_pairs(x, cos, sin):
 
     `sin` (..., d) has the signs -, +, -, + by quarters to turn anticlockwise, +, -, +, - clockwise.
     """
-    a, b, c, d = x.chunk(4, dim=-1)
-    return torch.addcmul(x * cos, torch.cat([b, a, d, c], dim=-1), sin)
+    partner = x.unflatten(-1, (2, 2, -1)).flip(-2).flatten(-3)  # torch.compile fuses it; no cat
+    return torch.addcmul(x * cos, partner, sin)
 
 
 class RoPE2D:
@@ -221,9 +221,8 @@ class RoPE2D:
 def attend(q, k, v):
     """softmax(q k' / sqrt(d)) v: q (B, nh, n, d), k and v (B, nh, m, d) -> (B, nh, n, d).
 
-    On a CPU in bf16, the fused kernel is fast forward, and several times slower
-    backward: where gradients are wanted and the scores are few, these are plain
-    products.
+    On a CPU in bf16, the fused kernel is several times slower backward. Where gradients are wanted
+    and the scores are few, these are plain products, which round the scores to bf16.
     """
     is_plain = q.dtype == torch.bfloat16 and q.device.type == 'cpu' and q.requires_grad
     if is_plain and q.shape[2] * k.shape[2] <= 1024 ** 2:
@@ -243,6 +242,34 @@ def split_attention(q, k, v, num_context):
     context = attend(q[:, :, :c], k[:, :, :c], v[:, :, :c])
     others = attend(q[:, :, c:], k, v)
     return torch.cat([context, others], dim=2)
+
+
+class RMSNormInFP32(torch.autograd.Function):
+    """x / rms(x) * weight of x (..., d), in fp32. For the backward pass it keeps x as it came;
+    autograd by itself keeps two copies in fp32, a sixth of what a training step keeps."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return F.rms_norm(x.float(), weight.shape, weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        n = x.float()
+        inverse_rms = (n.square().mean(-1, keepdim=True) + torch.finfo(n.dtype).eps).rsqrt()
+        n = n * inverse_rms
+        grad_weight = grad * n  # of every token
+        along = (grad_weight @ weight)[..., None] / len(weight)  # the length of x does not count
+        grad_x = torch.addcmul(grad * weight, n, along, value=-1) * inverse_rms
+        return grad_x.to(x.dtype), grad_weight.flatten(0, -2).sum(0)
+
+
+def norm_in_fp32(norm, x):
+    """nn.LayerNorm or nn.RMSNorm of x (..., d). -> fp32"""
+    if isinstance(norm, nn.RMSNorm) and x.requires_grad and not torch.compiler.is_compiling():
+        return RMSNormInFP32.apply(x, norm.weight)
+    return norm(x.float())
 
 
 class Attention(nn.Module):
@@ -275,8 +302,8 @@ class Attention(nn.Module):
         # norms and rotations are done in fp32, the rest in the dtype of v
         dtype = v.dtype
         if self.q_norm is not None:
-            q = self.q_norm(q.float())
-            k = self.k_norm(k.float())
+            q = norm_in_fp32(self.q_norm, q)
+            k = norm_in_fp32(self.k_norm, k)
         q, k, v = [x.transpose(1, 2) for x in (q, k, v)]  # (B, nh, tokens, d)
         if position is not None:
             q, k, v = position.rotate(q, k, v)
@@ -292,8 +319,8 @@ class Attention(nn.Module):
 
 
 class GeluLinear(torch.autograd.Function):
-    """linear(gelu(h)). It keeps h alone for the backward pass, and computes gelu(h), which is as
-    large, again there: an eighth less memory for a training step."""
+    """linear(gelu(h)). It keeps h for the backward pass, and computes gelu(h), which is as large,
+    again there: an eighth less memory for a training step."""
 
     @staticmethod
     def forward(ctx, h, weight, bias):
@@ -360,15 +387,12 @@ class Transformer(nn.Module):
 
     def __init__(self, dim, depth, num_heads, num_registers=4):
         super().__init__()
+        self.num_registers = num_registers
         self.register_tokens = nn.Parameter(torch.randn(1, num_registers, dim) * 1e-6)
         self.blocks = nn.ModuleList(
             Block(dim, num_heads, qk_norm=nn.RMSNorm) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.checkpointing = False  # True: activations inside blocks are computed twice, not kept
-
-    @property
-    def num_registers(self):
-        return self.register_tokens.shape[1]
 
     def forward(self, x, position, num_kept):
         """x (B, tokens, D) -> the last `num_kept` tokens of the output, (B, num_kept, D).
@@ -376,15 +400,14 @@ class Transformer(nn.Module):
         `position` is of all tokens, the registers in front. The last block computes only the
         rows that are kept; the others serve as keys and values.
         """
-        registers = self.register_tokens.expand(len(x), -1, -1).to(x.dtype)
-        x = torch.cat([registers, x], dim=1)  # (B, R + tokens, D)
+        x = torch.cat([self.register_tokens.expand(len(x), -1, -1), x], dim=1)  # (B, R + tokens, D)
         for block in self.blocks:
-            leaves = num_kept if block is self.blocks[-1] else None
+            kept = num_kept if block is self.blocks[-1] else None
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, position, num_kept=leaves, use_reentrant=False,
+                x = checkpoint(block, x, position, num_kept=kept, use_reentrant=False,
                                preserve_rng_state=False)
             else:
-                x = block(x, position, num_kept=leaves)
+                x = block(x, position, num_kept=kept)
         return self.norm(x[:, -num_kept:])  # without blocks, nothing was cut yet
 
 
@@ -422,6 +445,8 @@ def compile_blocks(model, kind=Block, backend='inductor'):
     torch._functorch.config.backward_pass_autocast = 'off'
     # DDP would cut graphs to send gradients early: with a graph a block it can anyway
     torch._dynamo.config.optimize_ddp = False
+    # so that the norm and the rotation of queries and keys become one kernel of a GPU
+    torch._inductor.config.realize_reads_threshold = 8
     # the compiler cannot know the size of the slice `c:`, and SDPA is fused without it. (Not as a
     # decorator: that would import the compiler, which takes a second, into every run.)
     global split_attention
@@ -468,8 +493,7 @@ class Encoder(nn.Module):
         B, Vc = features.shape[:2]
         Q = len(self.queries)
         patches = self.projection(features).flatten(1, 2)  # (B, Vc N, D)
-        queries = self.queries.expand(B, -1, -1).to(patches.dtype)  # (B, Q, D)
-        x = torch.cat([patches, queries], dim=1)  # (B, Vc N + Q, D)
+        x = torch.cat([patches, self.queries.expand(B, -1, -1)], dim=1)  # (B, Vc N + Q, D)
         position = RoPE2D(grid, self.head_dim, num_views=Vc, special_behind=Q,
                           special_in_front=self.transformer.num_registers, device=x.device)
         return self.transformer(x, position, num_kept=Q)  # (B, Q, D)

@@ -155,26 +155,28 @@ class PRoPE:
         self.cos = angle.cos().flatten(1)  # (N, d/2)
         self.sin = sin.flatten(1)
 
-    def transform(self, x, matrix, sin):
-        """x (n, nh, tokens, d) -> the same shape, in fp32. World tokens, of which there may be
-        none, come first and stay as they are."""
+    def transform(self, x, matrix, sin, dtype):
+        """x (n, nh, tokens, d) -> the same shape, computed in fp32 and rounded to `dtype`. World
+        tokens, of which there may be none, come first and stay as they are."""
         N = len(sin)
-        world = x[:, :, :-N].float()
+        world = x[:, :, :-N].to(dtype)
         rays = x[:, :, -N:].float()  # (n, nh, N, d)
         projected, turned = rays.chunk(2, dim=-1)  # (n, nh, N, d/2)
-        rays = torch.cat([projected @ matrix, turn_pairs(turned, self.cos, sin)], dim=-1)
+        halves = [projected @ matrix, turn_pairs(turned, self.cos, sin)]
+        rays = torch.cat([half.to(dtype) for half in halves], dim=-1)
         return torch.cat([world, rays], dim=2)
 
     @full_precision
     def rotate(self, q, k, v):
-        q = self.transform(q, self.q_matrix, self.sin)
-        k = self.transform(k, self.kv_matrix, self.sin)
-        v = self.transform(v, self.kv_matrix, self.sin)
+        dtype = v.dtype
+        q = self.transform(q, self.q_matrix, self.sin, dtype)
+        k = self.transform(k, self.kv_matrix, self.sin, dtype)
+        v = self.transform(v, self.kv_matrix, self.sin, dtype)
         return q, k, v
 
     @full_precision
     def restore(self, out):
-        return self.transform(out, self.out_matrix, -self.sin)
+        return self.transform(out, self.out_matrix, -self.sin, out.dtype)
 
 
 class FieldDecoder(nn.Module):
@@ -207,7 +209,7 @@ class FieldDecoder(nn.Module):
 
         # every view gets a copy of its scene's latents
         z = z.repeat_interleave(V, dim=0)  # (B V, Q, D)
-        x = torch.cat([z, rays.to(z.dtype)], dim=1)  # (B V, Q + N, D)
+        x = torch.cat([z, rays], dim=1)  # (B V, Q + N, D)
 
         extrinsics = extrinsics.flatten(0, 1).float()  # (B V, 3, 4)
         intrinsics = intrinsics.flatten(0, 1).float()  # (B V, 3, 3)
@@ -359,7 +361,7 @@ class PSFM(nn.Module):
         return features
 
     def compare(self, kind, predicted, target):
-        """Spa3R's loss: smooth L1, and one minus the cosine, each a mean over views and patches."""
+        """Spa3R's loss, on standardised features: means of smooth L1, and of one minus cosine."""
         predicted = predicted.float()
         target = self.standardise(kind, target)
         l1 = F.smooth_l1_loss(predicted, target)

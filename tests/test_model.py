@@ -10,8 +10,9 @@ from torch.autograd.graph import saved_tensors_hooks
 import model
 from speed import dense_mask_attention, storages_kept
 from model import (Attention, Block, Encoder, RoPE2D, Transformer, attend, camera_rays,
-                   compile_blocks, invert_pose, path_through, pose_encoding_to_cameras,
-                   quaternion_to_matrix, relative_pose, split_attention, to_4x4)
+                   compile_blocks, invert_pose, norm_in_fp32, path_through,
+                   pose_encoding_to_cameras, quaternion_to_matrix, relative_pose,
+                   split_attention, to_4x4)
 
 
 def random_extrinsics(*shape):
@@ -112,6 +113,23 @@ def test_attention_in_bf16_is_that_in_fp32_but_for_rounding(tokens):
     gradients = [torch.autograd.grad(x.float().square().sum(), (q, k, v)) for x in (out, exact)]
     for ours, expected in zip(*gradients):
         assert (ours - expected).float().norm() < 0.02 * expected.float().norm()
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_norm_of_heads_is_rms_norm_and_keeps_its_input_alone(dtype):
+    norm = torch.nn.RMSNorm(8)
+    torch.nn.init.normal_(norm.weight)
+    x = torch.randn(2, 5, 3, 8).to(dtype).requires_grad_()
+    expected = norm(x.float())
+    with storages_kept([norm.weight, x]) as kept:
+        out = norm_in_fp32(norm, x)
+    assert out.dtype == torch.float32 and not kept
+    assert torch.equal(out, expected)
+    grad = torch.randn_like(out)
+    gradients = [torch.autograd.grad(y, (x, norm.weight), grad) for y in (out, expected)]
+    tolerance = 1e-6 if dtype == torch.float32 else 0.01  # one bit of bf16
+    for ours, theirs in zip(*gradients):
+        assert torch.allclose(ours, theirs, rtol=tolerance, atol=1e-5)
 
 
 def test_split_attention_equals_dense_mask():
