@@ -260,7 +260,7 @@ class Backbone(nn.Module):
         back = order.argsort(dim=1)
         return {layer: take_views(tokens, back) for layer, tokens in outputs.items()}
 
-    def features(self, tokens):
+    def patch_features(self, tokens):
         """Tokens (B, V, P, 2C) -> patch features (B, V, N, 2C)."""
         return tokens[:, :, self.num_special:]
 
@@ -269,7 +269,7 @@ class Backbone(nn.Module):
         """Last layer's tokens (B, V, P, 2C) -> Views. In fp32: poses are too delicate for bf16."""
         size = [n * self.config.patch_size for n in grid]
         cameras = self.cameras(tokens[:, :, 0].float(), size)
-        return Views(self.features(tokens), *cameras, grid)
+        return Views(self.patch_features(tokens), *cameras, grid)
 
     @full_precision
     def depth(self, layers, grid):
@@ -277,7 +277,7 @@ class Backbone(nn.Module):
 
         Depth is along the optical axis, in the unit of the cameras' translations.
         """
-        patches = {i: self.features(layers[i]).float() for i in self.config.dpt_layers}
+        patches = {i: self.patch_features(layers[i]).float() for i in self.config.dpt_layers}
         V = patches[self.config.dpt_layers[0]].shape[1]
         outputs = []
         for v in range(0, V, 4):  # the maps are large: four views at once

@@ -142,7 +142,7 @@ class DA3(Backbone):
     def depth_head(self):
         return self.head
 
-    def features(self, tokens):
+    def patch_features(self, tokens):
         """Tokens (B, V, P, 2C) -> patch features (B, V, N, 2C): the second half is normalised."""
         local, mixed = tokens[:, :, 1:].chunk(2, dim=-1)
         return torch.cat([local, self.transformer.norm(mixed).to(local.dtype)], dim=-1)

@@ -101,7 +101,7 @@ class MiniVGGTTrainer(nn.Module):
         truth = self.truth(depth, extrinsics, intrinsics, size)
         patches, grid = vggt.embed(images)
         tokens = vggt.attend(patches, grid)[-1]  # (B, V, P, 2C)
-        features = vggt.features(tokens)
+        features = vggt.patch_features(tokens)
         camera_tokens = tokens[:, :, 0]
 
         # all heads

@@ -306,8 +306,8 @@ class PSFM(nn.Module):
         for the encoder; features and cameras (Views) of all views; depth per
         patch (B, V, N) if asked for, else None.
         """
-        # backbone.attend -> tokens of the given layers (-1: the last one); read: tokens -> Views
-        # (features, cameras); features: tokens -> features
+        # backbone.attend -> tokens of the given layers (-1: the last one); read: tokens -> Views,
+        # features and cameras
         backbone = self.backbone
         patches, grid = backbone.embed(images)  # each view on its own
         index = context_index(view_mask, num_context)  # (B, Vc)
@@ -318,7 +318,7 @@ class PSFM(nn.Module):
             context = take_views(views.features, index)
         else:
             alone = backbone.attend(take_views(patches, index), grid)
-            context = backbone.features(alone[-1])
+            context = backbone.patch_features(alone[-1])
             outputs = backbone.attend(patches, grid, layers=layers)
             views = backbone.read(outputs[-1], grid)
         depth = backbone.patch_depth(outputs, grid) if with_depth else None
@@ -351,7 +351,7 @@ class PSFM(nn.Module):
                              f'{tuple(images.shape)} from {images.amin()} to {images.amax()}')
         patches, grid = self.backbone.embed(images)
         tokens = self.backbone.attend(patches, grid)[-1]  # z needs no cameras
-        return self.encode(self.backbone.features(tokens), grid)
+        return self.encode(self.backbone.patch_features(tokens), grid)
 
     def standardise(self, kind, features):
         """In fp32, and standardised if the option says so."""

@@ -270,7 +270,7 @@ class VGGT(Backbone):
     def patch_depth(self, layers, grid):
         if 'cells' not in self.config.heads:
             return super().patch_depth(layers, grid)
-        depth = self.depth_cells(self.features(layers[-1]).float(), grid)[..., 0].exp()
+        depth = self.depth_cells(self.patch_features(layers[-1]).float(), grid)[..., 0].exp()
         return F.adaptive_avg_pool2d(depth, grid).flatten(2)
 
     def read_out(self, features, grid):

@@ -199,7 +199,7 @@ class RoomWorld(World):
         own, grid = backbone.embed(image.float() / 255)
         num_context = len(context) if self.psfm.context == 'asymmetric' else None
         tokens = backbone.mix(torch.cat([patches, own], 1), grid, num_context, (-1,))[-1]
-        features = backbone.features(tokens)[0, -1]
+        features = backbone.patch_features(tokens)[0, -1]
         extrinsics = scene_extrinsics(torch.cat([walk[None, context[:1]], camera], 1))[0, 1]
         predicted, shares = self.decode(torch.cat([z, self.average]), extrinsics,
                                         intrinsics[0, 0], self.size, grid)

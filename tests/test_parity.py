@@ -97,8 +97,9 @@ def check_vggt(config, weights, given):
     layers = model.attend(patches, grid, mask, layers=(0, -1, *model.config.dpt_layers))
     camera_tokens = layers[-1][:, :, 0]
     views = model(images, mask)
-    found = dict(patch_tokens_first=model.features(layers[0]), patch_tokens_last=views.features,
-                 camera_tokens_last=camera_tokens, pose_enc=model.camera_head(camera_tokens)[-1],
+    found = dict(patch_tokens_first=model.patch_features(layers[0]),
+                 patch_tokens_last=views.features, camera_tokens_last=camera_tokens,
+                 pose_enc=model.camera_head(camera_tokens)[-1],
                  extrinsics=views.extrinsics, intrinsics=views.intrinsics)
     if 'depth' in given:
         depth, confidence = model.depth(layers, grid)
@@ -124,7 +125,7 @@ def check_da3(config, weights, given):
     layers = model.attend(patches, grid, mask, layers=(*model.config.dpt_layers, -1))
     views = model(images, mask)
     first, camera_tokens = layers[model.config.dpt_layers[0]], layers[-1][:, :, 0]
-    found = dict(patch_tokens_first=model.features(first), patch_tokens_last=views.features,
+    found = dict(patch_tokens_first=model.patch_features(first), patch_tokens_last=views.features,
                  camera_tokens_last=camera_tokens, pose_enc=model.cam_dec(camera_tokens),
                  extrinsics=views.extrinsics, intrinsics=views.intrinsics)
     found['depth'], found['depth_conf'] = model.depth(layers, grid)

@@ -104,7 +104,7 @@ def test_only_wanted_layers_are_kept():
     layers = backbone.attend(patches, grid, layers=(0, -1))
     assert sorted(layers) == [-1, 0]
     assert layers[-1].shape == (1, 2, 3 + 4, 64)
-    assert backbone.features(layers[-1]).shape == (1, 2, 4, 64)
+    assert backbone.patch_features(layers[-1]).shape == (1, 2, 4, 64)
 
 
 @torch.no_grad()
@@ -114,7 +114,7 @@ def test_depth_of_a_patch_is_the_mean_over_it(config):
     patches, grid = backbone.embed(torch.rand(1, 5, 3, 2 * p, 3 * p))
     layers = backbone.attend(patches, grid, layers=(*backbone.depth_layers, -1))
     if 'cells' in config.heads:
-        depth, logits = backbone.read_out(backbone.features(layers[-1]), grid)
+        depth, logits = backbone.read_out(backbone.patch_features(layers[-1]), grid)
         assert logits.shape == (1, 5, 4, 6, len(config.classes))
     else:
         depth, confidence = backbone.depth(layers, grid)
