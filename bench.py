@@ -405,6 +405,7 @@ def make_parser():
 
 def write_trace(psfm, images, autocast, path):
     """One forward and backward pass through torch.profiler."""
+    open(path, 'w').close()           # the profiler says nothing of a file that it could not write
     with torch.profiler.profile(record_shapes=True) as profile:
         with autocast:
             loss = psfm(images)['loss']

@@ -60,7 +60,7 @@ def read_parquet(root, *patterns):
     for path in paths:
         try:
             rows += pyarrow.parquet.read_table(path).to_pylist()
-        except (pyarrow.ArrowException, OSError) as error:
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
             raise InputError(f'{path} cannot be read as parquet: {first_line(error)}') from error
     return rows
 

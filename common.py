@@ -37,6 +37,7 @@ def run_script(main):
     keep_freed_memory()
     try:
         main()
+        sys.stdout.flush()
     except BrokenPipeError:           # nobody reads on; Python must not complain at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -138,9 +139,10 @@ def check_value(option, value, low=None, high=None, choices=None):
         raise InputError(f'{option} takes {" or ".join(choices)}, not {value}')
     if low is not None and not value >= low:  # also true of NaN
         raise InputError(f'{option} must be at least {low}, not {value}')
-    if low is not None and value > (sys.float_info.max if high is None else high):
-        most = 'finite' if high is None else f'at most {high}'
-        raise InputError(f'{option} must be {most}, not {value}')
+    if high is None:
+        high = 10 ** 12 if isinstance(value, int) else 1e38  # what fits into the computer's numbers
+    if low is not None and value > high:
+        raise InputError(f'{option} must be at most {high}, not {value}')
     if isinstance(value, str) and value != value.encode('utf-8', 'ignore').decode():
         raise InputError(f'{option} {value}: the name holds bytes that are not UTF-8; rename it')
 
@@ -218,7 +220,7 @@ def pick_device(name):
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         raise InputError(f'--device {name} cannot be used here; take auto, cpu, cuda, cuda:1, ... '
                          'or mps, or leave it out to run on what there is') from error
     return device
@@ -290,6 +292,9 @@ def count_parameters(model):
 
 def join_processes(device):
     """Joins the processes that torchrun started. -> rank, number of processes, own device."""
+    if PROCESSES != '1' and 'MASTER_ADDR' not in os.environ:
+        raise InputError(f'WORLD_SIZE is {PROCESSES}, but torchrun did not start this: start it '
+                         'with torchrun, or unset WORLD_SIZE')
     rank, world_size = int(os.environ.get('RANK', 0)), int(PROCESSES)
     if world_size > 1 and device.startswith(('auto', 'cuda')) and torch.cuda.is_available():
         device = f'cuda:{os.environ["LOCAL_RANK"]}'
@@ -382,8 +387,10 @@ def write_checkpoint(run, step, optimizers, config, dtype, metrics, save_model):
         flush_to_disk(new)
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(new, ignore_errors=True)
+        before = 'the one before is still there: make room, then --resume'
+        hint = before if find_checkpoint(run) else 'make room, then start again'
         raise InputError(f'could not write the checkpoint of step {step} to {folder} ({error}); '
-                         'the one before is still there: make room, then --resume') from error
+                         f'{hint}') from error
     # without `folder`, .old is the only whole checkpoint: it is deleted last
     if os.path.isdir(folder):
         shutil.rmtree(old, ignore_errors=True)
@@ -462,6 +469,12 @@ def open_run(config, first, is_main):
         raise InputError(f'another run is writing to {config.out}: take another --out') from error
     except (ImportError, OSError):    # Windows, or a file system without locks
         pass
+    earlier = find_checkpoint(config.out)
+    if first == 0 and earlier:        # of another run: set aside, since it is not this one's
+        aside = os.path.join(config.out, 'checkpoint.earlier')
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(earlier, aside)
+        shutil.rmtree(os.path.join(config.out, 'checkpoint.old'), ignore_errors=True)
     kept = []
     log.seek(0)
     for line in log:

@@ -21,6 +21,7 @@ import json
 import math
 import os
 import zlib
+from collections import Counter
 
 import torch
 from safetensors.torch import save_file
@@ -182,8 +183,16 @@ def backbone(args):
 OF_NO_MATTER = {'seed', 'out', 'device', 'workers', 'resume', 'log_every', 'eval_every'}
 
 
+def check_once(folders):
+    """Raises InputError if a run is named twice: it would count as two seeds."""
+    twice = [path for path, n in Counter(map(os.path.realpath, folders)).items() if n > 1]
+    if twice:
+        raise InputError(f'{twice[0]} is named twice; a run counts as one seed')
+
+
 def runs(args):
     """A row for each configuration: what it changes from the first one, means over its seeds."""
+    check_once(args.folders)
     groups = {}
     left_out = []
     for folder in args.folders:
@@ -198,6 +207,8 @@ def runs(args):
                       read_out.get('object_recall', math.nan),
                       read_out.get('depth_abs_rel', math.nan), metrics['seconds'] / 60]
             settings = {key: x for key, x in config.items() if key not in OF_NO_MATTER}
+            if not all(isinstance(x, (int, float)) for x in values):
+                raise TypeError
         except (InputError, KeyError, TypeError, AttributeError):
             left_out.append(folder)
             continue
@@ -264,6 +275,7 @@ def load_answerer(run, device, max_pixels=None, num_rooms=192, dtype=None):
 
 def rooms(args):
     device = pick_device(args.device)
+    check_once(args.run)
     # all of them before anything is asked: a wrong folder costs nothing
     loaded = [load_answerer(run, device, num_rooms=args.rooms) for run in args.run]
     for run, (answerer, _) in zip(args.run, loaded):

@@ -23,7 +23,7 @@ from vggt import VGGT
 if '--help' in sys.argv:
     print(__doc__)
     sys.exit()
-STEPS = int(sys.argv[1]) if len(sys.argv) > 1 and sys.argv[1].isdigit() else 200
+STEPS = int(sys.argv[1]) if len(sys.argv) > 1 and sys.argv[1].isdecimal() else 200
 torch.manual_seed(0)
 os.makedirs('out/lesson', exist_ok=True)
 

@@ -21,6 +21,7 @@ PICTURES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.tif', '.tiff', '.avif', 
 VIDEOS = ('.mp4', '.mov', '.m4v', '.avi', '.mkv', '.webm', '.3gp', '.ts', '.mts', '.mpg', '.mpeg')
 NEEDS = {'.heic': 'pip install pillow-heif', '.heif': 'pip install pillow-heif',
          '.avif': 'pip install -U pillow'}
+OUTPUT = 'out'                      # where all that is written goes; no data is looked for there
 FRAMES = 'out/frames'               # what is taken out of videos; nothing is written into data sets
 
 # the largest picture in pixels: a JPEG can be decoded at a fraction of its size, others cannot
@@ -437,7 +438,9 @@ def find_scenes(root, say=print):
             insides[inside] += 1
             seen.add(os.path.realpath(os.path.join(folder, inside)))
         # `below` is where the walk goes on
-        below[:] = sorted((x for x in below if not x.startswith('.')), key=natural_order)
+        below[:] = sorted((x for x in below if not x.startswith('.')
+                           and os.path.abspath(os.path.join(folder, x)) != os.path.abspath(OUTPUT)),
+                          key=natural_order)
         found.unused.update(f'{x}/' for x in below if not is_photo(x))
         below[:] = filter(is_photo, below)
         if inside in (None, '.'):

@@ -405,6 +405,7 @@ def train(config, command):
     count = sum(p.numel() for p in model.parameters()) / 1e6  # without Sight
     tqdm.write(f'mini VLM: {config.steps} steps, {count:.2f} M parameters | {device}, {dtype} '
                f'({reason}) | writing to {config.out}/')
+    os.makedirs(config.out, exist_ok=True)  # an error now, not after minutes
     if config.letter_steps and not config.resume:
         loss = learn_to_read(model.vlm, chat, config, dtype, autocast)
         tqdm.write(f'{config.letter_steps} steps of {LISTS} lists of options | loss {loss:.4f}')

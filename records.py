@@ -143,7 +143,7 @@ def turns_fault(turns):
         if turn['from'] != ('human', 'gpt')[i % 2]:
             return f'turn {i + 1} is from {turn["from"]!r}; human and gpt take turns, human first'
         value = turn.get('value')
-        if turn['from'] == 'gpt' and type(value) in (int, float):
+        if turn['from'] == 'gpt' and type(value) in (int, float) and math.isfinite(value):
             continue                  # a number is an answer
         if not isinstance(value, str):
             return f'turn {i + 1} has no text under "value"'

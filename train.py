@@ -58,7 +58,7 @@ class Config(PSFMConfig):
     max_gap: int = opt(4, 'photographs: most frames between neighbouring views', low=1)
     workers: int = opt(2, 'photographs: processes that read them', low=0)
     num_rooms: int = opt(400, 'rooms that are kept in memory, in fours', low=1)
-    new_rooms: float = opt(1.0, 'rooms that are replaced at each batch', low=0)
+    new_rooms: float = opt(1.0, 'rooms that are replaced at each batch', low=0, high=10 ** 6)
     val_scenes: int = opt(96, 'held-out samples to evaluate on, in fours', low=1)
     # optimisation
     init: str = opt('', 'a run of the same sizes to start from, or its file of weights',

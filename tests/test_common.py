@@ -311,6 +311,7 @@ def test_under_torchrun_a_process_touches_no_gpu_but_its_own(monkeypatch):
     monkeypatch.setattr(common, 'pick_device', pick_device)
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.distributed, 'is_initialized', lambda: True)
+    monkeypatch.setenv('MASTER_ADDR', 'localhost')
     monkeypatch.setenv('RANK', '1')
     monkeypatch.setenv('LOCAL_RANK', '1')
     for device in ('auto', 'cuda', 'cuda:0', 'cpu'):

@@ -415,6 +415,14 @@ def test_a_ring_of_links_shows_nothing_twice(tmp_path):
     assert '2 scenes, 12 pictures' in check(str(tmp_path))
 
 
+def test_what_was_written_is_no_data(tmp_path, monkeypatch):
+    make_folder(tmp_path, scenes=1)
+    make_folder(tmp_path / 'out' / 'frames', scenes=2)
+    monkeypatch.chdir(tmp_path)
+    assert list(find_scenes('.').scenes) == ['scene0']
+    assert len(find_scenes('out').scenes) == 2     # unless it is asked for
+
+
 def test_scenes_of_one_name_are_two_scenes(tmp_path):
     for i, folder in enumerate(('kitchen', 'data/kitchen', 'scans/kitchen')):
         make_folder(tmp_path / folder, scenes=1, frames=3 + i)

@@ -1,6 +1,7 @@
 """The commands of eval.py on a tiny PSFM and a tiny VLM: what they print, write and refuse."""
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -161,13 +162,15 @@ def test_runs_of_one_configuration_share_a_row(tmp_path, capsys):
 
     found = tmp_path / 'a' / 'metrics.json'
     whole = json.loads(found.read_text())
-    for metrics in (None, [], dict(whole, read_out=None)):
+    for metrics in (None, [], dict(whole, read_out=None), dict(whole, psfm=dict(r2=None))):
         found.write_text(json.dumps(metrics)) if metrics is not None else found.unlink()
         main(['runs', a, b])
         rows = capsys.readouterr().out.splitlines()
         assert rows[-1] == f'left out, not a finished PSFM run: {a}'
     with pytest.raises(InputError, match='no finished PSFM run among'):
         main(['runs', a])
+    with pytest.raises(InputError, match=f'{b} is named twice'):
+        main(['runs', b, c, f'{b}/'])
 
 
 def test_a_run_that_was_begun_anew_is_left_out(tmp_path, capsys):
@@ -200,9 +203,12 @@ def test_rooms_command(tuned, capsys):
     assert 'psfm, shuffled, 1 seed' in capsys.readouterr().out
 
 
-def test_runs_with_the_same_latents_count_as_seeds(tuned, capsys):
-    on_cpu('rooms', '--run', tuned, tuned, '--rooms', '2', '--maps')
+def test_runs_with_the_same_latents_count_as_seeds(tuned, tmp_path, capsys):
+    other = shutil.copytree(tuned, tmp_path / 'other')
+    on_cpu('rooms', '--run', tuned, str(other), '--rooms', '2', '--maps')
     assert 'psfm, 2 seeds' in capsys.readouterr().out
+    with pytest.raises(InputError, match='is named twice'):
+        on_cpu('rooms', '--run', tuned, f'{tuned}/', '--rooms', '2')
 
 
 def test_rooms_command_asks_a_vlm_that_was_not_fine_tuned(vlm, capsys, monkeypatch):

@@ -1,5 +1,6 @@
 """Pictures, videos and records of conversations: every kind that people have, and every fault."""
 import json
+import math
 import os
 import shutil
 import struct
@@ -320,6 +321,7 @@ def folder(tmp_path):
     (dict(image='a.png'), 'no list of at least two turns'),
     (dict(GOOD, conversations=turns(('human', '<image> \ud800'), ('gpt', 'y'))), 'half a char'),
     (dict(GOOD, conversations=turns(('human', '<image> x'), ('gpt', ['y']))), 'no text under'),
+    (dict(GOOD, conversations=turns(('human', '<image> x'), ('gpt', math.nan))), 'no text under'),
     (dict(GOOD, image=7), 'not a path'),
     (dict(video='', conversations=turns(('human', '<video> x'), ('gpt', 'y'))), 'not one path'),
     (dict(GOOD, spar_info=dict(red_point=[[1, 2]], point_img_idx=[[10 ** 30]])), 'spar_info'),

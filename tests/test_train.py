@@ -12,6 +12,7 @@ import time
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ from common import InputError, autocast_on, parse_options, read_weights
 from data import RoomPool, make_source
 from draw import draw_field, field_rows
 from optim import rate_share
-from psfm import build_psfm, load_psfm, random_view_mask
+from psfm import build_psfm, load_psfm, random_view_mask, read_psfm, weights_of_run
 from test_data import make_folder, picture
 from tiny import TINY_PSFM, refuse
 from train import main
@@ -426,6 +427,8 @@ def test_every_number_has_a_range(script, name, capsys):
     (['--widht', '3'], 'no option --widht; did you mean --width'),
     (['--steps', 'many'], "argument --steps: invalid int value: 'many'"),
     (['--steps', '0'], '--steps must be at least 1, not 0'),
+    (['--steps', '9' * 20], f'--steps must be at most 1000000000000, not {"9" * 20}'),
+    (['--muon-lr', '1e300'], '--muon-lr must be at most 1e+38, not 1e+300'),
     (['--context', 'both'], '--context takes asymmetric or separate, not both'),
     (['--seed', '10000000000000'], '--seed must be at most 1000000000000, not 10000000000000'),
     (['--mask-ratio', '1'], '--mask-ratio must be at most 0.99, not 1.0'),
@@ -615,6 +618,9 @@ def test_another_number_of_processes_is_refused(tmp_path, capsys, monkeypatch):
     main([*TINY, '--out', str(out), '--steps', '1'])
     before = (out / 'log.jsonl').read_text()
     monkeypatch.setattr('common.PROCESSES', '2')
+    refuse('WORLD_SIZE is 2, but torchrun did not start this', main, [*TINY, '--out', str(out)],
+           capsys)
+    monkeypatch.setenv('MASTER_ADDR', 'localhost')
     monkeypatch.setattr('common.dist.is_initialized', lambda: True)
     refuse(f'--resume: {out} was trained by 1 processes, these are 2', main,
            [*TINY, '--out', str(out), '--steps', '2', '--resume'], capsys)
@@ -628,6 +634,18 @@ def test_a_finished_run_is_not_resumed(tmp_path, capsys):
     refuse(f'--resume: {out} has had all 1 steps', main,
            [*TINY, '--out', str(out), '--steps', '1', '--resume'], capsys)
     assert (out / 'metrics.json').read_text() == before
+
+
+def test_a_new_run_does_not_go_on_from_an_earlier_one_in_its_folder(tmp_path, capsys, monkeypatch):
+    out = tmp_path / 'out'
+    main([*TINY, '--out', str(out)])
+    with monkeypatch.context() as patch:
+        patch.setattr(train, 'take_step', Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            main([*TINY, '--out', str(out), '--steps', '40'])
+    refuse(f'--resume: no checkpoint in {out}', main,
+           [*TINY, '--out', str(out), '--steps', '40', '--resume'], capsys)
+    assert read_psfm(weights_of_run(out / 'checkpoint.earlier'))[1]['step'] == '4'
 
 
 def test_other_categories_are_refused_before_training(tmp_path, monkeypatch):
