@@ -134,7 +134,7 @@ def opt(default, help, low=None, high=None, choices=None, group=None):
 
 def check_value(option, value, low=None, high=None, choices=None):
     """Raises InputError if `value` is not one of `choices`, not a number in low .. high, or if it
-    is a name with bytes that are not UTF-8."""
+    is a text with bytes that are not UTF-8."""
     if choices and value not in choices:
         raise InputError(f'{option} takes {" or ".join(choices)}, not {value}')
     if low is not None and not value >= low:  # also true of NaN
@@ -144,7 +144,7 @@ def check_value(option, value, low=None, high=None, choices=None):
     if low is not None and value > high:
         raise InputError(f'{option} must be at most {high}, not {value}')
     if isinstance(value, str) and value != value.encode('utf-8', 'ignore').decode():
-        raise InputError(f'{option} {value}: the name holds bytes that are not UTF-8; rename it')
+        raise InputError(f'{option} {value} holds bytes that are not UTF-8; write it in UTF-8')
 
 
 def number(kind, low=None, high=None):

@@ -33,9 +33,9 @@ from backbone import fit_pictures
 from benchmarks import (BENCHMARKS, ask_benchmark, generate, leave_out_lost, read_answers,
                         read_benchmark, results_table)
 from chat import as_text, load_vlm
-from common import (InputError, Parser, autocast_on, fetch, find_checkpoint, find_file, is_hub_id,
-                    number, pick_device, read_json, read_weights, run_script, step_generator,
-                    write_json)
+from common import (InputError, Parser, autocast_on, check_value, fetch, find_checkpoint,
+                    find_file, is_hub_id, number, pick_device, read_json, read_weights, run_script,
+                    step_generator, write_json)
 from data import RoomPool, make_sources, rendering
 from draw import draw_field, draw_film, draw_walk
 from measure import answer_rooms, evaluate_field, field_table, rooms_table
@@ -312,6 +312,9 @@ def in_training_words(question, vlm, chat, settings):
 def ask(args):
     if bool(args.images) == bool(args.video):
         raise InputError('ask takes --images a.jpg b.jpg ... or --video walk.mp4')
+    check_value('--question', args.question)
+    if not args.question.strip():
+        raise InputError('--question is empty')
     device = pick_device(args.device)
     (model, chat, latents), settings = load_answerer(args.run, device)
     if args.images:

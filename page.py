@@ -188,8 +188,9 @@ def export(page, path, room=5, context=(0, 2, 4, 6), places=5, turns=12):
             view = dict(r2=view['r2'], tiles=tiles)
         views[f'{whose} {i} {j} {k}'] = view
     walk = dict(room=shown, context=context, x=grid[0], y=grid[1], turns=turns, views=views)
-    with open(path, 'w', encoding='utf-8') as file:
+    with open(f'{path}.part', 'w', encoding='utf-8') as file:
         file.write(page_with(page.start(), walk))
+    os.replace(f'{path}.part', path)  # an earlier one stays whole until then
     print(f'wrote {path}, {os.path.getsize(path) / 1e6:.1f} MB, {places ** 2 * turns} views')
 
 

@@ -246,6 +246,9 @@ def test_ask_command(tuned, tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out == f'{answer}\n'  # nothing else
     on_cpu('ask', '--run', tuned, '--video', str(tmp_path), *question)
     assert looked_at[1] == 2 * looked_at[0] > 0
+    for text, fault in ((' ', 'question is empty'), ('gro\udcdf', 'not UTF-8')):
+        with pytest.raises(InputError, match=fault):
+            on_cpu('ask', '--run', tuned, '--images', 'a.jpg', '--question', text)
     with pytest.raises(InputError, match='ask takes --images'):
         on_cpu('ask', '--run', tuned, *question)
 

@@ -442,7 +442,7 @@ def test_every_number_has_a_range(script, name, capsys):
     (['--device', 'cuda'], '--device cuda cannot be used here; take auto, cpu'),
     (['--data', 'nowhere', '--backbone', 'weights/none.safetensors'], 'no folder nowhere'),
     (['--config', 'base'], 'base trains on your own pictures: --data FOLDER'),
-    (['--init', 'out/\udce9'], 'the name holds bytes that are not UTF-8; rename it'),
+    (['--init', 'out/\udce9'], 'holds bytes that are not UTF-8; write it in UTF-8'),
     (['--backbone', 'weights/none.safetensors'], 'no weights at weights/none.safetensors'),
 ])
 def test_bad_options(arguments, message, tmp_path, capsys):
