@@ -302,7 +302,7 @@ def extract_frames(path):
     stat = os.stat(path)
     state = f'{os.path.abspath(path)} {stat.st_size} {stat.st_mtime_ns} 518'
     folder = os.path.join(FRAMES, hashlib.sha256(os.fsencode(state)).hexdigest()[:16])
-    if os.path.isdir(folder):
+    if os.path.isdir(folder) and os.listdir(folder):  # cleaners may empty it
         return folder
     unfinished = f'{folder}.{os.getpid()}'
     os.makedirs(unfinished, exist_ok=True)

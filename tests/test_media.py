@@ -152,6 +152,9 @@ def test_another_video_under_the_same_name_has_other_frames(tmp_path):
     other = extract_frames(str(path))
     assert other != folder
     assert [len(list_files(x, PICTURES)) for x in (folder, other)] == [4, 6]
+    for picture in list_files(other, PICTURES):
+        os.remove(picture)
+    assert len(list_files(extract_frames(str(path)), PICTURES)) == 6
 
 
 def test_two_processes_take_frames_out_of_the_same_video(tmp_path, monkeypatch):
