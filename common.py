@@ -387,8 +387,8 @@ def write_checkpoint(run, step, optimizers, config, dtype, metrics, save_model):
         flush_to_disk(new)
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(new, ignore_errors=True)
-        before = 'the one before is still there: make room, then --resume'
-        hint = before if find_checkpoint(run) else 'make room, then start again'
+        hint = ('the one before is still there: make room, then --resume' if find_checkpoint(run)
+                else 'make room, then start again')
         raise InputError(f'could not write the checkpoint of step {step} to {folder} ({error}); '
                          f'{hint}') from error
     # without `folder`, .old is the only whole checkpoint: it is deleted last
@@ -396,7 +396,8 @@ def write_checkpoint(run, step, optimizers, config, dtype, metrics, save_model):
         shutil.rmtree(old, ignore_errors=True)
         os.rename(folder, old)
     os.rename(new, folder)
-    shutil.rmtree(old, ignore_errors=True)
+    for before in (old, f'{folder}.earlier'):
+        shutil.rmtree(before, ignore_errors=True)
 
 
 def find_checkpoint(run):
@@ -470,7 +471,7 @@ def open_run(config, first, is_main):
     except (ImportError, OSError):    # Windows, or a file system without locks
         pass
     earlier = find_checkpoint(config.out)
-    if first == 0 and earlier:        # of another run: set aside, since it is not this one's
+    if first == 0 and earlier:        # of another run: set aside, until this one has its own
         aside = os.path.join(config.out, 'checkpoint.earlier')
         shutil.rmtree(aside, ignore_errors=True)
         os.rename(earlier, aside)

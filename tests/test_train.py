@@ -646,6 +646,8 @@ def test_a_new_run_does_not_go_on_from_an_earlier_one_in_its_folder(tmp_path, ca
     refuse(f'--resume: no checkpoint in {out}', main,
            [*TINY, '--out', str(out), '--steps', '40', '--resume'], capsys)
     assert read_psfm(weights_of_run(out / 'checkpoint.earlier'))[1]['step'] == '4'
+    main([*TINY, '--out', str(out), '--steps', '1'])
+    assert not (out / 'checkpoint.earlier').exists()
 
 
 def test_other_categories_are_refused_before_training(tmp_path, monkeypatch):
