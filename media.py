@@ -22,7 +22,7 @@ VIDEOS = ('.mp4', '.mov', '.m4v', '.avi', '.mkv', '.webm', '.3gp', '.ts', '.mts'
 NEEDS = {'.heic': 'pip install pillow-heif', '.heif': 'pip install pillow-heif',
          '.avif': 'pip install -U pillow'}
 OUTPUT = 'out'                      # where all that is written goes; no data is looked for there
-FRAMES = 'out/frames'               # what is taken out of videos; nothing is written into data sets
+FRAMES = f'{OUTPUT}/frames'         # what is taken out of videos; nothing is written into data sets
 
 # the largest picture in pixels: a JPEG can be decoded at a fraction of its size, others cannot
 Image.MAX_IMAGE_PIXELS = None       # Pillow's own limit is one for all

@@ -166,7 +166,7 @@ def turn_pairs(x, cos, sin):
 
     `sin` (..., d) has the signs -, +, -, + by quarters to turn anticlockwise, +, -, +, - clockwise.
     """
-    partner = x.unflatten(-1, (2, 2, -1)).flip(-2).flatten(-3)  # torch.compile fuses it; no cat
+    partner = x.unflatten(-1, (2, 2, -1)).flip(-2).flatten(-3)  # torch.compile fuses flip, not cat
     return torch.addcmul(x * cos, partner, sin)
 
 
@@ -246,7 +246,7 @@ def split_attention(q, k, v, num_context):
 
 class RMSNormInFP32(torch.autograd.Function):
     """x / rms(x) * weight of x (..., d), in fp32. For the backward pass it keeps x as it came;
-    autograd by itself keeps two copies in fp32, a sixth of what a training step keeps."""
+    autograd by itself keeps copies in fp32 (on a CPU two: a sixth of what a step keeps)."""
 
     @staticmethod
     def forward(ctx, x, weight):
@@ -257,7 +257,8 @@ class RMSNormInFP32(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         n = x.float()
-        inverse_rms = (n.square().mean(-1, keepdim=True) + torch.finfo(n.dtype).eps).rsqrt()
+        eps = torch.finfo(n.dtype).eps  # nn.RMSNorm's own
+        inverse_rms = (n.square().mean(-1, keepdim=True) + eps).rsqrt()
         n = n * inverse_rms
         grad_weight = grad * n  # of every token
         along = (grad_weight @ weight)[..., None] / len(weight)  # the length of x does not count
